@@ -1,0 +1,49 @@
+# facefast: `make train` and `make test` each work alone on a fresh machine. `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A GPU without a CUDA compiler gets one from the package index; FACEFAST_CUDA=1 asks for it anywhere.
+EXTRAS := $(shell if [ "$(FACEFAST_CUDA)" = 1 ] || { [ "$(FACEFAST_CUDA)" != 0 ] && command -v nvidia-smi >/dev/null && ! command -v nvcc >/dev/null; }; then echo dev,cuda; else echo dev; fi)
+NATIVE := setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.json')
+
+.PHONY: help setup train test lint format bench clean
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+$(VENV)/python: ; $(PYTHON) -c 'import sys; sys.exit("facefast needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# The build needs torch and DALI present, so what pyproject.toml asks for comes first and the package itself second.
+$(VENV)/packages: $(VENV)/python pyproject.toml .ci/constraints.txt
+	$(BIN)/python .ci/requirements.py $(EXTRAS) | $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --requirement /dev/stdin
+	touch $@
+
+$(VENV)/built: $(VENV)/packages $(NATIVE)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+setup: $(VENV)/built  ## .venv with everything installed and built; reused when nothing changed
+
+train: setup  ## the default recipe: draws faces, trains, transfers, verifies (minutes on two cores)
+	$(BIN)/python -m facefast.train --out runs/default $(ARGS)
+
+test: setup  ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## ruff, mypy, clang-format: checks only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+format: setup  ## rewrites the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+bench: setup  ## every benchmark, peers interleaved; rows go to benchmarks/results
+	$(BIN)/python -m pytest benchmarks --benchmark-enable $(ARGS)
+
+clean:  ## removes .venv and what was built
+	rm -rf $(VENV) build facefast/*.so facefast.egg-info

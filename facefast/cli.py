@@ -1,0 +1,117 @@
+"""The command line: `facefast train|index|evaluate|predict|export ...`, recipes from flags, errors as exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from facefast import runtime
+from facefast.recipe import Recipe
+from facefast.recipes import RECIPES, with_scratch_baseline
+
+COMMANDS = ("train", "index", "evaluate", "predict", "export")
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Flags of `facefast.train` that say where a run lives rather than what it is."""
+
+    recipe: tyro.conf.OmitArgPrefixes[Recipe]
+    out: Path
+    """The run folder."""
+    resume: str = "auto"
+    """auto goes on from the run folder's newest sound checkpoint, never starts anew, a path names a checkpoint."""
+
+
+def train_arguments(arguments: list[str]) -> tuple[Recipe, Path, str]:
+    """The recipe, the run folder and the resume policy that a command line asks for.
+
+    A first word without a dash names a recipe; without one the data and the source model decide.
+
+    Raises:
+        ValueError: an unknown recipe, or values that contradict each other.
+    """
+    name, rest = (arguments[0], arguments[1:]) if arguments and arguments[0][0] != "-" else ("", arguments)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--data.root", dest="root", default="")
+    early.add_argument("--data.format", dest="format", default="auto")
+    early.add_argument("--model.source", dest="source", default="none")
+    early.add_argument("--compare-scratch", action="store_true")
+    known, _ = early.parse_known_args(rest)
+    if not name:
+        drawn = not known.root and known.format in ("auto", "synthetic") and known.source == "none"
+        name = "drawn" if drawn else "finetune" if known.source != "none" else "scratch"
+    if name not in RECIPES:
+        raise ValueError(f"there is no recipe {name!r}; the recipes are {', '.join(RECIPES)}")
+    recipe = RECIPES[name](known.source)
+    if known.compare_scratch:
+        recipe = with_scratch_baseline(recipe)
+        rest = [word for word in rest if word != "--compare-scratch"]
+    numbers = {phase.name: str(number) for number, phase in enumerate(recipe.phases)}
+    rest = [_by_number(word, numbers) for word in rest]
+    default = TrainArguments(recipe=recipe, out=Path("runs") / name)
+    chosen = tyro.cli(
+        TrainArguments,
+        args=rest,
+        default=default,
+        prog="facefast.train [RECIPE] [--compare-scratch]",
+        description=f"Recipes: {', '.join(RECIPES)}. {recipe_help(name)}",
+    )
+    if chosen.recipe.data.root == "" and chosen.recipe.data.format not in ("auto", "synthetic"):
+        raise ValueError(f"data.format {chosen.recipe.data.format} needs --data.root")
+    return chosen.recipe, chosen.out, chosen.resume
+
+
+def recipe_help(name: str) -> str:
+    """A recipe's docstring in one line."""
+    return f"{name}: {' '.join((RECIPES[name].__doc__ or '').split())}"
+
+
+def _by_number(word: str, numbers: dict[str, str]) -> str:
+    """--phases.finetune.lr as --phases.1.lr."""
+    parts = word.split(".")
+    if parts[0] == "--phases" and len(parts) > 2 and parts[1] in numbers:
+        parts[1] = numbers[parts[1]]
+    return ".".join(parts)
+
+
+@dataclass
+class Outcome:
+    """What a command came to."""
+
+    code: int = runtime.EXIT_DONE
+
+
+@contextlib.contextmanager
+def exit_codes(on_failure: Callable[[int, str], None] = lambda code, text: None) -> Iterator[Outcome]:
+    """Runs a command so that it ends with DESIGN's exit codes: users see one message, our own faults their traceback."""
+    outcome = Outcome()
+    try:
+        yield outcome
+    except SystemExit as error:
+        outcome.code = runtime.EXIT_USAGE if error.code == 2 else int(error.code or 0)
+    except Exception as error:
+        code = runtime.exit_code(error)
+        if code is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        outcome.code = 1 if code is None else code
+        on_failure(outcome.code, str(error))
+
+
+def main() -> None:
+    """The console script `facefast`."""
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command not in COMMANDS:
+        print(f"usage: facefast {{{','.join(COMMANDS)}}} ...   (--help after a command tells more)")
+        sys.exit(runtime.EXIT_DONE if command in ("-h", "--help") else runtime.EXIT_USAGE)
+    sys.exit(importlib.import_module(f"facefast.{command}").main(sys.argv[2:]))

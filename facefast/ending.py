@@ -1,0 +1,105 @@
+"""How a run ends: status.json, the best checkpoint's number, the summary, report.html, and what failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from facefast import files, report, runtime
+from facefast.checkpoint import FOLDER
+from facefast.evaluate import embed_rows
+from facefast.log import RunLog, verdict
+from facefast.prepare import Stage
+from facefast.recipe import EvalConfig
+from facefast.step import TrainState
+
+
+def named_metric(config: EvalConfig, results: dict[str, float]) -> tuple[float, str]:
+    """The value and the name of the number that chooses the best checkpoint.
+
+    Raises:
+        ValueError: the exam did not give that number.
+    """
+    wishes = (config.metric,) if config.metric != "auto" else ("top1", "verification_accuracy")
+    for name in wishes:
+        for candidate in (name, f"known_{name}"):
+            if candidate in results:
+                return results[candidate], candidate
+    raise ValueError(
+        f"eval.metric is {config.metric}, but the exam gives only {', '.join(results) or 'nothing'}; "
+        "set data.test_fraction, data.verify_fraction or eval.split"
+    )
+
+
+def best_of(state: TrainState) -> dict[str, Any]:
+    """The best checkpoint so far, for status.json."""
+    return {
+        "phase": state.settings.name,
+        "metric": named_metric(state.recipe.eval, state.results[state.settings.name])[1],
+        "value": state.best,
+    }
+
+
+def write_status(folder: Path, state: str, code: int | None = None, **fields: Any) -> None:
+    """status.json: what a scheduler reads, since torchrun turns every worker's exit code into 1."""
+    files.write_json(folder / "status.json", {"state": state, "exit_code": code, **fields})
+
+
+def leave(folder: Path, state: TrainState, log: RunLog) -> int:
+    """A stop was asked for and the state is on disk."""
+    log.say(f"stopped at step {state.step}; the same command goes on from there")
+    log.close()
+    if state.run.is_main:
+        code = runtime.EXIT_PREEMPTED
+        write_status(folder, "preempted", code, step=state.step, best=best_of(state))
+    state.run.barrier()
+    return runtime.EXIT_PREEMPTED
+
+
+def fail(folder: Path | None, code: int, error: str) -> None:
+    """Leaves the reason in the run folder, where there is one by now."""
+    if folder is not None and folder.is_dir():
+        write_status(folder, "failed", code, error=error)
+
+
+def finish(folder: Path, state: TrainState, stages: tuple[Stage, ...], log: RunLog) -> int:
+    """The summary on the terminal, the projector, report.html and the final status."""
+    recipe, run = state.recipe, state.run
+    trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    bound = verdict(log.speeds, run.allreduce_seconds(trained))
+    test = stages[-1].exam.test
+    if recipe.projector and test is not None:
+        embeddings, seen = embed_rows(
+            state.evaluated, test, run, state.precision, batch_size=recipe.eval.batch_size
+        )
+        names = [test.class_names[label] for label in test.labels[seen.numpy()]]
+        log.embeddings(embeddings[seen], names, state.step)
+    log.close()
+    if run.is_main:
+        print(summary(folder, state, bound), flush=True)
+        write_status(folder, "done", runtime.EXIT_DONE, step=state.step, best=best_of(state), **bound)
+        report.write(folder)
+    run.barrier()
+    return runtime.EXIT_DONE
+
+
+def summary(folder: Path, state: TrainState, bound: dict[str, Any]) -> str:
+    """What a person wants to know at the end of a run."""
+    recipe, results = state.recipe, state.results
+    lines = ["", *report.table(results)]
+    if "scratch" in results and recipe.phases[-1].name != "scratch":
+        last = recipe.phases[-1].name
+        value, name = named_metric(recipe.eval, results[last])
+        gap = 100 * (value - named_metric(recipe.eval, results["scratch"])[0])
+        lines.append(f"transfer against training from scratch on the same budget: {gap:+.1f} points {name}")
+    lines.append(
+        f"{bound['images_per_second']:.0f} images/s, bound by {bound['bound_by']} "
+        f"(data wait {bound['data_wait_fraction']:.1%}); to change that: {bound['advice']}"
+    )
+    if recipe.data.format == "synthetic" or not recipe.data.root:
+        lines.append(
+            "These faces are drawn, not photographed. With your own people: "
+            "facefast train --data.root DIR --model.source WEIGHTS"
+        )
+    lines.append(f"the model: {folder / FOLDER / 'best'}    the report: {folder / 'report.html'}")
+    return "\n".join(lines)

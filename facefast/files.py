@@ -1,0 +1,61 @@
+"""Writing that survives a crash: every file of a run folder goes through here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def sync(path: Path) -> None:
+    """Forces a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON aside, syncs it and renames it into place."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON written by `write_json`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_folder(aside: Path, path: Path) -> None:
+    """Renames a finished folder into place, in the stead of one that may be there."""
+    for file in aside.iterdir():
+        sync(file)
+    sync(aside)
+    if path.exists():
+        shutil.rmtree(path)
+    os.rename(aside, path)
+    sync(path.parent)
+
+
+def replace_link(link: Path, target: str) -> None:
+    """Points a symbolic link at `target` (relative to its folder) in one step."""
+    aside = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    os.replace(aside, link)
+    sync(link.parent)

@@ -1,0 +1,135 @@
+"""Optimisers and learning-rate schedules by name; `step.TrainState` builds them from a phase."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from facefast.recipe import Phase
+
+
+def build_optimizer(phase: Phase, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    """The phase's optimiser over parameter groups that carry their own `lr` and `weight_decay`.
+
+    apex's fused optimisers are used on a GPU where apex is importable, torch's fused ones otherwise.
+    """
+    betas = (phase.momentum, 0.999)
+    if device.type == "cuda" and (apex := _apex()):
+        if phase.optimizer == "sgd":
+            return apex.FusedSGD(groups, lr=phase.lr, momentum=phase.momentum, nesterov=phase.momentum > 0)
+        if phase.optimizer == "lamb":
+            return apex.FusedLAMB(groups, lr=phase.lr, betas=betas)
+        return apex.FusedAdam(groups, lr=phase.lr, betas=betas, adam_w_mode=phase.optimizer == "adamw")
+    if phase.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=phase.lr, momentum=phase.momentum, nesterov=phase.momentum > 0, fused=True
+        )
+    if phase.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=phase.lr, betas=betas, fused=True)
+    if phase.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=phase.lr, betas=betas, fused=True)
+    return Lamb(groups, lr=phase.lr, betas=betas)
+
+
+def _apex() -> Any:
+    try:
+        return importlib.import_module("apex.optimizers")
+    except ImportError:
+        return None
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al. 2019, arXiv 1904.00962), decoupled weight decay, in multi-tensor operations.
+
+    Takes `found_inf` from a GradScaler on the device, as torch's fused optimisers do: a step with a non-finite gradient
+    changes nothing and needs no synchronisation.
+    """
+
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(group, params)
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {
+                    "step": torch.zeros((), device=p.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        keep = torch.ones((), device=params[0].device)
+        grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
+        if self.grad_scale is not None:
+            grads = list(torch._foreach_div(grads, self.grad_scale))
+        if self.found_inf is not None:
+            keep = 1 - self.found_inf.reshape(())
+            grads = [torch.where(keep > 0, grad, 0) for grad in grads]
+        beta1, beta2 = group["betas"]
+        first = [self.state[p]["exp_avg"] for p in params]
+        second = [self.state[p]["exp_avg_sq"] for p in params]
+        steps = [self.state[p]["step"] for p in params]
+        torch._foreach_add_(steps, [keep] * len(steps))
+        torch._foreach_lerp_(first, grads, [keep * (1 - beta1)] * len(first))
+        squares = torch._foreach_mul(grads, grads)
+        torch._foreach_lerp_(second, list(squares), [keep * (1 - beta2)] * len(second))
+        bias1 = [1 - beta1**step for step in steps]
+        bias2 = [1 - beta2**step for step in steps]
+        updates = []
+        for p, m, v, b1, b2 in zip(params, first, second, bias1, bias2, strict=True):
+            update = (m / b1) / ((v / b2).sqrt() + group["eps"])
+            updates.append(update.add(p, alpha=group["weight_decay"]))
+        trust = [
+            torch.where((weight > 0) & (size > 0), weight / size, 1.0)
+            for weight, size in zip(
+                torch._foreach_norm(params), torch._foreach_norm(updates), strict=True
+            )
+        ]
+        rate = [torch.where(keep > 0, group["lr"] * ratio, 0.0) for ratio in trust]
+        for p, update, r in zip(params, updates, rate, strict=True):
+            p.sub_(torch.where(keep > 0, update, 0.0) * r)
+
+
+def rate_factor(phase: Phase, step: int, steps: int, steps_per_epoch: int) -> float:
+    """What the peak rates are multiplied by at `step` of a phase's `steps`; a pure function, so a resume needs no state."""
+    warmup = round(phase.warmup * steps)
+    if phase.schedule == "onecycle":
+        warmup = warmup or round(0.3 * steps)
+        start, end = 1 / 25, 1e-4
+        if step < warmup:
+            return start + (1 - start) * (1 - math.cos(math.pi * step / warmup)) / 2
+        progress = (step - warmup) / max(1, steps - warmup)
+        return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    if phase.schedule == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    if phase.schedule == "poly":
+        return (1 - progress) ** 2
+    if phase.schedule == "step":
+        return float(phase.step_gamma ** (step // (phase.step_epochs * steps_per_epoch)))
+    return 1.0

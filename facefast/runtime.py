@@ -1,0 +1,227 @@
+"""One process in a cluster: rank, world, device, seed, stop signal, orderly close.
+
+`train` and `evaluate` open it first; nothing else touches the process group's life or the environment variables that
+torchrun and Slurm set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+EXIT_DONE = 0
+EXIT_USAGE = 64
+EXIT_DATA = 65
+EXIT_NUMERICS = 70
+EXIT_STORAGE = 74
+EXIT_PREEMPTED = 75
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class DataError(ValueError):
+    """The photographs are worse than the run was told to accept; the process ends with exit code 65."""
+
+
+class NumericsError(RuntimeError):
+    """Gradients stayed non-finite; the process ends with exit code 70."""
+
+
+class StorageError(OSError):
+    """A checkpoint could not be written or read; the process ends with exit code 74."""
+
+
+def exit_code(error: BaseException) -> int | None:
+    """The exit code for an error that a user can act on; None for one of ours, which deserves its traceback."""
+    codes = {DataError: EXIT_DATA, NumericsError: EXIT_NUMERICS, StorageError: EXIT_STORAGE}
+    for kind, code in codes.items():
+        if isinstance(error, kind):
+            return code
+    return EXIT_USAGE if isinstance(error, ValueError) else None
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among all processes of the run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """Reads torchrun's variables, else those of a plain `srun`, else one process.
+
+        Raises:
+            ValueError: the variables contradict each other.
+        """
+        env = os.environ
+        if "RANK" in env:
+            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+            names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+        else:
+            return cls()
+        rank, size = int(env[names[0]]), int(env[names[1]])
+        local_rank = int(env.get(names[2], "0"))
+        world = cls(rank, size, local_rank, int(env.get(names[3], str(local_rank + 1))))
+        if not 0 <= world.rank < world.size or not 0 <= world.local_rank < world.local_size:
+            raise ValueError(
+                f"{names[0]}={world.rank} of {names[1]}={world.size}, {names[2]}={world.local_rank} of "
+                f"{names[3]}={world.local_size} contradict each other; start with torchrun"
+            )
+        return world
+
+
+@dataclass
+class Runtime:
+    """A started process: use it through `start`."""
+
+    world: World
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+    """A group for words between hosts, so that asking costs the device nothing."""
+    stop_requested: bool = False
+    """Set by SIGTERM, SIGUSR1 or SIGUSR2; the ranks agree on it at a step boundary."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes."""
+        return self.world.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        if self.control is not None:
+            dist.barrier(self.control)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank says `flag`; every rank must ask."""
+        if self.control is None:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(value)
+
+    def share(self, value: T) -> T:
+        """Rank 0's `value` on every rank."""
+        box = [value]
+        if self.control is not None:
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def allreduce_seconds(self, numbers: int) -> float:
+        """Measured time of one all-reduce of `numbers` float32 values; 0 with one process."""
+        if self.control is None:
+            return 0.0
+        values, times = torch.zeros(numbers, device=self.device), []
+        for _ in range(4):
+            self.barrier()
+            start = time.perf_counter()
+            dist.all_reduce(values)
+            values[:1].cpu()
+            times.append(time.perf_counter() - start)
+        return sorted(times)[1]
+
+
+@contextlib.contextmanager
+def start(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Runtime]:
+    """Opens the process group where there is more than one process, and always closes it.
+
+    Args:
+        device: auto takes a GPU where there is one.
+        timeout_minutes: a collective that waits longer than this ends the run with an error.
+
+    Raises:
+        ValueError: more local processes than GPUs, or contradictory launch variables.
+    """
+    world = World.from_environment()
+    run = Runtime(world, _choose_device(device, world))
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // world.local_size))
+    if world.size > 1:
+        _die_with_parent()
+        os.environ.setdefault("MASTER_ADDR", socket.gethostname())
+        os.environ.setdefault("MASTER_PORT", str(29500 + int(os.environ.get("SLURM_JOB_ID", "0")) % 1000))
+        dist.init_process_group(
+            "nccl" if run.device.type == "cuda" else "gloo",
+            rank=world.rank,
+            world_size=world.size,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=run.device if run.device.type == "cuda" else None,
+        )
+        run.control = dist.new_group(backend="gloo")
+    previous = _catch_stop_signals(run)
+    try:
+        yield run
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _choose_device(device: str, world: World) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cuda":
+        return torch.device(device)
+    if world.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {world.local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            f"start torchrun with --nproc-per-node {torch.cuda.device_count()}"
+        )
+    chosen = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def _catch_stop_signals(run: Runtime) -> dict[int, signal.Handlers]:
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        run.stop_requested = True
+
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, request_stop) for number in STOP_SIGNALS}  # type: ignore[misc]
+
+
+def _die_with_parent() -> None:
+    """A worker whose torchrun was killed outright must not live on: torchrun starts workers in sessions of their own."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(2)
+        time.sleep(60)  # the signal asked for a checkpoint; by now the peers are gone and it cannot come
+        os._exit(EXIT_PREEMPTED)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def decode_threads(asked: int, world: World) -> int:
+    """Decoding threads for one process: `asked`, or its share of the cores (at most 8: decoders feed one device)."""
+    return asked or max(1, min(8, len(os.sched_getaffinity(0)) // world.local_size))
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively (AVX512-BF16 or AMX)."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))

@@ -1,0 +1,250 @@
+"""One optimiser update: autocast, scaler, accumulation, no_sync, clipping, finite check; and the state it moves.
+
+Nothing in `train_step` reads the device: the counts it returns stay there until `log.RunLog` needs them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from facefast import files, ops
+from facefast.checkpoint import pack_optimizer, read_tensors, unpack_optimizer
+from facefast.data import Batch
+from facefast.models import FaceModel
+from facefast.optim import build_optimizer, rate_factor
+from facefast.recipe import LossConfig, Phase, PhasePlan, Plan, Recipe, to_json
+from facefast.runtime import Runtime, cpu_has_bf16
+from facefast.transfer import freeze_batchnorm, freeze_stages, parameter_groups
+
+IGNORED = -100
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Precision(NamedTuple):
+    """What "auto" comes to on this machine."""
+
+    name: str
+    dtype: torch.dtype
+    channels_last: bool
+
+    @classmethod
+    def choose(cls, recipe: Recipe, device: torch.device) -> Precision:
+        """The recipe's precision and memory format, with "auto" being the fast one for `device`."""
+        name = recipe.precision
+        if name == "auto":
+            name = "bf16" if device.type == "cuda" or cpu_has_bf16() else "fp32"
+        fast = name != "fp32" or device.type == "cuda"
+        return cls(name, DTYPES[name], fast if recipe.channels_last == "auto" else recipe.channels_last == "yes")
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context for a forward pass."""
+        return torch.autocast(device.type, self.dtype, enabled=self.name != "fp32")
+
+
+class TrainState:
+    """All that training changes. `enter` begins a phase; `tensors`, `documents` and `load` are its checkpoint form."""
+
+    model: FaceModel
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: GradScaler
+    average: AveragedModel | None
+    embeddings: Tensor | None
+    """[N, D] of the training rows where a frozen backbone needs to see each picture only once."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, run: Runtime) -> None:
+        self.recipe, self.plan, self.run = recipe, plan, run
+        self.precision = Precision.choose(recipe, run.device)
+        self.step = 0  # updates done in the whole run
+        self.phase = 0
+        self.phase_step = 0  # updates done in this phase
+        self.best: float | None = None  # the named metric's best value in this phase
+        self.results: dict[str, dict[str, float]] = {}  # last exam of each phase
+
+    def enter(self, number: int, model: FaceModel, embeddings: Tensor | None = None) -> None:
+        """Begins phase `number` with `model`: what learns, how fast, and the network as DDP and the compiler want it."""
+        self.phase, self.phase_step, self.best = number, 0, None
+        self.model, self.embeddings = model, embeddings
+        phase, device = self.settings, self.run.device
+        freeze_stages(model, phase.trainable)
+        self.optimizer = build_optimizer(phase, parameter_groups(model, phase), device)
+        # One mechanism for all precisions: the scaler's check on the device guards bf16 and fp32 too, at scale 1.
+        scale = 2.0**14 if self.precision.name == "fp16" else 1.0
+        self.scaler = GradScaler(device.type, init_scale=scale)
+        self.average = None
+        if self.recipe.ema:
+            decay = get_ema_multi_avg_fn(self.recipe.ema)
+            self.average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
+        network: nn.Module = model if embeddings is None else model.classifier
+        if self.recipe.compile:
+            network = torch.compile(network)  # type: ignore[assignment]
+        if self.run.world.size > 1:
+            network = DistributedDataParallel(
+                network,
+                device_ids=[device] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+        self.network = network
+        self.set_modes()
+
+    def set_modes(self) -> None:
+        """Training mode, with BatchNorm as the phase says; to be called again after an exam."""
+        self.network.train()
+        freeze_batchnorm(self.model, everywhere=self.settings.batchnorm == "frozen")
+
+    @property
+    def settings(self) -> Phase:
+        """The recipe's words on this phase."""
+        return self.recipe.phases[self.phase]
+
+    @property
+    def phase_plan(self) -> PhasePlan:
+        """The plan's numbers for this phase."""
+        return self.plan.phases[self.phase]
+
+    @property
+    def lr(self) -> float:
+        """The schedule's rate for the next update, before the groups' own factors."""
+        plan = self.phase_plan
+        return self.settings.lr * rate_factor(
+            self.settings, self.phase_step, plan.steps, plan.steps_per_epoch
+        )
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the phase's pictures so far."""
+        return self.phase_step / self.phase_plan.steps_per_epoch
+
+    @property
+    def evaluated(self) -> FaceModel:
+        """The model that is measured and handed on: the averaged one where there is one."""
+        if self.average is None:
+            return self.model
+        assert isinstance(self.average.module, FaceModel)
+        return self.average.module
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Named tensors by file."""
+        found = {"model": self.model.state_dict(), "optimizer": pack_optimizer(self.optimizer)[0]}
+        if self.average is not None:
+            found["ema"] = self.evaluated.state_dict()
+        return found
+
+    def documents(self) -> dict[str, Any]:
+        """JSON values by file. Generators need none: every update seeds them from (seed, step, rank)."""
+        return {
+            "model": self.model.to_config(),
+            "recipe": to_json(self.recipe),
+            "plan": to_json(self.plan),
+            "state": {
+                "step": self.step,
+                "phase": self.phase,
+                "phase_step": self.phase_step,
+                "best": self.best,
+                "results": self.results,
+                "scaler": self.scaler.state_dict(),
+                "averaged": 0 if self.average is None else int(self.average.n_averaged),
+                "optimizer": pack_optimizer(self.optimizer)[1],
+            },
+        }
+
+    def load(self, path: Path) -> None:
+        """Takes over a checkpoint of this phase; call after `enter`."""
+        document = files.read_json(path / "state.json")
+        self.model.load_state_dict(read_tensors(path, "model"))
+        unpack_optimizer(self.optimizer, read_tensors(path, "optimizer"), document["optimizer"])
+        self.scaler.load_state_dict(document["scaler"])
+        if self.average is not None:
+            self.evaluated.load_state_dict(read_tensors(path, "ema"))
+            self.average.n_averaged.fill_(document["averaged"])
+        for name in ("step", "phase_step", "best", "results"):
+            setattr(self, name, document[name])
+
+
+def train_step(state: TrainState, batches: Sequence[Batch], num_rows: int) -> Tensor:
+    """One update from the micro-batches of this rank.
+
+    Args:
+        batches: accumulated one after the other; together with the other ranks' they are the update's batch.
+        num_rows: rows of the update over all ranks that the sampler holds valid. The loss is their mean; rows that
+            turn out unreadable are taken out of the divisor afterwards, on the device.
+
+    Returns:
+        [4] float32 on the device, summed over ranks: see `log.STATS`.
+    """
+    phase, world = state.settings, state.run.world
+    torch.manual_seed(_seed(state.recipe.seed, state.step, world.rank))
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * state.lr / phase.lr
+    stats = torch.zeros(4, device=state.run.device)
+    for number, batch in enumerate(batches):
+        with _no_sync(state.network, number < len(batches) - 1):
+            with state.precision.autocast(state.run.device):
+                logits = state.network(batch.images)  # [B, C]
+            loss_sum = loss_of(logits, batch.labels, phase.loss)
+            state.scaler.scale(loss_sum * (world.size / num_rows)).backward()
+        with torch.no_grad():
+            valid = batch.labels != IGNORED
+            stats[0] += loss_sum
+            stats[1] += ((logits.argmax(1) == batch.labels) & valid).sum()
+            stats[2] += valid.sum()
+    if world.size > 1:
+        dist.all_reduce(stats)
+    state.scaler.unscale_(state.optimizer)
+    gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    factor = num_rows / stats[2].clamp(min=1)
+    norm = nn.utils.get_total_norm(gradients) * factor
+    if phase.clip_grad:
+        factor = factor * (phase.clip_grad / norm.clamp(min=phase.clip_grad))
+    torch._foreach_mul_(gradients, factor)
+    state.scaler.step(state.optimizer)
+    if state.precision.name == "fp16":
+        state.scaler.update()
+    else:
+        state.scaler.update(1.0)
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.average is not None:
+        state.average.update_parameters(state.model)
+    finite = torch.isfinite(norm)
+    stats[3] = 1 - finite.float()
+    stats[0] = torch.where(torch.isfinite(stats[0]), stats[0], 0)
+    state.step += 1
+    state.phase_step += 1
+    return stats
+
+
+def loss_of(logits: Tensor, labels: Tensor, loss: LossConfig) -> Tensor:
+    """Sum of the focal losses of the rows that count, float32 or wider."""
+    margins = {"none": None, "cos": ops.Cos(loss.margin_size), "arc": ops.Arc(loss.margin_size)}
+    return ops.focal_loss(
+        logits,
+        labels,
+        gamma=loss.gamma,
+        label_smoothing=loss.label_smoothing,
+        ignore_index=IGNORED,
+        margin=margins[loss.margin],
+        scale=loss.scale,
+        reduction="sum",
+    )
+
+
+def _no_sync(network: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:
+    if skip and isinstance(network, DistributedDataParallel):
+        return network.no_sync()  # type: ignore[no-any-return]
+    return contextlib.nullcontext()
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,142 @@
+"""Which parameters move and how fast: freezing, BatchNorm policy, layer-wise rates, class-mean heads, the feature cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from facefast.data import Batch, Sampler
+from facefast.models import FaceModel
+from facefast.recipe import Phase
+from facefast.runtime import Runtime
+
+
+def freeze_stages(model: FaceModel, trainable: tuple[str, ...]) -> None:
+    """Leaves only the named stages learning; "all" is every stage.
+
+    Raises:
+        ValueError: a name that the model does not have.
+    """
+    stages = model.stages()
+    unknown = [name for name in trainable if name != "all" and name not in stages]
+    if unknown:
+        raise ValueError(
+            f"trainable names {', '.join(unknown)}, which {model.config.backbone} does not have; "
+            f"its stages are: all, {', '.join(stages)}"
+        )
+    for name, modules in stages.items():
+        learns = "all" in trainable or name in trainable
+        for module in modules:
+            module.requires_grad_(learns)
+
+
+def freeze_batchnorm(model: nn.Module, *, everywhere: bool) -> None:
+    """Keeps BatchNorm's statistics: everywhere, or only in layers whose own parameters do not learn."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and (everywhere or not _learns(module)):
+            module.eval()
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+def parameter_groups(model: FaceModel, phase: Phase) -> list[dict[str, Any]]:
+    """Groups for the optimiser, each with `lr`, `peak_lr` and `weight_decay`.
+
+    The head learns at `lr * head_lr`; a stage k steps away from the head at `lr * layer_decay**k`. Weight decay leaves
+    out everything one-dimensional: biases and normalisation layers.
+
+    Raises:
+        ValueError: nothing is left to learn.
+    """
+    groups = []
+    stages = list(model.stages().items())
+    for depth, (name, modules) in enumerate(reversed(stages)):
+        rate = phase.lr * (phase.head_lr if name == "head" else phase.layer_decay**depth)
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        for decayed in (True, False):
+            chosen = [p for p in parameters if (p.ndim > 1) == decayed]
+            if chosen:
+                decay = phase.weight_decay if decayed else 0.0
+                groups.append({"params": chosen, "lr": rate, "peak_lr": rate, "weight_decay": decay})
+    if not groups:
+        raise ValueError(f"phase {phase.name}: trainable {', '.join(phase.trainable)} leaves nothing to learn")
+    return groups
+
+
+def caches_features(phase: Phase) -> bool:
+    """Whether the backbone sees the same pictures in the same state every epoch, so that once is enough."""
+    return phase.trainable == ("head",) and not phase.augment.active
+
+
+def class_means(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """[C, D] unit vectors: the normalised mean of each class's normalised embeddings.
+
+    Args:
+        embeddings: [N, D].
+        labels: [N] int64; rows with a negative label do not count.
+
+    Raises:
+        ValueError: a class without a single picture.
+    """
+    known = labels >= 0
+    unit = nn.functional.normalize(embeddings[known].float(), dim=1)
+    counts = torch.bincount(labels[known], minlength=num_classes)
+    if bool((counts == 0).any()):
+        empty = int((counts == 0).sum())
+        raise ValueError(f"{empty} of {num_classes} classes have no readable picture; a class mean needs one")
+    sums = torch.zeros(num_classes, unit.shape[1]).index_add_(0, labels[known], unit)
+    return nn.functional.normalize(sums, dim=1)
+
+
+def advice(counts: Tensor, phase: Phase) -> Iterator[str]:
+    """Warnings a careful colleague would give about a label distribution, [C] pictures per class."""
+    scarce = int((counts <= 2).sum())
+    if scarce:
+        yield f"{scarce} of {len(counts)} identities have one or two pictures: their accuracy says little"
+    if len(counts) and int(counts.max()) > 20 * int(counts.clamp(min=1).min()):
+        yield (
+            f"the largest identity has {int(counts.max())} pictures, the smallest {int(counts.min())}: "
+            f"consider --phases.{phase.name}.sampler balanced"
+        )
+
+
+class CachedLoader:
+    """A `Loader` whose pictures were replaced by the frozen backbone's embeddings, computed once."""
+
+    wait_seconds = 0.0
+
+    def __init__(
+        self, embeddings: Tensor, labels: NDArray[np.int32], sampler: Sampler, run: Runtime
+    ) -> None:
+        self.sampler = sampler
+        self._run = run
+        self._embeddings = embeddings.to(run.device)  # [N, D] by row of the training index
+        self._labels = torch.from_numpy(labels).long().to(run.device)
+        self._epoch = self._start_step = 0
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Where the next iteration starts."""
+        self._epoch, self._start_step = epoch, start_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        world = self._run.world
+        for step in range(self._start_step, self.sampler.steps_per_epoch):
+            local = self.sampler.local(self._epoch, step, world.rank, world.size)
+            rows = torch.from_numpy(local).to(self._run.device)
+            some = rows.clamp(min=0)
+            labels = self._labels[some].masked_fill(rows < 0, -100)
+            yield Batch(self._embeddings[some], labels, rows)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
