@@ -52,14 +52,10 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         for stem, named in tensors.items():
-            safetensors.torch.save_file(_savable(named), aside / f"{stem}.safetensors")
+            safetensors.torch.save_file(savable(named), aside / f"{stem}.safetensors")
         for stem, value in documents.items():
             files.write_json(aside / f"{stem}.json", value)
-        content = {
-            file.name: {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
-            for file in sorted(aside.iterdir())
-        }
-        files.write_json(aside / "manifest.json", {"format": FORMAT, "step": step, "files": content})
+        write_manifest(aside, step)
         files.replace_folder(aside, path)
         files.replace_link(folder / "last", path.name)
         if best:
@@ -74,7 +70,18 @@ def save(
     return path
 
 
-def _savable(named: dict[str, Tensor]) -> dict[str, Tensor]:
+def write_manifest(folder: Path, step: int) -> None:
+    """manifest.json with size and hash of everything else in a folder."""
+    content = {
+        file.name: {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
+        for file in sorted(folder.iterdir())
+        if file.name != "manifest.json"
+    }
+    files.write_json(folder / "manifest.json", {"format": FORMAT, "step": step, "files": content})
+
+
+def savable(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
 
 

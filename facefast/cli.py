@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -24,7 +25,7 @@ COMMANDS = ("train", "index", "evaluate", "predict", "export")
 class TrainArguments:
     """Flags of `facefast.train` that say where a run lives rather than what it is."""
 
-    recipe: tyro.conf.OmitArgPrefixes[Recipe]
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     out: Path
     """The run folder."""
     resume: str = "auto"

@@ -7,34 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from facefast import checkpoint, cli, metrics, runtime
-from facefast.data import FaceIndex, PairSet, make_loader, read_bin, read_index, read_pairs
+from facefast import checkpoint, cli, files, metrics, runtime
+from facefast.data import FaceIndex, PairSet, make_loader, read_bin, read_lfw
 from facefast.models import FaceModel
-from facefast.recipe import DataConfig, EvalConfig
+from facefast.prepare import Exam, check_budget, divide, read_photographs
+from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe, from_json
 from facefast.runtime import Runtime, decode_threads
 from facefast.step import Precision
-
-
-@dataclass(frozen=True)
-class Exam:
-    """What a model is asked: pictures of known identities to name, and pairs of pictures to verify."""
-
-    test: FaceIndex | None
-    """Labels are the model's classes."""
-    verification: FaceIndex | None
-    pairs: PairSet | None
-    held_out: bool
-    """Whether the verified identities were kept out of training."""
 
 
 def embed_rows(
@@ -143,22 +132,20 @@ def _closed_set(
 ) -> dict[str, float]:
     """The head on [N, D] embeddings, a block at a time so that many classes need no N x C memory."""
     seen = seen & (labels >= 0)
-    ranks, losses = [], 0.0
+    target, found, loss = labels[seen], [], 0.0
     with torch.inference_mode():
-        for block, target in zip(embeddings[seen].split(1024), labels[seen].split(1024), strict=True):
-            logits = model.classify(block.to(device)).float().cpu()  # [b, C]
-            ranks.append((logits > logits.gather(1, target[:, None])).sum(1))
-            losses += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
-    rank = torch.cat(ranks)
-    correct = (rank == 0).double()
-    counts = torch.bincount(labels[seen])
-    per_class = torch.bincount(labels[seen], weights=correct)[counts > 0] / counts[counts > 0]
+        for block, label in zip(embeddings[seen].split(1024), target.split(1024), strict=True):
+            logits = model.classify(block.to(device)).float().cpu() * model.scale  # [b, C]
+            found.append(metrics.label_ranks(logits, label))
+            loss += float(torch.nn.functional.cross_entropy(logits, label, reduction="sum"))
+    ranks = torch.cat(found).numpy()
+    per_class = metrics.per_class_accuracy(ranks, target.numpy(), model.num_classes)
     return {
-        "loss": losses / len(rank),
-        "top1": float(correct.mean()),
-        "top5": float((rank < 5).double().mean()),
-        "per_class": float(per_class.mean()),
-        "test_rows": len(rank),
+        "loss": loss / len(ranks),
+        "top1": metrics.topk_accuracy(ranks),
+        "top5": metrics.topk_accuracy(ranks, 5),
+        "per_class": float(np.nanmean(per_class)),
+        "test_rows": len(ranks),
     }
 
 
@@ -170,14 +157,14 @@ def verification(embeddings: Tensor, seen: Tensor, pairs: PairSet) -> dict[str, 
     """
     left, right = torch.from_numpy(pairs.left), torch.from_numpy(pairs.right)
     whole = seen[left] & seen[right]
-    unit = torch.nn.functional.normalize(embeddings, dim=1)
-    scores = (unit[left] * unit[right]).sum(1)[whole].double().numpy()
+    unit = torch.nn.functional.normalize(embeddings, dim=1).numpy()
+    scores = metrics.pair_scores(unit, pairs.left, pairs.right)[whole.numpy()]
     keep = whole.numpy()
     same, folds = pairs.same[keep], pairs.folds[keep]
     accuracy = metrics.kfold_verification(scores, same, folds)
     at_1e2 = metrics.tar_at_far(scores, same, 1e-2)
     return {
-        "verification_accuracy": accuracy.mean,
+        "verification_accuracy": accuracy.accuracy,
         "verification_std": accuracy.std,
         "tar@1e-2": at_1e2.tar,
         "tar@1e-3": metrics.tar_at_far(scores, same, 1e-3).tar,
@@ -185,3 +172,82 @@ def verification(embeddings: Tensor, seen: Tensor, pairs: PairSet) -> dict[str, 
         "threshold@far1e-2": at_1e2.threshold,
         "pairs": len(scores),
     }
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """`python -m facefast.evaluate`."""
+
+    model: tyro.conf.Positional[Path]
+    """A run folder, a checkpoint folder, an exported package or a source model's weights file."""
+    data: DataConfig = field(default_factory=DataConfig)
+    pairs: Path | None = None
+    """LFW's pairs.txt, for the folder in data.root."""
+    bin: Path | None = None
+    """An InsightFace verification set (.bin)."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    seed: int = 0
+    """Of the random pairs, where no list of pairs is given."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+def find_exam(arguments: EvaluateArguments, model: FaceModel, threads: int) -> Exam:
+    """The pairs asked for, or else what the model's own recipe kept for testing, or else random pairs of everybody.
+
+    Raises:
+        ValueError: no photographs were named, or two sets of pairs.
+    """
+    if arguments.pairs and arguments.bin:
+        raise ValueError("give --pairs or --bin, not both")
+    if arguments.pairs or arguments.bin:
+        if arguments.bin:
+            index, pairs = read_bin(arguments.bin)
+        else:
+            assert arguments.pairs is not None
+            index, pairs = read_lfw(arguments.data.root, arguments.pairs)
+        index = index.scanned(threads=threads, max_pixels=arguments.data.max_pixels)
+        check_budget(index, arguments.data.max_bad_fraction)
+        return Exam(test=None, verification=index, pairs=pairs, held_out=True)
+    if not arguments.data.root:
+        raise ValueError("evaluate needs photographs: --data.root DIR, or --bin SET")
+    recipe = _recipe_of(arguments.model)
+    recipe = dataclasses.replace(recipe, data=arguments.data, eval=arguments.eval, seed=arguments.seed)
+    index = read_photographs(recipe, threads)
+    if set(model.class_names) & set(index.class_names):
+        exam = divide(index, _recipe_of(arguments.model), _recipe_of(arguments.model).phases[-1]).exam
+        if exam.test is not None and exam.test.class_names == model.class_names:
+            return exam
+    everybody = index.select(index.labels >= 0).compact()
+    config = arguments.eval
+    pairs = PairSet.random(everybody, config.pairs, config.folds, arguments.seed)
+    return Exam(test=None, verification=everybody, pairs=pairs, held_out=True)
+
+
+def _recipe_of(model: Path) -> Recipe:
+    """The recipe a model was trained with; a plain one for a source model's weights."""
+    if model.is_dir() and (path := checkpoint.find_model(model) / "recipe.json").exists():
+        return from_json(Recipe, files.read_json(path))
+    return Recipe(phases=(Phase(start="scratch"),))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    with cli.exit_codes() as outcome:
+        given = tyro.cli(EvaluateArguments, args=arguments, prog="facefast.evaluate")
+        with runtime.start() as run:
+            threads = decode_threads(0, run.world)
+            model = checkpoint.load_model(given.model, run.device)
+            precision = Precision.choose(_recipe_of(given.model), run.device)
+            exam = find_exam(given, model, threads)
+            results = evaluate(model, exam, given.eval, run, precision, threads=threads)
+            if run.is_main and given.json:
+                print(json.dumps(results))
+            elif run.is_main:
+                width = max(map(len, results))
+                print(*(f"{name:{width}}  {value:.6g}" for name, value in results.items()), sep="\n")
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,13 +8,23 @@ from pathlib import Path
 import numpy as np
 
 from facefast.data import FaceIndex, PairSet, read_index, synthetic
-from facefast.data.index import FAULTS
-from facefast.evaluate import Exam
+from facefast.data.index import FAULTS, SPLITS
 from facefast.recipe import IndexFacts, Phase, Recipe
 from facefast.runtime import DataError, Runtime, decode_threads
 
-SPLITS = {"train": 0, "val": 1, "test": 2}
 DRAWN_ROOT = Path("data/drawn-faces")
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What a model is asked: pictures of known identities to name, and pairs of pictures to verify."""
+
+    test: FaceIndex | None
+    """Labels are the model's classes."""
+    verification: FaceIndex | None
+    pairs: PairSet | None
+    held_out: bool
+    """Whether the verified identities were kept out of training."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ def prepare(recipe: Recipe, folder: Path, run: Runtime) -> tuple[Stage, ...]:
         index.save(saved)
     run.barrier()
     index = FaceIndex.load(saved)
-    return tuple(_divide(index, recipe, phase) for phase in recipe.phases)
+    return tuple(divide(index, recipe, phase) for phase in recipe.phases)
 
 
 def read_photographs(recipe: Recipe, threads: int) -> FaceIndex:
@@ -56,7 +66,7 @@ def read_photographs(recipe: Recipe, threads: int) -> FaceIndex:
         threads=threads, max_pixels=recipe.data.max_pixels
     )
     check_budget(index, recipe.data.max_bad_fraction)
-    return index.select(index.faults == 0)
+    return index.sound()
 
 
 def check_budget(index: FaceIndex, max_bad_fraction: float) -> None:
@@ -75,7 +85,12 @@ def check_budget(index: FaceIndex, max_bad_fraction: float) -> None:
     )
 
 
-def _divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> Stage:
+def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> Stage:
+    """Splits a scanned index as one phase wants it.
+
+    Raises:
+        ValueError: a split without identities, or identities both trained on and kept for verification.
+    """
     people = _part(index, phase.split)
     verification, held_out = None, True
     if recipe.eval.split != "none":
@@ -109,7 +124,7 @@ def _part(index: FaceIndex, split: str) -> FaceIndex:
     """Rows with an identity, of one part of the data set's own partition."""
     known = index.labels >= 0
     if split != "all":
-        known &= index.splits == SPLITS[split]
+        known &= index.splits == SPLITS.index(split)
     if not known.any():
         raise ValueError(f"{index.root} has no identities in split {split!r}; use --phases.K.split all")
     return index.select(known).compact()

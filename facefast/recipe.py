@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -46,23 +46,30 @@ class ImageSpec:
         assert self.size > 0, "the image size is not settled yet"
         return self.size, self.width or self.size
 
-    def settled(self, contract: ImageSpec | None) -> ImageSpec:
-        """This specification with what was left open taken from the source model's `contract`.
+    def settled(
+        self, contract: ImageSpec | None = None, fixed: Collection[str] = frozenset()
+    ) -> ImageSpec:
+        """This specification with what was left open taken from a source model.
+
+        Args:
+            contract: the pictures that the source model was trained on.
+            fixed: fields of it that the weights depend on.
 
         Raises:
-            ValueError: a value typed by the user contradicts the contract.
+            ValueError: a value typed by the user contradicts a fixed one.
         """
         if contract is None:
             return dataclasses.replace(self, size=self.size or 112)
-        default = ImageSpec()
+        default, values = ImageSpec(), {}
         for f in dataclasses.fields(self):
             typed, theirs = getattr(self, f.name), getattr(contract, f.name)
-            if typed != getattr(default, f.name) and typed != theirs:
+            values[f.name] = theirs if typed == getattr(default, f.name) else typed
+            if values[f.name] != theirs and f.name in fixed:
                 raise ValueError(
                     f"image.{f.name} is {typed}, but the source model was trained with {theirs}; "
                     f"leave image.{f.name} out, or choose another model.source"
                 )
-        return contract
+        return ImageSpec(**values)
 
 
 @dataclass(frozen=True)

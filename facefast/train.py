@@ -27,7 +27,7 @@ from facefast.transfer import CachedLoader, advice, caches_features, class_means
 
 def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     """Runs a recipe in a run folder, from its start or from where it was stopped; returns the exit code."""
-    source = None if recipe.model.source == "none" else load_source(recipe.model.source)
+    source = find_source(recipe)
     stages = prepare(recipe, folder, run)  #                         files -> index -> splits and exams
     recipe = settle(recipe, source, stages)
     plan = resolve(recipe, tuple(stage.facts() for stage in stages), run.world.size)
@@ -37,7 +37,7 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
 
     for number in range(state.phase, len(stages)):
         stage = stages[number]
-        begin(state, number, stage, source, saved, log)
+        begin(folder, state, number, stage, source, saved, log)
         saved = None
         with open_loader(state, stage) as loader:  #                 sampler -> rows -> augment -> dali -> Batch
             for batches, num_rows in updates(state, loader):
@@ -66,21 +66,22 @@ def open_folder(folder: Path, run: Runtime) -> None:
         raise StorageError(f"cannot write the run folder {folder}: {error}; choose another --out") from error
 
 
+def find_source(recipe: Recipe) -> Source | None:
+    """The source model's weights, read before anything slow happens."""
+    if recipe.model.source == "none":
+        return None
+    return load_source(recipe.model.source, recipe.model.backbone)
+
+
 def settle(recipe: Recipe, source: Source | None, stages: tuple[Stage, ...]) -> Recipe:
     """The recipe with everything that was left to the source model or to the photographs written down."""
-    contract = source.image if source else None
-    image = recipe.image.settled(contract)
+    image = recipe.image.settled(source.image, source.fixed) if source else recipe.image.settled()
     if image.template == "auto":
         has_landmarks = all(stage.train.landmarks is not None for stage in stages)
         image = dataclasses.replace(image, template="arcface" if has_landmarks else "none")
     backbone = recipe.model.backbone
-    if source and backbone not in ("auto", source.backbone):
-        raise ValueError(
-            f"model.backbone is {backbone}, but {recipe.model.source} holds a {source.backbone}; "
-            "leave model.backbone out, or choose another model.source"
-        )
     if backbone == "auto":
-        backbone = source.backbone if source else "mobilefacenet"
+        backbone = source.backbone if source and source.backbone else "mobilefacenet"
     embedding = recipe.model.embedding or (source.embedding if source else 0)
     model = dataclasses.replace(recipe.model, backbone=backbone, embedding=embedding)
     return dataclasses.replace(recipe, image=image, model=model)
@@ -135,47 +136,63 @@ def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
 
 
 def begin(
-    state: TrainState, number: int, stage: Stage, source: Source | None, saved: Path | None, log: RunLog
+    folder: Path,
+    state: TrainState,
+    number: int,
+    stage: Stage,
+    source: Source | None,
+    saved: Path | None,
+    log: RunLog,
 ) -> None:
-    """Enters a phase: its weights, its head, its optimiser; then what a checkpoint knows better."""
+    """Enters a phase: its weights, its head, its optimiser; or all of them as a checkpoint has them."""
     phase, plan = state.recipe.phases[number], state.plan.phases[number]
     log.say(
         f"phase {phase.name}: {plan.num_rows} pictures of {plan.num_classes} identities, {plan.steps} steps "
-        f"of {phase.batch_size}, starts from {'a checkpoint' if saved else phase.start}"
+        f"of {phase.batch_size}, {'goes on' if saved else 'starts from ' + phase.start}"
     )
-    for warning in advice(torch.bincount(torch.from_numpy(stage.train.labels).long()), phase):
+    for warning in advice(torch.from_numpy(stage.train.labels).long().bincount(), phase):
         log.say(f"note: {warning}")
-    model = starting_model(state, number, stage, None if saved else source)
-    model = model.to(state.run.device)
+    model = starting_model(state, number, stage, source)
+    if saved:
+        model.load_state_dict(checkpoint.read_tensors(saved, "model"))
+    model.to(state.run.device)
     if state.precision.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)
+    wants_means = phase.head_start == "class_mean" and not saved
     embeddings = None
-    if caches_features(phase) or (phase.head_start == "class_mean" and not saved):
-        if saved:
-            model.load_state_dict(checkpoint.read_tensors(saved, "model"))
+    if wants_means or caches_features(phase):
         embeddings, seen = embed_training_rows(state, model, stage)
-        if not saved and phase.head_start == "class_mean":
+        if wants_means and model.head is not None:
             labels = torch.from_numpy(stage.train.labels).long().where(seen, -1)
-            model.set_class_weights(class_means(embeddings, labels, plan.num_classes))
+            means = class_means(embeddings, labels, plan.num_classes)
+            model.head.start_from(means, float(embeddings[seen].norm(dim=1).mean()))
     state.enter(number, model, embeddings if caches_features(phase) else None)
     if saved:
         state.load(saved)
-    else:
-        examine(state, stage, log)
+    elif wants_means and examine(state, stage, log):  # what there is before any training, the floor to beat
+        save(folder, state, improved=True)
 
 
-def starting_model(state: TrainState, number: int, stage: Stage, source: Source | None) -> FaceModel:
-    """Random weights, then in this order: the phase before, or the source model. A checkpoint is loaded over it later."""
+def starting_model(
+    state: TrainState, number: int, stage: Stage, source: Source | None
+) -> FaceModel:
+    """Random weights, with the source model's or those of the phase before copied over them."""
     recipe, phase = state.recipe, state.recipe.phases[number]
-    with torch.random.fork_rng(devices=[]):
+    config = recipe.model if phase.start == "source" else dataclasses.replace(recipe.model, source="none")
+    with torch.random.fork_rng():
         torch.manual_seed(recipe.seed + 1000 * number)
         model = build_model(
-            recipe.model, state.plan.phases[number].num_classes, recipe.image, stage.train.class_names
+            config,
+            state.plan.phases[number].num_classes,
+            recipe.image,
+            stage.train.class_names,
+            source if phase.start == "source" else None,
         )
+    model.scale = phase.loss.scale
     if phase.start == "previous" and number > state.phase:
-        model.take_backbone(state.evaluated)
-    if phase.start == "source" and source:
-        source.apply(model)
+        weights = state.evaluated.state_dict()
+        kept = {name: value for name, value in weights.items() if not name.startswith("head.")}
+        model.load_state_dict(kept, strict=False)
     return model
 
 

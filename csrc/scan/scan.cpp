@@ -1,0 +1,396 @@
+// facefast._scan: reads pictures from files or ranges of files with threads of its own, the GIL
+// released, and says what `inspect` finds. The index scans with it, the loader reads with it.
+#include <fcntl.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <sched.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "hash.h"
+#include "picture.h"
+
+namespace py = pybind11;
+
+namespace facefast {
+namespace {
+
+// An encoded picture above this is refused unread; 64 megapixels of 16-bit RGBA are half of it.
+constexpr int64_t kMaxBytes = int64_t{1} << 30;
+// A file above this is sniffed first, so that a film with a picture's name is not read whole.
+constexpr int64_t kSniffAbove = int64_t{1} << 20;
+
+int usable_cores() {
+  cpu_set_t set;
+  return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
+}
+
+// Threads that are joined on every way out.
+class Team {
+ public:
+  template <class Work>
+  Team(int count, const Work& work) {
+    for (int i = 0; i < count; ++i) threads_.emplace_back(work);
+  }
+  Team(Team&&) = delete;
+  ~Team() {
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+ private:
+  std::vector<std::thread> threads_;
+};
+
+// One thread's way to the bytes of a row: `open`, then `read`. A container of many pictures stays
+// open from row to row; everything else is opened once and closed.
+class Source {
+ public:
+  explicit Source(int folder) : folder_(folder) {}
+  Source(Source&&) = delete;
+  ~Source() { close(); }
+
+  // Sets `size()` to the picture's bytes. `offset` and `length` are -1 for a whole file.
+  Fault open(const std::string& path, int64_t offset, int64_t length) {
+    size_ = 0;
+    if (file_ < 0 || offset < 0 || path != path_) {
+      const Fault fault = open_file(path);
+      if (fault != Fault::kNone) return fault;
+    }
+    offset_ = std::max<int64_t>(offset, 0);
+    if (offset_ > file_size_) return Fault::kOutsideFile;
+    const int64_t size = length < 0 ? file_size_ - offset_ : length;
+    if (size > file_size_ - offset_) return Fault::kOutsideFile;
+    if (size > kMaxBytes) return Fault::kTooManyBytes;
+    if (size > kSniffAbove) {
+      uint8_t head[kSniffBytes];
+      if (pread(file_, head, kSniffBytes, offset_) != static_cast<ssize_t>(kSniffBytes)) {
+        return Fault::kUnreadable;
+      }
+      const Picture picture = inspect(head, kSniffBytes, 0);
+      if (picture.kind == Kind::kUnknown) return picture.fault;
+    }
+    size_ = size;
+    return Fault::kNone;
+  }
+
+  int64_t size() const { return size_; }
+
+  // Fills `to` with `size()` bytes; a file that has shrunk since `open` makes `size()` smaller.
+  Fault read(uint8_t* to) {
+    int64_t done = 0;
+    while (done < size_) {
+      const ssize_t count = pread(file_, to + done, size_ - done, offset_ + done);
+      if (count < 0 && errno == EINTR) continue;
+      if (count < 0) return Fault::kUnreadable;
+      if (count == 0) break;
+      done += count;
+    }
+    size_ = done;
+    return Fault::kNone;
+  }
+
+ private:
+  Fault open_file(const std::string& path) {
+    close();
+    // O_NONBLOCK: a pipe with a picture's name must not hold the thread for ever.
+    file_ = openat(folder_, path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (file_ < 0) {
+      const bool missing = errno == ENOENT || errno == ENOTDIR || errno == ELOOP;
+      if (missing) return Fault::kMissing;
+      return errno == ENXIO ? Fault::kNotAFile : Fault::kUnreadable;  // ENXIO: a socket
+    }
+    struct stat status;
+    if (fstat(file_, &status) != 0) return fail(Fault::kUnreadable);
+    if (!S_ISREG(status.st_mode)) return fail(Fault::kNotAFile);
+    file_size_ = status.st_size;
+    path_ = path;
+    return Fault::kNone;
+  }
+
+  Fault fail(Fault fault) {
+    close();
+    return fault;
+  }
+
+  void close() {
+    if (file_ >= 0) ::close(file_);
+    file_ = -1;
+  }
+
+  const int folder_;
+  int file_ = -1;
+  int64_t file_size_ = 0, offset_ = 0, size_ = 0;
+  std::string path_;
+};
+
+// The columns that say where each picture is: numpy bytes (S) and two int64.
+class Rows {
+ public:
+  Rows(const py::object& paths, const py::object& offsets, const py::object& lengths)
+      : paths_(py::array::ensure(paths)), offsets_(column(offsets)), lengths_(column(lengths)) {
+    if (!paths_) throw py::error_already_set();
+    count_ = paths_.ndim() == 1 ? paths_.shape(0) : -1;
+    if (count_ < 0 || (count_ > 0 && paths_.dtype().kind() != 'S')) {
+      throw std::invalid_argument("paths must be one column of bytes");
+    }
+    if (offsets_.ndim() != 1 || offsets_.size() != count_ || lengths_.ndim() != 1 ||
+        lengths_.size() != count_) {
+      throw std::invalid_argument(
+          "paths, offsets and lengths must be columns of one length; they have " +
+          std::to_string(count_) + ", " + std::to_string(offsets_.size()) + " and " +
+          std::to_string(lengths_.size()) + " rows");
+    }
+    bytes_ = static_cast<const char*>(paths_.data());
+    stride_ = count_ > 0 ? paths_.strides(0) : 0;
+    width_ = paths_.itemsize();
+  }
+
+  int64_t count() const { return count_; }
+  void path(int64_t row, std::string& to) const {
+    const char* const text = bytes_ + row * stride_;
+    to.assign(text, strnlen(text, width_));
+  }
+  int64_t offset(int64_t row) const { return offsets_.data()[row]; }
+  int64_t length(int64_t row) const { return lengths_.data()[row]; }
+
+ private:
+  using Column = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+  static Column column(const py::object& values) {
+    Column array = Column::ensure(values);
+    if (!array) throw py::error_already_set();
+    return array;
+  }
+
+  py::array paths_;
+  Column offsets_, lengths_;
+  int64_t count_ = 0;
+  const char* bytes_ = nullptr;
+  int64_t stride_ = 0;
+  size_t width_ = 0;
+};
+
+template <class T>
+T* writable(py::dict& columns, const char* name, int64_t rows, int64_t width = 0) {
+  const auto shape = width ? std::vector<py::ssize_t>{rows, width} : std::vector<py::ssize_t>{rows};
+  py::array_t<T> column(shape);
+  columns[name] = column;
+  return column.mutable_data();
+}
+
+py::dict scan_rows(const py::bytes& root, const py::object& paths, const py::object& offsets,
+                   const py::object& lengths, int threads, uint64_t max_pixels,
+                   const py::object& progress) {
+  const Rows rows(paths, offsets, lengths);
+  const int64_t count = rows.count();
+  py::dict columns;
+  auto* const fault = writable<uint8_t>(columns, "fault", count);
+  auto* const kind = writable<uint8_t>(columns, "kind", count);
+  auto* const orientation = writable<uint8_t>(columns, "orientation", count);
+  auto* const width = writable<int32_t>(columns, "width", count);
+  auto* const height = writable<int32_t>(columns, "height", count);
+  auto* const size = writable<int64_t>(columns, "size", count);
+  auto* const hash = writable<uint64_t>(columns, "hash", count, 2);
+
+  const std::string folder(root);
+  const int folder_fd = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (folder_fd < 0) {
+    PyErr_SetFromErrnoWithFilename(PyExc_OSError, folder.c_str());
+    throw py::error_already_set();
+  }
+  const std::shared_ptr<void> close_folder(nullptr, [folder_fd](void*) { ::close(folder_fd); });
+
+  constexpr int64_t kGrain = 32;  // rows taken at a time: neighbours share a container
+  std::atomic<int64_t> next{0}, done{0};
+  std::mutex mutex;
+  std::condition_variable finished;
+  const auto work = [&] {
+    Source source(folder_fd);
+    std::string path;
+    std::vector<uint8_t> buffer;
+    const auto look = [&](int64_t row) {
+      Picture picture;
+      rows.path(row, path);
+      picture.fault = source.open(path, rows.offset(row), rows.length(row));
+      size[row] = source.size();
+      hash[2 * row] = hash[2 * row + 1] = 0;
+      if (picture.fault == Fault::kNone) {
+        if (buffer.size() < static_cast<size_t>(source.size())) buffer.resize(source.size());
+        picture.fault = source.read(buffer.data());
+      }
+      if (picture.fault == Fault::kNone) {
+        picture = inspect(buffer.data(), source.size(), max_pixels);
+      }
+      if (picture.fault == Fault::kNone) {
+        const Hash128 content = murmur3(buffer.data(), source.size());
+        hash[2 * row] = content.low, hash[2 * row + 1] = content.high;
+      }
+      return picture;
+    };
+    for (int64_t begin; (begin = next.fetch_add(kGrain)) < count;) {
+      const int64_t end = std::min(begin + kGrain, count);
+      for (int64_t row = begin; row < end; ++row) {
+        Picture picture;
+        try {
+          picture = look(row);
+        } catch (const std::bad_alloc&) {
+          picture.fault = Fault::kTooManyBytes;
+        }
+        fault[row] = static_cast<uint8_t>(picture.fault);
+        kind[row] = static_cast<uint8_t>(picture.kind);
+        orientation[row] = picture.orientation;
+        width[row] = picture.width, height[row] = picture.height;
+      }
+      if (done.fetch_add(end - begin) + end - begin == count) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        finished.notify_all();
+      }
+    }
+  };
+  {
+    const py::gil_scoped_release release;
+    const int wanted = threads > 0 ? threads : usable_cores();
+    const Team team(std::min<int64_t>(wanted, (count + kGrain - 1) / kGrain), work);
+    std::unique_lock<std::mutex> lock(mutex);
+    for (bool last = false; !last;) {
+      last = finished.wait_for(lock, std::chrono::milliseconds(100), [&] { return done == count; });
+      const py::gil_scoped_acquire acquire;
+      try {
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        if (!progress.is_none()) progress(done.load());
+      } catch (...) {
+        next = count;  // the team stops after the rows in hand
+        throw;
+      }
+    }
+  }
+  return columns;
+}
+
+// The picture of one row, held by numpy once it is handed over.
+struct Loaded {
+  std::unique_ptr<uint8_t[]> bytes;
+  int64_t size = 0;
+  Picture picture;
+};
+
+py::tuple read_rows(const py::object& paths, const py::object& offsets, const py::object& lengths,
+                    int threads, uint64_t max_pixels) {
+  const Rows rows(paths, offsets, lengths);
+  const int64_t count = rows.count();
+  std::vector<Loaded> batch(count);
+  {
+    const py::gil_scoped_release release;
+    std::atomic<int64_t> next{0};
+    const auto work = [&] {
+      Source source(AT_FDCWD);
+      std::string path;
+      for (int64_t row; (row = next.fetch_add(1)) < count;) {
+        Loaded& loaded = batch[row];
+        Fault fault;
+        try {
+          rows.path(row, path);
+          fault = source.open(path, rows.offset(row), rows.length(row));
+          if (fault == Fault::kNone) {
+            loaded.bytes.reset(new uint8_t[source.size()]);  // not cleared: read fills it
+            fault = source.read(loaded.bytes.get());
+          }
+        } catch (const std::bad_alloc&) {
+          fault = Fault::kTooManyBytes;
+        }
+        loaded.size = source.size();
+        loaded.picture.fault = fault;
+        if (fault == Fault::kNone) {
+          loaded.picture = inspect(loaded.bytes.get(), loaded.size, max_pixels);
+        }
+      }
+    };
+    // Starting a thread costs as much as reading two or three pictures.
+    constexpr int64_t kWorthAThread = 16;
+    const int wanted = threads > 0 ? threads : usable_cores();
+    const Team team(std::min<int64_t>(wanted - 1, count / kWorthAThread), work);
+    work();
+  }
+
+  py::list data(count);
+  py::dict columns;
+  auto* const fault = writable<uint8_t>(columns, "fault", count);
+  auto* const width = writable<int32_t>(columns, "width", count);
+  auto* const height = writable<int32_t>(columns, "height", count);
+  auto* const orientation = writable<uint8_t>(columns, "orientation", count);
+  for (int64_t row = 0; row < count; ++row) {
+    Loaded& loaded = batch[row];
+    fault[row] = static_cast<uint8_t>(loaded.picture.fault);
+    width[row] = loaded.picture.width, height[row] = loaded.picture.height;
+    orientation[row] = loaded.picture.orientation;
+    if (loaded.picture.fault != Fault::kNone) {
+      data[row] = py::array_t<uint8_t>(0);
+      continue;
+    }
+    uint8_t* const bytes = loaded.bytes.release();
+    const py::capsule owner(bytes, [](void* p) { delete[] static_cast<uint8_t*>(p); });
+    data[row] = py::array_t<uint8_t>(loaded.size, bytes, owner);
+  }
+  return py::make_tuple(data, columns["fault"], columns["width"], columns["height"],
+                        columns["orientation"]);
+}
+
+template <size_t N>
+py::tuple names(const char* const (&values)[N]) {
+  py::tuple result(N);
+  for (size_t i = 0; i < N; ++i) result[i] = py::str(values[i]);
+  return result;
+}
+
+}  // namespace
+}  // namespace facefast
+
+PYBIND11_MODULE(_scan, module) {
+  using namespace facefast;
+  module.doc() = "Reads pictures in parallel and says which of them a decoder would fail on.";
+  module.attr("FAULTS") = names(kFaultNames);
+  module.attr("KINDS") = names(kKindNames);
+  module.def("scan", &scan_rows, py::arg("root"), py::arg("paths"), py::arg("offsets"),
+             py::arg("lengths"), py::arg("threads"), py::arg("max_pixels"),
+             py::arg("progress") = py::none(),
+             "Inspects N pictures below `root` and returns columns: fault, kind, orientation uint8 "
+             "[N], width, height int32 [N], size int64 [N], hash uint64 [N, 2] (0 where there is a "
+             "fault). `progress` is called with the rows done so far, ten times a second.");
+  module.def("read", &read_rows, py::arg("paths"), py::arg("offsets"), py::arg("lengths"),
+             py::arg("threads"), py::arg("max_pixels"),
+             "Reads B pictures at absolute paths and returns (data, fault, width, height, "
+             "orientation): a list of uint8 arrays, empty where fault is not 0, and columns [B].");
+  module.def(
+      "inspect",
+      [](const py::bytes& data, uint64_t max_pixels) {
+        const std::string_view bytes = data;
+        const Picture p =
+            inspect(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), max_pixels);
+        return py::make_tuple(static_cast<int>(p.fault), static_cast<int>(p.kind), p.width,
+                              p.height, p.orientation);
+      },
+      py::arg("data"), py::arg("max_pixels"),
+      "(fault, kind, width, height, orientation) of one picture in memory.");
+  module.def(
+      "content_hash",
+      [](const py::bytes& data, uint32_t seed) {
+        const std::string_view bytes = data;
+        const Hash128 hash =
+            murmur3(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), seed);
+        return py::make_tuple(hash.low, hash.high);
+      },
+      py::arg("data"), py::arg("seed") = 0, "MurmurHash3 x64 128 as two 64-bit numbers.");
+}

@@ -1,0 +1,131 @@
+"""Photographs in, batches out: what is on disk, who comes next, and the loader that brings them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from facefast.data.afad import read_afad, recognises_afad
+from facefast.data.celeba import read_celeba, recognises_celeba
+from facefast.data.folder import read_folder, recognises_folder
+from facefast.data.index import FAULTS, MAX_PIXELS, FaceIndex, PairSet
+from facefast.data.lfw import read_lfw, read_pairs, recognises_lfw
+from facefast.data.loader import Batch, Loader, make_loader
+from facefast.data.recordio import read_bin, read_recordio, recognises_recordio
+from facefast.data.sampler import Sampler, make_sampler
+from facefast.data.webdataset import read_webdataset, recognises_webdataset
+
+__all__ = [
+    "FAULTS",
+    "READERS",
+    "Batch",
+    "FaceIndex",
+    "Loader",
+    "PairSet",
+    "Sampler",
+    "make_loader",
+    "make_sampler",
+    "read_bin",
+    "read_index",
+    "read_lfw",
+    "read_pairs",
+]
+
+READERS: dict[str, Callable[[str | os.PathLike[str]], FaceIndex]] = {
+    "celeba": read_celeba,
+    "synthetic": read_celeba,  # drawn faces are written in CelebA's layout
+    "recordio": read_recordio,
+    "webdataset": read_webdataset,
+    "lfw": lambda root: read_lfw(root)[0],
+    "afad": read_afad,
+    "folder": read_folder,
+}
+"""Readers by format."""
+
+_SIGNS: dict[str, Callable[[Path], bool]] = {
+    "celeba": recognises_celeba,
+    "recordio": recognises_recordio,
+    "webdataset": recognises_webdataset,
+    "lfw": recognises_lfw,
+    "afad": recognises_afad,
+    "folder": recognises_folder,
+}
+"""How a format is recognised, in the order of asking: folder takes nearly anything."""
+
+
+def read_index(
+    root: str | os.PathLike[str],
+    format: str = "auto",
+    cache: str | os.PathLike[str] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> FaceIndex:
+    """The pictures below `root` and all that its files say about them.
+
+    Args:
+        root: folder of a data set, a single .rec or .tar, or an index saved as .npz.
+        format: a key of `READERS`; auto recognises it.
+        cache: with it the index comes back scanned, and the scan is kept in this .npz file until a
+            name, a size, a time of change or a list of the data set differs.
+        max_pixels: limit of that scan.
+
+    Raises:
+        ValueError: there is nothing at `root`, its format is not known, or a reader finds a fault.
+    """
+    place = Path(root)
+    if not place.exists():
+        raise ValueError(f"{place} does not exist; give the folder that holds the photographs")
+    if place.suffix == ".npz":
+        return FaceIndex.load(place)
+    index = READERS[_format(place, format)](place)
+    if cache is None:
+        return index
+    state = f"{_state_on_disk(index)} {max_pixels}"
+    if _state_of_cache(cache) == state:
+        return dataclasses.replace(FaceIndex.load(cache), root=index.root)
+    index = index.scanned(max_pixels=max_pixels)
+    index.save(cache, state=state)
+    return index
+
+
+def _format(root: Path, format: str) -> str:
+    if format in READERS:
+        return format
+    if format != "auto":
+        raise ValueError(f"data format {format!r} is not known; use auto, {', '.join(READERS)}")
+    if not root.is_dir() and root.suffix not in (".rec", ".tar"):
+        raise ValueError(f"{root} is neither a folder nor a .rec, .tar or .npz file")
+    for name, recognises in _SIGNS.items():
+        if recognises(root):
+            return name
+    found = ", ".join(sorted(os.listdir(root))[:5]) or "nothing"
+    raise ValueError(
+        f"the layout of {root} is not recognised (it holds {found}); "
+        f"name it with --data.format, one of {', '.join(READERS)}"
+    )
+
+
+def _state_on_disk(index: FaceIndex) -> str:
+    """Digest of the index as read and of the size and time of change of each of its files."""
+    digest = hashlib.blake2b(index.fingerprint().encode(), digest_size=16)
+    root = os.fsencode(index.root)
+    for path in np.unique(index.paths).tolist():
+        try:
+            status = os.stat(os.path.join(root, path))
+            digest.update(b"%d %d " % (status.st_size, status.st_mtime_ns))
+        except OSError:
+            digest.update(b"missing ")
+    return digest.hexdigest()
+
+
+def _state_of_cache(cache: str | os.PathLike[str]) -> str | None:
+    try:
+        with np.load(cache, allow_pickle=False) as stored:
+            return str(stored["state"])
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return None

@@ -1,0 +1,521 @@
+"""Batches of pictures for the model: sampler -> rows -> augment -> dali -> `Batch`, with every bad file named.
+
+`train` and `evaluate` iterate a `Loader`. Reading and drawing go on in one thread, a few batches ahead, and decoding in
+DALI's; the caller's thread only hands batches over.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, NamedTuple, Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from facefast import _scan
+from facefast.data import oracle
+from facefast.data.augment import Draw, draw
+from facefast.data.dali import Encoded, build_pipeline, decode_probe
+from facefast.data.index import FAULTS, MAX_PIXELS, FaceIndex
+from facefast.data.sampler import EpochSampler, Rows, Sampler
+from facefast.recipe import AugmentSpec, ImageSpec
+
+IGNORED_LABEL = -100
+AHEAD = 4
+"""Batches that are read before the decoder asks for them."""
+PREFETCH = 2
+"""Batches that are decoded before the caller asks for them."""
+FEWEST_BAD = 10
+"""Bad pictures below this number pass any budget but 0: one in a small set must not end a run."""
+
+
+class Batch(NamedTuple):
+    """What one step sees; everything else about a picture is a gather from the index by row.
+
+    images: [B, 3, H, W] on the device, normalised. The picture of a slot whose row is -1 is another one of the batch,
+        so that BatchNorm never sees a blank.
+    labels: int64 [B], -100 where the row is -1 or has no identity.
+    rows: int64 [B], -1 where the batch is padded or the file unreadable.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+class BadDataError(ValueError):
+    """More pictures cannot be read than the run tolerates.
+
+    Attributes:
+        bad: absolute path -> reason, of every bad picture found so far.
+    """
+
+    def __init__(self, message: str, bad: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.bad = dict(bad)
+
+
+class Decoder(Protocol):
+    """What turns encoded pictures into images: DALI, or the oracle with the same interface."""
+
+    def run(self) -> Tensor:
+        """The next images, [B, 3, H, W]; RuntimeError where a picture cannot be decoded."""
+
+    def reset(self) -> None:
+        """Starts again after StopIteration."""
+
+    def close(self) -> None:
+        """Ends its threads."""
+
+
+@dataclass
+class _Work:
+    """One batch on its way: what was asked for, what was read, and what stands in for what is missing."""
+
+    asked: Rows  # [B], -1 where the sampler pads
+    own: Rows  # [B], each slot's place among the pictures read, -1 where it has none
+    rows: Rows  # [n] of the pictures read
+    data: list[NDArray[np.uint8]]
+    numbers: Draw
+    sizes: NDArray[np.int32]  # [n, 2] (width, height), upright
+    bad: dict[int, str]  # row -> reason
+
+    def spoil(self, place: int, reason: str) -> None:
+        """Takes a picture out that the decoder breaks on."""
+        self.bad[int(self.rows[place])] = reason
+        self.own[self.own == place] = -1
+
+    def sound(self) -> Rows:
+        """Places of the pictures that no decoder has broken on yet."""
+        return np.flatnonzero([int(row) not in self.bad for row in self.rows])
+
+    def valid_rows(self) -> Rows:
+        """[B], -1 where a slot has no picture of its own."""
+        return np.where(self.own >= 0, self.asked, -1)
+
+    def encoded(self) -> Encoded:
+        """The batch as the decoder takes it, with empty slots filled in turn by the sound pictures."""
+        sound = self.own[self.own >= 0]
+        if not sound.size:  # pictures that were read for filling only
+            sound = self.sound()
+        if not sound.size:
+            return _blank(len(self.asked))
+        places, empty = self.own.copy(), np.flatnonzero(self.own < 0)
+        places[empty] = np.resize(sound, len(empty))
+        return Encoded([self.data[place] for place in places], self.numbers.take(places), self.sizes[places])
+
+
+# What a batch without any sound picture is made of: 8 x 8 grey pixels.
+_BLANK_SIZE = 8
+_BLANK = np.frombuffer(b"P6 8 8 255\n" + b"\x80" * (3 * _BLANK_SIZE * _BLANK_SIZE), np.uint8)
+
+
+def _blank(number: int) -> Encoded:
+    """A batch without any sound picture: all zeros, the mean colour, after normalisation."""
+    numbers = Draw(
+        np.zeros((number, 2, 3), np.float32), np.zeros((number, 3, 4), np.float32), np.zeros((number, 4), np.int32)
+    )
+    return Encoded([_BLANK] * number, numbers, np.full((number, 2), _BLANK_SIZE, np.int32))
+
+
+class Loader:
+    """Batches of one rank over one epoch; `set_epoch` goes on with another one. Made by `make_loader`.
+
+    A file that cannot be read or decoded costs its row: the slot says -1 and carries another picture. It is not read
+    again. Iteration stops with `BadDataError` where more than `max_bad_fraction` of the pictures seen (of an epoch's,
+    while fewer were seen) are bad and these are at least ten, or all; at a fraction of 0 the first one stops it.
+
+    Attributes:
+        sampler: who owns the order.
+        bad: row -> reason, of what was found bad so far.
+        wait_seconds: time that the caller has spent waiting for batches since the loader was made.
+    """
+
+    def __init__(
+        self,
+        index: FaceIndex,
+        image: ImageSpec,
+        sampler: Sampler,
+        augment: AugmentSpec | None,
+        *,
+        seed: int,
+        rank: int,
+        world: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        channels_last: bool,
+        threads: int,
+        decoder: Literal["dali", "oracle"],
+        max_bad_fraction: float,
+        max_pixels: int,
+    ) -> None:
+        self.index = index
+        self.image = image
+        self.sampler = sampler
+        self.bad: dict[int, str] = {}
+        self.wait_seconds = 0.0
+        self._augment = augment
+        self._seed = seed
+        self._rank, self._world = rank, world
+        self._batch_size = sampler.batch_size // world
+        self._device, self._dtype, self._channels_last = device, dtype, channels_last
+        self._threads = threads
+        self._decoder_kind = decoder
+        self._max_bad_fraction = max_bad_fraction
+        self._max_pixels = max_pixels
+        self._prefix = os.path.join(os.fsencode(index.root), b"")
+        self._seen = self._lost = 0
+
+        self._epoch = self._start_step = 0
+        self._cursor = 0  # next step to be read
+        self._turn = 0  # which iteration over the loader is the valid one
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="facefast-loader")
+        self._ahead: deque[Future[_Work]] = deque()
+        self._repeated: deque[_Work] = deque()  # to be decoded again by a new decoder
+        self._under_way: deque[_Work] = deque()  # with the decoder
+        self._closed = False
+        self._decoder: Decoder | None = self._build(self._batch_size, self._feed, PREFETCH)
+
+    def __len__(self) -> int:
+        """Batches from the epoch's start step to its end."""
+        return self.sampler.steps_per_epoch - self._start_step
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Makes the next iteration run over `epoch` from `start_step`; what was under way is given up.
+
+        Raises:
+            ValueError: `epoch` is negative or `start_step` not in [0, steps_per_epoch].
+        """
+        if epoch < 0 or not 0 <= start_step <= self.sampler.steps_per_epoch:
+            raise ValueError(
+                f"epoch {epoch}, step {start_step} does not exist; epochs start at 0 and steps go up to "
+                f"{self.sampler.steps_per_epoch}"
+            )
+        self._epoch, self._start_step = epoch, start_step
+        self._turn += 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches in the sampler's order.
+
+        Raises:
+            BadDataError: more pictures are bad than tolerated.
+            ValueError: the loader is closed, or another iteration or `set_epoch` has taken its place.
+        """
+        self._turn += 1
+        turn = self._turn
+        for step in range(self._start_step, self.sampler.steps_per_epoch):
+            began = time.perf_counter()
+            if self._closed:
+                raise ValueError("the loader is closed; make another one")
+            if turn != self._turn:
+                raise ValueError("another iteration or set_epoch has taken this one's place; iterate the loader anew")
+            if step == self._start_step:
+                self._begin()
+            images = self._take()
+            batch = self._hand_over(images, self._under_way.popleft())
+            self.wait_seconds += time.perf_counter() - began
+            yield batch
+
+    def close(self) -> None:
+        """Ends the reading thread and the decoder's; batches that were handed out stay valid."""
+        self._closed = True
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._drop_decoder()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # The reading thread: rows, bytes, numbers.
+
+    def _look_ahead(self) -> None:
+        while len(self._ahead) < AHEAD and self._cursor < self.sampler.steps_per_epoch:
+            self._ahead.append(self._reader.submit(self._prepare, self._epoch, self._cursor))
+            self._cursor += 1
+
+    def _prepare(self, epoch: int, step: int) -> _Work:
+        asked = self.sampler.local(epoch, step, self._rank, self._world)
+        slots = np.flatnonzero(asked >= 0)
+        rows = asked[slots]
+        if not rows.size:  # all padding: a picture of the other ranks fills it
+            batch = self.sampler.batch(epoch, step)
+            rows = batch[batch >= 0][:1]
+        bad = {int(row): reason for row in rows if (reason := self._known_fault(int(row)))}
+        readable = np.array([int(row) not in bad for row in rows], bool)
+        rows, slots = rows[readable], slots[readable[: len(slots)]]
+
+        index = self.index
+        data, faults, widths, heights, orientations = _scan.read(
+            np.char.add(self._prefix, index.paths[rows]),
+            index.offsets[rows],
+            index.lengths[rows],
+            self._threads,
+            self._max_pixels,
+        )
+        bad.update({int(rows[i]): FAULTS[faults[i]] for i in np.flatnonzero(faults)})
+        sound = np.flatnonzero(faults == 0)
+        own = np.full(len(asked), -1, np.int64)
+        if slots.size:
+            own[slots[sound]] = np.arange(len(sound))
+        rows = rows[sound]
+        sizes = np.stack([widths, heights], 1)[sound]
+        sizes = np.where(orientations[sound, None] >= 5, sizes[:, ::-1], sizes)
+        numbers = draw(index, rows, self.image, self._augment, self._seed, epoch, sizes)
+        return _Work(asked, own, rows, [data[i] for i in sound], numbers, sizes, bad)
+
+    def _known_fault(self, row: int) -> str | None:
+        if self.index.faults[row]:
+            return FAULTS[int(self.index.faults[row])]
+        return self.bad.get(row)
+
+    # The decoder, which asks `_feed` for work and fails as a whole where one picture is broken.
+
+    def _begin(self) -> None:
+        """Gives up what is under way and starts reading at the start step."""
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+        self._repeated.clear()
+        if self._decoder is not None:
+            try:
+                while True:
+                    self._decoder.run()
+            except StopIteration:
+                self._decoder.reset()
+            except RuntimeError:  # a broken picture among those given up
+                self._drop_decoder()
+        self._under_way.clear()
+        if self._decoder is None:
+            self._decoder = self._build(self._batch_size, self._feed, PREFETCH)
+        self._cursor = self._start_step
+        self._look_ahead()
+
+    def _feed(self) -> Encoded:
+        if self._repeated:
+            work = self._repeated.popleft()
+        elif self._ahead:
+            work = self._ahead[0].result()  # an error of the reading thread stays in its place
+            self._ahead.popleft()
+            self._look_ahead()
+        else:
+            raise StopIteration
+        self._under_way.append(work)
+        return work.encoded()
+
+    def _take(self) -> Tensor:
+        while True:
+            assert self._decoder is not None, "a decoder that failed for good was used again"
+            try:
+                return self._decoder.run()
+            except RuntimeError:
+                self._drop_decoder()
+                # Every batch under way is searched: which of them made the decoder fail is nowhere promised.
+                if not sum(self._spoil_broken(work) for work in self._under_way):
+                    raise
+                self._repeated.extendleft(reversed(self._under_way))
+                self._under_way.clear()
+                self._decoder = self._build(self._batch_size, self._feed, PREFETCH)
+            except Exception:
+                self._drop_decoder()
+                raise
+
+    def _spoil_broken(self, work: _Work) -> int:
+        """Takes every picture out of the batch that the decoder breaks on by itself; returns how many."""
+        found, place = 0, 0
+        decoder: Decoder | None = None
+
+        def feed() -> Encoded:
+            return Encoded([work.data[place]], work.numbers.take([place]), work.sizes[[place]])
+
+        for place in work.sound().tolist():
+            decoder = decoder or self._build(1, feed, 1)
+            try:
+                decoder.run()
+            except RuntimeError:
+                decoder.close()
+                decoder = None
+                work.spoil(place, decode_probe(work.data[place]) or "the decoder fails on it")
+                found += 1
+        if decoder is not None:
+            decoder.close()
+        return found
+
+    def _build(self, batch_size: int, source: Callable[[], Encoded], prefetch: int) -> Decoder:
+        if self._decoder_kind == "oracle":
+            return _Oracle(self.image, source, self._device, self._dtype, self._channels_last)
+        return build_pipeline(
+            self.image,
+            batch_size=batch_size,
+            device="gpu" if self._device.type == "cuda" else "cpu",
+            source=source,
+            dtype=self._dtype,
+            channels_last=self._channels_last,
+            threads=self._threads,
+            prefetch=prefetch,
+        )
+
+    def _drop_decoder(self) -> None:
+        if self._decoder is not None:
+            self._decoder.close()
+        self._decoder = None
+
+    # The caller's side.
+
+    def _hand_over(self, images: Tensor, work: _Work) -> Batch:
+        rows = work.valid_rows()
+        self.bad.update(work.bad)
+        self._seen += int((work.asked >= 0).sum())
+        self._lost += int(((work.asked >= 0) & (rows < 0)).sum())
+        self._check_budget()
+        labels = self.index.labels[rows]
+        labels = np.where((rows >= 0) & (labels >= 0), labels, IGNORED_LABEL)
+        numbers = torch.from_numpy(np.stack([labels, rows]))
+        if self._device.type == "cuda":
+            numbers = numbers.pin_memory().to(self._device, non_blocking=True)
+        return Batch(images, numbers[0], numbers[1])
+
+    def _check_budget(self) -> None:
+        few = min(FEWEST_BAD, len(self.sampler.rows)) if self._max_bad_fraction > 0 else 1
+        share = len(self.sampler.rows) / self._world
+        if len(self.bad) < few or self._lost <= self._max_bad_fraction * max(self._seen, share):
+            return
+        reasons = Counter(self.bad.values()).most_common()
+        paths = {self.index.path(row): reason for row, reason in self.bad.items()}
+        first = [f"{path}: {reason}" for path, reason in list(paths.items())[:10]]
+        raise BadDataError(
+            f"{self._lost} of {self._seen} pictures could not be used, more than data.max_bad_fraction "
+            f"{self._max_bad_fraction:g} allows ({', '.join(f'{number} {reason}' for reason, number in reasons)}). "
+            f"The first of them:\n  " + "\n  ".join(first) + "\nLook at them all with: "
+            f"python -m facefast.index {self.index.root}; then mend or remove them, or raise --data.max-bad-fraction",
+            paths,
+        )
+
+
+class _Oracle:
+    """The oracle as a decoder: the reference for the whole loader, and slow."""
+
+    def __init__(
+        self,
+        image: ImageSpec,
+        source: Callable[[], Encoded],
+        device: torch.device,
+        dtype: torch.dtype,
+        channels_last: bool,
+    ) -> None:
+        self._image, self._source = image, source
+        self._device, self._dtype = device, dtype
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def run(self) -> Tensor:
+        data, numbers, _ = self._source()
+        try:
+            pictures = [oracle.decode(encoded.tobytes()) for encoded in data]
+        except ValueError as error:
+            raise RuntimeError(str(error)) from error
+        images = oracle.render_pictures(pictures, numbers, self._image)
+        return images.to(self._device, self._dtype, memory_format=self._layout)
+
+    def reset(self) -> None:
+        """Nothing is kept between batches."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def make_loader(
+    index: FaceIndex,
+    image: ImageSpec,
+    *,
+    batch_size: int,
+    sampler: Sampler | None = None,
+    augment: AugmentSpec | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    start_step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+    threads: int = 0,
+    decoder: Literal["dali", "oracle"] = "dali",
+    max_bad_fraction: float = 0.01,
+    max_pixels: int = MAX_PIXELS,
+) -> Loader:
+    """Batches of `index` as the model wants them.
+
+    Args:
+        index: the pictures; rows with a fault are never fed.
+        image: what the model sees.
+        batch_size: rows of this rank's batches.
+        sampler: the order, with a batch size of `batch_size * world`; by default every sound row once, in order.
+        augment: how pictures are varied; None is the aligned picture itself.
+        seed: key of the augmentation, with the epoch and the row.
+        epoch, start_step: where to begin.
+        rank, world: this process among all.
+        device: where the images are wanted; DALI decodes there.
+        dtype: float32, float16 or bfloat16.
+        channels_last: memory format of the images.
+        threads: for reading and for decoding; 0 is one per core.
+        decoder: dali, or oracle for the readable reference in PIL and numpy.
+        max_bad_fraction: unreadable pictures tolerated; see `Loader`.
+        max_pixels: a larger picture is not decoded and counts as bad.
+
+    Raises:
+        ValueError: an argument is out of its range or contradicts another one.
+    """
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device}; pictures can be decoded on cpu or cuda")
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        raise ValueError(
+            f"device is {device}, but this process works on cuda:{torch.cuda.current_device()}; "
+            f"call torch.cuda.set_device({device.index}) first"
+        )
+    if decoder not in ("dali", "oracle"):
+        raise ValueError(f"decoder is {decoder!r}; it must be dali or oracle")
+    if not 0 <= max_bad_fraction <= 1:
+        raise ValueError(f"max_bad_fraction is {max_bad_fraction}; it must lie in [0, 1]")
+    if sampler is None:
+        sampler = EpochSampler(np.flatnonzero(index.faults == 0), batch_size * world, shuffle=False)
+    if sampler.batch_size != batch_size * world:
+        raise ValueError(
+            f"the sampler's global batch is {sampler.batch_size}, but {world} processes with batches of {batch_size} "
+            f"take {batch_size * world}"
+        )
+    if not 0 <= rank < world:
+        raise ValueError(f"rank is {rank}; it must lie in [0, {world})")
+    if sampler.rows.min() < 0 or sampler.rows.max() >= len(index):
+        raise ValueError(
+            f"the sampler draws rows {sampler.rows.min()} to {sampler.rows.max()}, but the index has {len(index)}"
+        )
+    loader = Loader(
+        index,
+        image,
+        sampler,
+        augment,
+        seed=seed,
+        rank=rank,
+        world=world,
+        device=device,
+        dtype=dtype,
+        channels_last=channels_last,
+        threads=threads or len(os.sched_getaffinity(0)),
+        decoder=decoder,
+        max_bad_fraction=max_bad_fraction,
+        max_pixels=max_pixels,
+    )
+    loader.set_epoch(epoch, start_step)
+    return loader

@@ -1,0 +1,170 @@
+"""The readable picture path: decode, filter, colour and erase in PIL and numpy, from the same numbers as the native one.
+
+Tests hold the native operator against it, `predict` reads single files with it, and reports show samples with it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from facefast.data.augment import Draw, draw
+from facefast.data.index import MAX_PIXELS, FaceIndex
+from facefast.recipe import AugmentSpec, ImageSpec
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
+"""What both decoders read; PIL alone would try dozens of formats, and their parsers' faults."""
+
+Picture = NDArray[np.uint8]
+
+
+def decode(source: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Picture:
+    """A file, or its bytes, as uint8 [H, W, 3] RGB as DALI gives it: upright by EXIF, alpha dropped, 16 bits rounded to 8.
+
+    Raises:
+        ValueError: the file cannot be read, is no picture, is damaged, or has more than `max_pixels` pixels.
+    """
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file:
+            if file.width * file.height > max_pixels:
+                raise ValueError(f"{file.width} x {file.height} pixels, more than the {max_pixels} allowed")
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I;16"):  # 16-bit grey, which PIL would clip at 255
+                values = np.rint(np.asarray(picture, np.float64) / 257).astype(np.uint8)
+                return np.repeat(values[..., None], 3, axis=2)
+            if "transparency" in picture.info:  # PIL warns where a palette loses it on the way to RGB
+                picture = picture.convert("RGBA")
+            return np.array(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot decode {name}: {error}") from error
+
+
+def apply(
+    picture: Picture,
+    matrix: NDArray[np.float32],
+    color: NDArray[np.float32],
+    erase: NDArray[np.int32],
+    image: ImageSpec,
+) -> Tensor:
+    """One row of a `Draw` applied to its picture: float32 [3, H, W], what the native operator computes.
+
+    Per source axis, one output pixel steps over R = max(1, length of the matrix row) pixels. The filter is a tent of
+    radius R, which is bilinear interpolation at R = 1; from R = 4 on, means over blocks of floor(R / 2) pixels, rounded
+    to bytes, come first. Outside the picture is black.
+
+    Args:
+        picture: uint8 [h, w, 3], upright RGB.
+        matrix, color, erase: [2, 3], [3, 4] and [4], as in `Draw`.
+        image: the output's size.
+    """
+    height, width = image.shape
+    linear = matrix.astype(np.float64)
+    steps = np.maximum(1.0, np.hypot(linear[:, 0], linear[:, 1]))
+    blocks = np.where(steps < 4, 1, steps // 2).astype(int)
+    reduced = _block_means(picture, blocks[0], blocks[1])
+
+    y, x = np.mgrid[:height, :width] + 0.5
+    column, column_weight = _taps(linear[0], x, y, steps[0], blocks[0], reduced.shape[1])
+    line, line_weight = _taps(linear[1], x, y, steps[1], blocks[1], reduced.shape[0])
+    pixels = reduced.reshape(-1, 3)
+    rgb = np.zeros((height, width, 3))
+    for j in range(len(line)):
+        taps = pixels.take(line[j] * reduced.shape[1] + column, axis=0)  # [T, H, W, 3]
+        rgb += np.einsum("thw,thwc->hwc", line_weight[j] * column_weight, taps)
+
+    out = rgb @ color[:, :3].astype(np.float64).T + color[:, 3]
+    x0, y0, x1, y1 = erase
+    out[y0:y1, x0:x1] = 0
+    return torch.from_numpy(np.ascontiguousarray(out.transpose(2, 0, 1), dtype=np.float32))
+
+
+def _block_means(picture: Picture, across: int, down: int) -> NDArray[np.float64]:
+    """Means over blocks of the picture, which black pixels complete, rounded half up."""
+    height, width = picture.shape[:2]
+    if across == down == 1:
+        return picture.astype(np.float64)
+    padded = np.pad(picture, ((0, -height % down), (0, -width % across), (0, 0)))
+    lines = padded.reshape(-1, down, padded.shape[1] * 3).sum(1, dtype=np.float64)
+    sums = lines.reshape(len(lines), -1, across, 3).sum(2)
+    return np.asarray(np.floor(sums / (across * down) + 0.5))
+
+
+def _taps(
+    row: NDArray[np.float64],
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    step: float,
+    block: int,
+    size: int,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Where an axis is read for every output pixel, and how heavily: [T, H, W] each; the weights outside are 0."""
+    at = (row[0] * x + row[1] * y + row[2]) / block - 0.5
+    radius = step / block
+    first = np.floor(at - radius).astype(np.int64) + 1
+    taps = first + np.arange(np.ceil(2 * radius), dtype=np.int64)[:, None, None]
+    weights = np.maximum(0.0, 1 - np.abs(taps - at) / radius)
+    weights /= weights.sum(0)
+    return taps.clip(0, size - 1), weights * ((taps >= 0) & (taps < size))
+
+
+def render(
+    index: FaceIndex,
+    rows: NDArray[np.int64],
+    image: ImageSpec,
+    augment: AugmentSpec | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+) -> Tensor:
+    """What training sees of `rows` in an epoch: float32 [B, 3, H, W], normalised.
+
+    Raises:
+        ValueError: a picture cannot be decoded.
+    """
+    pictures = [decode(read_bytes(index, row)) for row in rows.tolist()]
+    return render_pictures(pictures, draw(index, rows, image, augment, seed, epoch, sizes_of(pictures)), image)
+
+
+def render_pictures(pictures: list[Picture], numbers: Draw, image: ImageSpec) -> Tensor:
+    """Decoded pictures with their numbers applied: float32 [B, 3, H, W]."""
+    return torch.stack(
+        [
+            apply(picture, matrix, color, erase, image)
+            for picture, matrix, color, erase in zip(pictures, *numbers, strict=True)
+        ]
+    )
+
+
+def sizes_of(pictures: list[Picture]) -> NDArray[np.int64]:
+    """(width, height) of decoded pictures: int64 [B, 2]."""
+    return np.array([picture.shape[1::-1] for picture in pictures], np.int64).reshape(-1, 2)
+
+
+def read_bytes(index: FaceIndex, row: int) -> bytes:
+    """The encoded picture of a row, from a file of its own or from its place in a larger one.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    offset, length = int(index.offsets[row]), int(index.lengths[row])
+    try:
+        with open(index.path(row), "rb") as file:
+            file.seek(max(offset, 0))
+            return file.read(length)
+    except OSError as error:
+        raise ValueError(f"cannot read {index.path(row)} (row {row}): {error}") from error
+
+
+def to_picture(images: Tensor, image: ImageSpec) -> Picture:
+    """Normalised pictures [B, 3, H, W] of any dtype and device as uint8 [B, H, W, 3] RGB, to be looked at."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (image.mean, image.std))
+    values = images.float().cpu() * std + mean
+    if image.color == "bgr":
+        values = values.flip(1)
+    return np.ascontiguousarray(values.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy())

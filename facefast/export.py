@@ -1,0 +1,114 @@
+"""A model that leaves the project: `python -m facefast.export MODEL --to onnx|torch|safetensors OUT`.
+
+Every export is read back and compared with the model before the command succeeds.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+import tyro
+from torch import Tensor, nn
+
+from facefast import checkpoint, cli, files
+from facefast.models import FaceModel
+
+LEAST_COSINE = 0.9999
+"""Between the embeddings of the model and of its export."""
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """`python -m facefast.export`."""
+
+    model: tyro.conf.Positional[Path]
+    """A run folder, a checkpoint folder or an exported package."""
+    out: tyro.conf.Positional[Path]
+    """A file for onnx and torch, a folder for safetensors."""
+    to: Literal["onnx", "torch", "safetensors"] = "onnx"
+    """onnx: any runtime; torch: a torch.export program; safetensors: a folder that facefast.load opens."""
+
+
+class Embedder(nn.Module):
+    """What is exported: normalised pictures [B, 3, H, W] to embeddings [B, D] of length 1, picture only."""
+
+    def __init__(self, model: FaceModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] float32 to [B, D] float32."""
+        return nn.functional.normalize(self.model.encode(images).float(), dim=1)
+
+
+def export(model: FaceModel, to: str, out: Path) -> None:
+    """Writes `model` (in evaluation mode, on the CPU) to `out` and checks what was written.
+
+    Raises:
+        ValueError: a package for the format is missing, or the export's embeddings differ.
+    """
+    embedder = Embedder(model).eval()
+    height, width = model.image.shape
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    batch = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if to == "safetensors":
+        write_package(model, out)
+        found = Embedder(checkpoint.load_model(out))(images)
+    elif to == "torch":
+        program = torch.export.export(embedder, (images,), dynamic_shapes=batch)
+        torch.export.save(program, out)
+        found = torch.export.load(out).module()(images)
+    else:
+        found = _to_onnx(embedder, images, batch, out)
+    with torch.inference_mode():
+        cosine = float((embedder(images) * found).sum(1).min())
+    if not cosine >= LEAST_COSINE:
+        raise ValueError(f"{out} gives other embeddings than the model: cosine {cosine:.6f}, at least {LEAST_COSINE}")
+
+
+def _to_onnx(embedder: Embedder, images: Tensor, batch: dict[str, dict[int, object]], out: Path) -> Tensor:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 -- torch's exporter needs it and would fail later, less clearly
+    except ImportError as error:
+        raise ValueError("--to onnx needs ONNX's packages: pip install 'facefast[onnx]'") from error
+    torch.onnx.export(
+        embedder,
+        (images,),
+        out,
+        input_names=["images"],
+        output_names=["embeddings"],
+        dynamic_shapes=batch,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def write_package(model: FaceModel, out: Path) -> None:
+    """A folder of model.json, model.safetensors and manifest.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / "model.json", model.to_config())
+    safetensors.torch.save_file(checkpoint.savable(model.state_dict()), out / "model.safetensors")
+    checkpoint.write_manifest(out, step=0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    with cli.exit_codes() as outcome:
+        given = tyro.cli(ExportArguments, args=arguments, prog="facefast.export")
+        export(checkpoint.load_model(given.model), given.to, given.out)
+        print(f"{given.out}: {given.to}, checked against {given.model}")
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

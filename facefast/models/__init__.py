@@ -1,0 +1,15 @@
+"""Networks, heads and source weights."""
+
+from facefast.models.face import FaceModel, Prediction, build_model, model_from_source
+from facefast.models.source import Report, Source, apply_source, load_source
+
+__all__ = [
+    "FaceModel",
+    "Prediction",
+    "Report",
+    "Source",
+    "apply_source",
+    "build_model",
+    "load_source",
+    "model_from_source",
+]

@@ -1,0 +1,330 @@
+"""The face model: backbone, embedding, dropout, head, and everything needed to use them again.
+
+`build_model` makes one for training; `checkpoint.load_model` brings one back from its `to_config`
+form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from facefast.models.backbones import build_backbone
+from facefast.models.heads import HEADS, CosineHead, LinearHead, unit
+from facefast.models.source import Report, Source, apply_source, load_source
+from facefast.recipe import ImageSpec, ModelConfig, from_json, to_json
+
+FORMAT = 1
+DEFAULT_BACKBONE = "mobilefacenet"
+
+
+class Prediction(NamedTuple):
+    """Whom the model sees."""
+
+    labels: Tensor
+    """[B] int64, the most probable class."""
+    probabilities: Tensor
+    """[B, C] float32."""
+    names: tuple[str, ...]
+    """B class names."""
+
+
+class FaceModel(nn.Module):
+    """Pictures to embeddings to one number per identity.
+
+    Args:
+        config: the architecture; `source` is not looked at and `backbone` must be a name (see
+            `build_model`).
+        num_classes: identities; 0 builds a model without head, for embeddings only.
+        image: the pictures that it takes; saved with the model.
+        class_names: one per class, or none.
+        scale: what the loss multiplies the logits by; probabilities need it.
+
+    Raises:
+        ValueError: an unknown backbone, or another number of names than of classes.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_classes: int,
+        image: ImageSpec,
+        class_names: Sequence[str] = (),
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.image = image
+        self.scale = scale
+        self.report: Report | None = None
+        """What the source gave, where there was one."""
+        backbone = build_backbone(config.backbone, image.shape, config.embedding)
+        self.backbone = backbone.module
+        self.embedding: nn.Module = nn.Identity()
+        self.embedding_size = backbone.size
+        if config.embedding and not backbone.embeds:
+            self.embedding = nn.Sequential(
+                nn.Linear(backbone.size, config.embedding, bias=False),
+                nn.BatchNorm1d(config.embedding),
+            )
+            self.embedding_size = config.embedding
+        self._backbone_stages = backbone.stages
+        self.dropout = nn.Dropout(config.dropout)
+        self.head: LinearHead | CosineHead | None = None
+        self.set_classes(num_classes, class_names)
+        mean, std = torch.tensor(image.mean), torch.tensor(image.std)
+        self.register_buffer("pixel_mean", mean.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", std.view(1, 3, 1, 1), persistent=False)
+
+    def set_classes(self, num_classes: int, class_names: Sequence[str] = ()) -> None:
+        """Gives the model a new head with random weights, on the device of the rest.
+
+        Raises:
+            ValueError: another number of names than of classes.
+        """
+        if class_names and len(class_names) != num_classes:
+            raise ValueError(
+                f"{len(class_names)} class names for {num_classes} classes; give one each or none"
+            )
+        self.num_classes = num_classes
+        self.class_names = tuple(class_names)
+        self.head = None
+        if num_classes:
+            like = next(self.backbone.parameters())
+            self.head = HEADS[self.config.head](self.embedding_size, num_classes).to(like)
+
+    @property
+    def classifier(self) -> nn.Module:
+        """Dropout and head: embeddings [B, D] to logits [B, C], trained alone where embeddings are
+        computed once.
+
+        Raises:
+            ValueError: the model has no head.
+        """
+        return nn.Sequential(self.dropout, self._require_head())
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Normalised pictures [B, 3, H, W] to embeddings [B, D] as training sees them, of any
+        length.
+
+        Raises:
+            ValueError: pictures of another size than the model's.
+        """
+        if images.ndim != 4 or images.shape[1:] != (3, *self.image.shape):
+            raise ValueError(
+                f"pictures have shape {list(images.shape)}, the model takes "
+                f"[B, 3, {self.image.shape[0]}, {self.image.shape[1]}]; align or resize them to "
+                "its ImageSpec first"
+            )
+        embeddings: Tensor = self.embedding(self.backbone(images))
+        return embeddings
+
+    def classify(self, embeddings: Tensor) -> Tensor:
+        """Embeddings [B, D] of `encode` to logits [B, C], or cosines with the cosine head.
+
+        Raises:
+            ValueError: the model has no head.
+        """
+        logits: Tensor = self._require_head()(self.dropout(embeddings))
+        return logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised pictures [B, 3, H, W] to logits [B, C], or cosines with the cosine head."""
+        return self.classify(self.encode(images))
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, mirror: bool = True) -> Tensor:
+        """Embeddings of length 1, whose dot products are cosine similarities.
+
+        Args:
+            images: [B, 3, H, W], uint8 RGB as decoded, or float already normalised for this model.
+            mirror: adds the embedding of the mirror image before the length becomes 1. On CelebA
+                this gains half a point of TAR at FAR 1 %, as much as keeping both in twice the
+                numbers.
+
+        Returns:
+            [B, D] float32.
+
+        Raises:
+            ValueError: pictures of another size or kind, or a model in training mode.
+        """
+        images = self._prepare(images)
+        embeddings = self.encode(images).float()
+        if mirror:
+            embeddings = embeddings + self.encode(images.flip(3)).float()
+        return unit(embeddings)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Prediction:
+        """Names the people in pictures, given as for `embed`.
+
+        Raises:
+            ValueError: as `embed`, or the model has no head.
+        """
+        logits = self(self._prepare(images)).float() * self.scale
+        labels = logits.argmax(1)
+        found = labels.tolist()
+        names = tuple(self.class_names[k] if self.class_names else str(k) for k in found)
+        return Prediction(labels, F.softmax(logits, dim=1), names)
+
+    def stages(self) -> dict[str, list[nn.Module]]:
+        """Stage names, from the picture to the head, and modules that together hold every parameter
+        exactly once.
+
+        Parameters that sit directly in a module with children (a transformer's position table) come
+        in a `nn.ParameterList` of their own. Freezing and layer-wise rates go by these names.
+        """
+        named = dict(self.backbone.named_parameters())
+        stages = {
+            stage: _holders(self.backbone, [n for n in named if _belongs(n, members)])
+            for stage, members in self._backbone_stages.items()
+        }
+        if next(self.embedding.parameters(), None) is not None:
+            stages["embedding"] = [self.embedding]
+        if self.head is not None:
+            stages["head"] = [self.head]
+        return stages
+
+    def to_config(self) -> dict[str, Any]:
+        """The architecture as a JSON value, for `model.json`; the weights are the state dict."""
+        return {
+            "format": FORMAT,
+            "backbone": self.config.backbone,
+            "embedding": self.config.embedding,
+            "head": self.config.head,
+            "dropout": self.config.dropout,
+            "scale": self.scale,
+            "image": to_json(self.image),
+            "num_classes": self.num_classes,
+            "class_names": list(self.class_names),
+        }
+
+    @classmethod
+    def from_config(cls, document: Mapping[str, Any]) -> FaceModel:
+        """The model that `to_config` describes, with random weights.
+
+        Raises:
+            ValueError: another format, or an entry that is missing or wrong.
+        """
+        if document.get("format") != FORMAT:
+            raise ValueError(
+                f"model.json has format {document.get('format')!r}; this facefast reads {FORMAT}"
+            )
+        fields = ("backbone", "embedding", "head", "dropout")
+        wanted = {*fields, "format", "scale", "image", "num_classes", "class_names"}
+        if set(document) != wanted:
+            differing = ", ".join(sorted(set(document) ^ wanted))
+            raise ValueError(f"model.json has wrong or missing entries: {differing}")
+        return cls(
+            from_json(ModelConfig, {name: document[name] for name in fields}),
+            document["num_classes"],
+            from_json(ImageSpec, document["image"]),
+            document["class_names"],
+            document["scale"],
+        )
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        """Normalised pictures on the model's device."""
+        if self.training:
+            raise ValueError(
+                "the model is in training mode, where BatchNorm mixes pictures; call eval() first"
+            )
+        if images.dtype == torch.uint8:
+            if images.ndim == 4 and self.image.color == "bgr":
+                images = images.flip(1)
+            return (images.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std
+        if not images.is_floating_point():
+            raise ValueError(
+                f"pictures are {images.dtype}; give uint8 RGB or normalised floating point"
+            )
+        return images.to(self.pixel_mean)
+
+    def _require_head(self) -> LinearHead | CosineHead:
+        if self.head is None:
+            raise ValueError(
+                "the model has no classes, only embeddings; give it some with set_classes"
+            )
+        return self.head
+
+
+def build_model(
+    config: ModelConfig,
+    num_classes: int,
+    image: ImageSpec | None = None,
+    class_names: Sequence[str] = (),
+    source: Source | None = None,
+) -> FaceModel:
+    """A model as a recipe describes it, with the source's weights where there is one.
+
+    Args:
+        config: what the source tells may be left at its default there.
+        num_classes: identities; 0 builds a model without head, for embeddings only.
+        image: the pictures that it will see; what is left open is the source's, or the usual.
+        class_names: one per class, or none.
+        source: `config.source`, already loaded.
+
+    Returns:
+        The model, in training mode; its `report` says what became of the source's weights.
+
+    Raises:
+        ValueError: the source does not fit, was trained on other pictures, or does not tell its
+            architecture and `config.backbone` does not either.
+    """
+    if source is None and config.source != "none":
+        source = load_source(config.source, config.backbone)
+    image = image or ImageSpec()
+    if source is None:
+        backbone = DEFAULT_BACKBONE if config.backbone == "auto" else config.backbone
+        config = dataclasses.replace(config, backbone=backbone)
+        return FaceModel(config, num_classes, image.settled(), class_names)
+    backbone = source.backbone if config.backbone == "auto" else config.backbone
+    if not backbone:
+        raise ValueError(
+            f"{source.name}: its architecture is none that facefast recognises (tensors: "
+            f"{', '.join(list(source.state)[:4])}, ...); name it with model.backbone"
+        )
+    config = dataclasses.replace(
+        config, backbone=backbone, embedding=config.embedding or source.embedding
+    )
+    image = image.settled(source.image, source.fixed)
+    model = FaceModel(config, num_classes, image, class_names)
+    model.report = apply_source(model, source)
+    return model
+
+
+def model_from_source(source: Source) -> FaceModel:
+    """A source model as it is, for embeddings only.
+
+    Raises:
+        ValueError: the source does not tell its architecture, or the pictures that it was trained
+            on.
+    """
+    if source.image is None:
+        raise ValueError(f"{source.name} does not tell the size and normalisation of its pictures")
+    return build_model(ModelConfig(), 0, source=source)
+
+
+def _belongs(name: str, members: Sequence[str]) -> bool:
+    return any(name == member or name.startswith(member + ".") for member in members)
+
+
+def _holders(network: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Modules that hold the named parameters and nothing else."""
+    modules: dict[str, nn.Module] = {}
+    loose = nn.ParameterList()
+    for name in names:
+        owner, _, _ = name.rpartition(".")
+        module = network.get_submodule(owner)
+        if any(True for _ in module.children()):
+            loose.append(network.get_parameter(name))
+        else:
+            modules[owner] = module
+    return [*modules.values(), *([loose] if len(loose) else [])]

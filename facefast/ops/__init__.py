@@ -1,0 +1,22 @@
+"""The losses: softmax and sigmoid focal loss, the fused linear loss, and face recognition's margins."""
+
+from facefast.ops import reference
+from facefast.ops.focal import focal_loss
+from facefast.ops.margins import AdaFace, Arc, Combined, Cos, Margin
+from facefast.ops.native import FallbackWarning, backend
+from facefast.ops.reference import linear_focal_loss
+from facefast.ops.sigmoid import sigmoid_focal_loss
+
+__all__ = [
+    "AdaFace",
+    "Arc",
+    "Combined",
+    "Cos",
+    "FallbackWarning",
+    "Margin",
+    "backend",
+    "focal_loss",
+    "linear_focal_loss",
+    "reference",
+    "sigmoid_focal_loss",
+]

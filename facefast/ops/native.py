@@ -1,0 +1,165 @@
+"""The compiled kernels, `facefast._C`: loading them, and their fake tensors and autograd.
+
+The losses ask `covers` whether the kernels serve a tensor and otherwise run `facefast.ops.reference`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KERNEL_VERSION = 2
+"""The same number as in csrc/loss/tensors.h; raised with every change of a schema."""
+
+_REBUILD = "rebuild with: python setup.py build_ext --inplace"
+
+
+class FallbackWarning(RuntimeWarning):
+    """The losses run as plain PyTorch because the compiled kernels are absent, stale or lack CUDA."""
+
+
+def _load() -> frozenset[str]:
+    """Types of device that the kernels serve; empty after a warning when there are none."""
+    try:
+        from facefast import _C
+    except ImportError as error:
+        return _fall_back(f"facefast._C cannot be loaded ({error})")
+    if _C.version != KERNEL_VERSION:
+        return _fall_back(f"facefast._C is of version {_C.version}, not {KERNEL_VERSION}")
+    return frozenset({"cpu", "cuda"} if _C.cuda else {"cpu"})
+
+
+def _fall_back(reason: str) -> frozenset[str]:
+    message = f"{reason}; the losses run as plain PyTorch, slower: {_REBUILD}"
+    if os.environ.get("FACEFAST_REQUIRE_NATIVE") == "1":
+        raise ImportError(f"{reason}, and FACEFAST_REQUIRE_NATIVE is 1: {_REBUILD}")
+    warnings.warn(message, FallbackWarning, stacklevel=2)
+    return frozenset()
+
+
+DEVICES = _load()
+_warned: set[str] = set()
+
+
+def covers(tensor: Tensor) -> bool:
+    """Whether the kernels serve this tensor's device; a GPU left to plain PyTorch warns once."""
+    kind = tensor.device.type
+    if kind in DEVICES:
+        return True
+    if DEVICES and kind not in _warned:
+        _warned.add(kind)
+        _fall_back(f"facefast._C has no kernels for {kind}")
+    return False
+
+
+def backend(device: torch.device | str = "cpu") -> str:
+    """What computes the losses on `device`: "native" or "reference"."""
+    return "native" if torch.device(device).type in DEVICES else "reference"
+
+
+# ---------------------------------------------------------------------------------------------
+# Every loss is a pair of operators:
+#   NAME_forward(*tensors, *numbers) -> (loss, *state)
+#   NAME_backward(grad, *tensors, *state, *numbers) -> gradient of the first tensor,
+# or, for more than one gradient, NAME_backward(..., *wanted) -> (gradients).
+
+
+def _differentiable(library: torch.library.Library, name: str, tensors: int, gradients: int) -> None:
+    """Autograd for a pair of operators, as one `autograd.Function` on the dispatcher's Autograd key.
+
+    `torch.library.register_autograd` comes to the same and costs twice as much a call, which a head with two classes
+    would feel (benchmarks/LOG.md).
+    """
+    forward_op = getattr(torch.ops.facefast, f"{name}_forward").default
+    backward_op = getattr(torch.ops.facefast, f"{name}_backward").default
+    below = torch._C._AutoDispatchBelowAutograd
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with below():
+                outputs = forward_op(*args)
+            ctx.save_for_backward(*args[:tensors], *outputs[1:])
+            ctx.numbers = args[tensors:]
+            ctx.mark_non_differentiable(*outputs[1:])
+            ctx.set_materialize_grads(False)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+            none = (None,) * (tensors - gradients + len(ctx.numbers))
+            if grad is None:
+                return (None,) * gradients + none
+            wanted = ctx.needs_input_grad[:gradients] if gradients > 1 else ()
+            result = run_backward(grad, *ctx.saved_tensors, *ctx.numbers, *wanted)
+            return (*result, *none) if gradients > 1 else (result, *none)
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with below():
+                return backward_op(*args)
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            raise RuntimeError(
+                f"facefast: {name}_loss has no second derivative; facefast.ops.reference.{name}_loss has one"
+            )
+
+    def run_forward(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(arg.requires_grad for arg in args[:gradients]):
+            return Forward.apply(*args)  # type: ignore[no-untyped-call]
+        with below():
+            return forward_op(*args)
+
+    def run_backward(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            return Backward.apply(*args)  # type: ignore[no-untyped-call]
+        with below():
+            return backward_op(*args)
+
+    library.impl(f"{name}_forward", run_forward, "Autograd")
+    library.impl(f"{name}_backward", run_backward, "Autograd")
+
+
+def _register(library: torch.library.Library) -> None:
+    """Fake tensors (shapes and types without data) and autograd of every operator."""
+
+    def acc(tensor: Tensor) -> torch.dtype:
+        return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+    def reduced(like: Tensor, shape: Any, reduction: int) -> Tensor:
+        return like.new_empty(shape if reduction == 0 else (), dtype=acc(like))
+
+    @torch.library.register_fake("facefast::focal_forward", lib=library)
+    def _(logits: Tensor, target: Tensor, *rest: Any) -> Any:
+        rows = logits.shape[0]
+        return (
+            reduced(logits, (rows,), rest[-1]),
+            logits.new_empty((rows, 3), dtype=acc(logits)),
+            logits.new_empty((), dtype=acc(logits)),
+        )
+
+    @torch.library.register_fake("facefast::focal_backward", lib=library)
+    def _(grad: Tensor, logits: Tensor, *rest: Any) -> Any:
+        return logits.new_empty(logits.shape)
+
+    @torch.library.register_fake("facefast::sigmoid_focal_forward", lib=library)
+    def _(logits: Tensor, target: Tensor, *rest: Any) -> Any:
+        return reduced(logits, logits.shape, rest[-1]), logits.new_empty((), dtype=acc(logits))
+
+    @torch.library.register_fake("facefast::sigmoid_focal_backward", lib=library)
+    def _(grad: Tensor, logits: Tensor, *rest: Any) -> Any:
+        return logits.new_empty(logits.shape)
+
+    _differentiable(library, "focal", tensors=4, gradients=1)
+    _differentiable(library, "sigmoid_focal", tensors=3, gradients=1)
+
+
+if DEVICES:
+    LIBRARY = torch.library.Library("facefast", "IMPL")
+    _register(LIBRARY)

@@ -1,0 +1,152 @@
+"""The focal losses in plain PyTorch: the readable definition, the oracle of the kernels' tests, and what runs without them.
+
+The matrix is read in float32 (float64 if it is float64); the few numbers of each row are float64, because the loss of a
+confident row is a power of a tiny probability and would lose its last digits otherwise. `docs/focal.md` derives the form.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from facefast.ops.arguments import (
+    check_focal,
+    check_labels,
+    check_linear,
+    check_sigmoid,
+    row_alpha,
+)
+from facefast.ops.margins import SIN_FLOOR, Margin
+
+
+def focal_loss(
+    logits: Tensor,  # [N, C]
+    target: Tensor,  # [N]
+    *,
+    gamma: float = 2.0,
+    alpha: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    margin: Margin | None = None,
+    scale: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """See `facefast.ops.focal_loss`."""
+    check_focal(logits, target, gamma, alpha, label_smoothing, margin, scale, reduction)
+    num_classes = logits.shape[1]
+    check_labels(target, num_classes, ignore_index)
+    counts = target != ignore_index
+    label = torch.where(counts, target, 0).long()
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    x = x.masked_fill(~counts[:, None], 0.0)
+
+    own = x.gather(1, label[:, None])[:, 0].double()
+    z = scale * own if margin is None else scale * with_margin(own, margin)
+    others = x.scatter(1, label[:, None], -math.inf)
+    peak = others.detach().amax(1, keepdim=True)
+    peak = peak.masked_fill(peak == -math.inf, 0.0)
+    mass = (scale * (others - peak)).exp().sum(1).double()
+    alone = mass == 0
+    lse_others = scale * peak[:, 0].double() + mass.masked_fill(alone, 1.0).log()
+    d = torch.where(alone, z + math.inf, z - lse_others)
+
+    cross_entropy = -F.logsigmoid(d)
+    loss = cross_entropy
+    if gamma > 0:
+        loss = (gamma * F.logsigmoid(-d.clamp(min=-50.0))).exp() * cross_entropy
+    if label_smoothing > 0:
+        lse = torch.where(d > 0, z + cross_entropy, lse_others - F.logsigmoid(-d))
+        mean = (scale * (x.double().sum(1) - own) + z) / num_classes
+        loss = (1 - label_smoothing) * loss + label_smoothing * (lse - mean)
+    loss = torch.where(counts, loss * row_alpha(alpha, label, loss), 0.0)
+    return _reduce(loss, counts, reduction).to(x.dtype)
+
+
+def with_margin(cosine: Tensor, margin: Margin) -> Tensor:
+    """`cosine` [N], float64, after the margin, with the margin's own gradient."""
+    m1, m2, m3, detached = margin.terms()
+    m2 = torch.as_tensor(m2, dtype=cosine.dtype, device=cosine.device)
+    m3 = torch.as_tensor(m3, dtype=cosine.dtype, device=cosine.device)
+    with torch.no_grad():
+        c = cosine.clamp(-1.0, 1.0)
+        angle = c.acos()
+        moved = m1 * angle + m2
+        beyond = moved > math.pi
+        drop = m2 * m2.sin() if m1 == 1 else 1 + ((math.pi - m2) / m1).cos()
+        value = torch.where(beyond, c - drop, moved.clamp(min=0.0).cos())
+        slope = m1 * moved.clamp(min=0.0).sin() / angle.sin().clamp(min=SIN_FLOOR)
+        slope = torch.where(beyond, 1.0, slope)
+        if m1 == 1:
+            slope = torch.where(m2 == 0, 1.0, slope)
+            value = torch.where(m2 == 0, cosine, value)
+        if detached:
+            slope = torch.ones_like(slope)
+        value = value - m3
+    return value + slope * (cosine - cosine.detach())
+
+
+def sigmoid_focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 2.0,
+    alpha: float | Tensor | None = 0.25,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """See `facefast.ops.sigmoid_focal_loss`."""
+    check_sigmoid(logits, target, gamma, alpha, mask, reduction)
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    t = target.to(x.dtype)
+    counts = ~t.isnan() if mask is None else mask & ~t.isnan()
+    x, t = torch.where(counts, x, 0.0), torch.where(counts, t, 0.0)
+    log_p, log_q = F.logsigmoid(x), F.logsigmoid(-x)
+    loss = -torch.where(t == 1, log_p, torch.where(t == 0, log_q, t * log_p + (1 - t) * log_q))
+    if gamma > 0:  # 1 - p_t is p (1 - t) + (1 - p) t: a sum of two terms that cannot cancel
+        loss = (gamma * torch.logaddexp(log_p + (1 - t).log(), log_q + t.log())).exp() * loss
+    if alpha is not None:
+        weight = torch.as_tensor(alpha, dtype=x.dtype, device=x.device)
+        loss = loss * (weight * t + (1 - weight) * (1 - t))
+    return _reduce(torch.where(counts, loss, 0.0), counts, reduction)
+
+
+def linear_focal_loss(
+    x: Tensor,  # [N, D]
+    weight: Tensor,  # [C, D]
+    target: Tensor,  # [N]
+    *,
+    normalize: bool = False,
+    margin: Margin | None = None,
+    scale: float = 1.0,
+    gamma: float = 2.0,
+    alpha: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """See `facefast.ops.linear_focal_loss`."""
+    check_linear(x, weight)
+    if normalize:
+        x, weight = F.normalize(x, eps=1e-12), F.normalize(weight, eps=1e-12)
+    return focal_loss(
+        F.linear(x, weight),
+        target,
+        gamma=gamma,
+        alpha=alpha,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        margin=margin,
+        scale=scale,
+        reduction=reduction,
+    )
+
+
+def _reduce(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / counts.sum().clamp(min=1)

@@ -1,0 +1,169 @@
+"""Names the people in photographs, or embeds them: `python -m facefast.predict MODEL IMAGE|DIR...`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+
+from facefast import checkpoint, cli, runtime
+from facefast.data import FaceIndex, oracle
+from facefast.data.index import FAULTS
+from facefast.evaluate import embed_rows
+from facefast.models import FaceModel
+from facefast.recipe import Phase, Recipe
+from facefast.step import Precision
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class PredictArguments:
+    """`python -m facefast.predict`."""
+
+    model: tyro.conf.Positional[Path]
+    """A run folder, a checkpoint folder, an exported package or a source model's weights file."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Photographs, or folders of them."""
+    detect: Path | None = None
+    """OpenCV's YuNet detector (.onnx): finds the largest face and its landmarks, for pictures that are not aligned."""
+    embeddings: Path | None = None
+    """Write paths and embeddings of length 1 to this .npz."""
+    top: int = 1
+    """Names given per picture."""
+    json: bool = False
+    """Print one JSON object a picture."""
+
+
+def find_images(given: tuple[Path, ...]) -> list[Path]:
+    """The photographs that paths and folders name, folders in sorted order.
+
+    Raises:
+        ValueError: a path that is not there, or nothing to look at.
+    """
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"{path} is neither a photograph nor a folder")
+    if not found:
+        raise ValueError(f"no photographs in {', '.join(map(str, given))}; they end in {', '.join(SUFFIXES)}")
+    return found
+
+
+class Detector:
+    """The largest face's five landmarks, by OpenCV's YuNet (Wu et al. 2023, doi 10.1007/s11633-023-1423-y)."""
+
+    LONG_SIDE = 640
+
+    def __init__(self, weights: Path) -> None:
+        try:
+            import cv2
+        except ImportError as error:
+            raise ValueError("--detect needs OpenCV: pip install 'facefast[detect]'") from error
+        if not weights.is_file():
+            raise ValueError(f"the detector {weights} is not there; --detect takes YuNet's .onnx file")
+        self._cv2 = cv2
+        self._yunet = cv2.FaceDetectorYN.create(str(weights), "", (self.LONG_SIDE, self.LONG_SIDE))
+
+    def landmarks(self, picture: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[5, 2] in pixels of `picture` (uint8 [H, W, 3], RGB), left before right as seen; NaN without a face."""
+        height, width = picture.shape[:2]
+        scale = min(1.0, self.LONG_SIDE / max(height, width))
+        shape = (max(1, round(width * scale)), max(1, round(height * scale)))
+        self._yunet.setInputSize(shape)
+        _, faces = self._yunet.detect(self._cv2.resize(picture[..., ::-1], shape))
+        if faces is None:
+            return np.full((5, 2), np.nan, np.float32)
+        largest = max(faces, key=lambda face: face[2] * face[3])
+        points: NDArray[np.float32] = (largest[4:14].reshape(5, 2) / scale).astype(np.float32)
+        return points
+
+
+def index_of(paths: list[Path], detector: Detector | None) -> FaceIndex:
+    """A scanned index of loose photographs, with the detector's landmarks where there is one."""
+    files = [os.fsencode(os.path.abspath(path)).lstrip(b"/") for path in paths]
+    index = FaceIndex.build("/", files, np.full(len(files), -1), ()).scanned()
+    if detector is None:
+        return index
+    points = np.full((len(index), 5, 2), np.nan, np.float32)
+    for row in np.flatnonzero(index.faults == 0).tolist():
+        points[row] = detector.landmarks(oracle.decode(index.path(row)))
+    return dataclasses.replace(index, landmarks=points)
+
+
+def predict(
+    model: FaceModel, index: FaceIndex, run: runtime.Runtime, top: int = 1
+) -> Iterator[dict[str, Any]]:
+    """One answer a row: path, and names with probabilities, or the fault that kept the picture from being read."""
+    sound = np.flatnonzero(index.faults == 0)
+    precision = Precision.choose(Recipe(phases=(Phase(start="scratch"),)), run.device)
+    answers: dict[int, dict[str, Any]] = {}
+    if len(sound):
+        part = index.select(sound)
+        embeddings, seen = embed_rows(model, part, run, precision, batch_size=64, max_bad_fraction=1.0)
+        for place, row in enumerate(sound.tolist()):
+            if not seen[place]:
+                answers[row] = {"fault": "it could not be decoded"}
+                continue
+            unit = torch.nn.functional.normalize(embeddings[place], dim=0)
+            answers[row] = {"embedding": unit.numpy()}
+            if model.num_classes:
+                with torch.inference_mode():
+                    logits = model.classify(embeddings[place : place + 1].to(run.device)).float() * model.scale
+                best = torch.softmax(logits[0].cpu(), 0).topk(min(top, model.num_classes))
+                answers[row]["names"] = [model.class_names[k] for k in best.indices.tolist()]
+                answers[row]["probabilities"] = [round(p, 6) for p in best.values.tolist()]
+    for row in range(len(index)):
+        fault = {"fault": FAULTS[index.faults[row]]}
+        yield {"path": index.path(row), **answers.get(row, fault)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    with cli.exit_codes() as outcome:
+        given = tyro.cli(PredictArguments, args=arguments, prog="facefast.predict")
+        with runtime.start() as run:
+            model = checkpoint.load_model(given.model, run.device)
+            if not model.num_classes and given.embeddings is None:
+                raise ValueError(f"{given.model} knows no identities; ask for --embeddings OUT.npz")
+            detector = Detector(given.detect) if given.detect else None
+            answers = list(predict(model, index_of(find_images(given.images), detector), run, given.top))
+        embedded = [answer for answer in answers if "embedding" in answer]
+        if given.embeddings is not None:
+            np.savez(
+                given.embeddings,
+                paths=np.array([answer["path"] for answer in embedded]),
+                embeddings=np.array([answer["embedding"] for answer in embedded], np.float32),
+            )
+        for answer in answers:
+            answer.pop("embedding", None)
+            print(json.dumps(answer) if given.json else _line(answer))
+        if not embedded:
+            raise runtime.DataError(f"none of {len(answers)} pictures could be read")
+    return outcome.code
+
+
+def _line(answer: dict[str, Any]) -> str:
+    if "fault" in answer:
+        return f"{answer['path']}  not read: {answer['fault']}"
+    pairs = zip(answer.get("names", []), answer.get("probabilities", []), strict=True)
+    return "  ".join([answer["path"], *(f"{name} {probability:.1%}" for name, probability in pairs)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Checkpoints: atomic, hashed, verified, kept, and never a way to run somebody else's program."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from facefast import checkpoint, files
+from facefast.models import build_model
+from facefast.recipe import ImageSpec, ModelConfig, Phase, Recipe, resolve, to_json
+from facefast.recipe import IndexFacts
+from facefast.runtime import StorageError
+
+TENSORS = {"model": {"weight": torch.arange(6.0).reshape(2, 3)}}
+
+
+def write(folder: Path, step: int, *, best: bool = False, keep: int = 2) -> Path:
+    return checkpoint.save(
+        folder, step, tensors=TENSORS, documents={"state": {"step": step}}, best=best, keep=keep
+    )
+
+
+def test_a_saved_checkpoint_verifies_and_reads_back_bit_for_bit(tmp_path: Path) -> None:
+    path = write(tmp_path, 7)
+    checkpoint.verify(path)
+    assert torch.equal(checkpoint.read_tensors(path, "model")["weight"], TENSORS["model"]["weight"])
+    assert checkpoint.read_tensors(path, "ema") == {}
+    assert files.read_json(path / "state.json") == {"step": 7}
+    assert (tmp_path / "checkpoints" / "last").resolve() == path.resolve()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_old_checkpoints_go_but_best_and_last_stay(tmp_path: Path) -> None:
+    write(tmp_path, 1, best=True)
+    for step in (2, 3, 4, 5):
+        write(tmp_path, step)
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
+    assert kept == ["step-0000001", "step-0000004", "step-0000005"]
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "step-0000001"
+
+
+@pytest.mark.parametrize("position", [0, 9, 40, -1])
+def test_one_flipped_byte_anywhere_is_noticed_and_the_checkpoint_before_it_is_used(
+    tmp_path: Path, position: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = write(tmp_path, 1), write(tmp_path, 2)
+    file = bad / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(StorageError, match="changed or damaged"):
+        checkpoint.verify(bad)
+    assert checkpoint.newest(tmp_path) == good
+    assert "passing over a damaged checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors", "state.json"])
+def test_a_checkpoint_with_a_file_missing_or_cut_short_is_passed_over(tmp_path: Path, name: str) -> None:
+    good, bad = write(tmp_path, 1), write(tmp_path, 2)
+    (bad / name).write_bytes((bad / name).read_bytes()[:5])
+    assert checkpoint.newest(tmp_path) == good
+    (bad / name).unlink()
+    assert checkpoint.newest(tmp_path) == good
+
+
+def test_a_run_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = write(tmp_path, 1)
+
+    def full(*_: object) -> None:
+        raise safetensors.SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(StorageError, match="Earlier checkpoints are untouched"):
+        write(tmp_path, 2)
+    monkeypatch.undo()
+    assert checkpoint.newest(tmp_path) == good
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if "tmp" in p.name] == []
+
+
+def test_an_optimizer_survives_the_round_trip_exactly(tmp_path: Path) -> None:
+    def build() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2)
+        return layer, torch.optim.AdamW(layer.parameters(), lr=0.1)
+
+    def step(layer: torch.nn.Linear, optimizer: torch.optim.Optimizer) -> None:
+        layer(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    one, first = build()
+    step(one, first)
+    tensors, document = checkpoint.pack_optimizer(first)
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    document = json.loads(json.dumps(document))
+    weights = {name: value.clone() for name, value in one.state_dict().items()}
+    step(one, first)
+    two, second = build()
+    two.load_state_dict(weights)
+    checkpoint.unpack_optimizer(second, tensors, document)
+    step(two, second)
+    assert torch.equal(one.weight, two.weight)
+    assert torch.equal(one.bias, two.bias)
+
+
+def save_model(folder: Path) -> Path:
+    model = build_model(
+        ModelConfig(backbone="mobilefacenet", head="cosine"), 3, ImageSpec(size=32), ("ann", "bo", "cy")
+    ).eval()
+    return checkpoint.save(
+        folder,
+        1,
+        tensors={"model": model.state_dict()},
+        documents={"model": model.to_config()},
+        best=True,
+        keep=1,
+    )
+
+
+def test_a_model_loads_from_its_run_folder_its_checkpoint_or_a_copy_of_it(tmp_path: Path) -> None:
+    path = save_model(tmp_path)
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(path, copy)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    embeddings = [checkpoint.load_model(p).embed(images) for p in (tmp_path, path, copy)]
+    assert torch.equal(embeddings[0], embeddings[1])
+    assert torch.equal(embeddings[0], embeddings[2])
+    assert checkpoint.load_model(tmp_path).class_names == ("ann", "bo", "cy")
+
+
+def test_a_damaged_model_is_refused(tmp_path: Path) -> None:
+    path = save_model(tmp_path)
+    document = files.read_json(path / "model.json")
+    document["scale"] = 99.0
+    (path / "model.json").write_text(json.dumps(document))
+    with pytest.raises(StorageError, match=r"model\.json should have"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_a_folder_without_a_model_says_what_it_expects(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no model: give a run folder"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_going_on_with_another_recipe_or_other_photographs_is_refused_by_name(tmp_path: Path) -> None:
+    recipe = Recipe(phases=(Phase(start="scratch"),))
+    facts = IndexFacts(num_rows=10, num_classes=2, fingerprint="a")
+    plan = resolve(recipe, (facts,), 1)
+    path = checkpoint.save(
+        tmp_path, 1, tensors={}, documents={"recipe": to_json(recipe), "plan": to_json(plan)}, best=False, keep=1
+    )
+    checkpoint.check_same_run(path, recipe, plan)
+    checkpoint.check_same_run(path, recipe, resolve(recipe, (facts,), 2))  # another world size is no other run
+    other = Recipe(phases=(Phase(start="scratch", lr=0.5),))
+    with pytest.raises(ValueError, match=r"phases.0.lr: 0.1 there, 0.5 now"):
+        checkpoint.check_same_run(path, other, plan)
+    moved = resolve(recipe, (IndexFacts(num_rows=11, num_classes=2, fingerprint="b"),), 1)
+    with pytest.raises(ValueError, match="10 of 2 identities there, 11 of 2 now"):
+        checkpoint.check_same_run(path, recipe, moved)

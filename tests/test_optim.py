@@ -1,0 +1,79 @@
+"""Optimisers and schedules: shapes of the curves, LAMB against its definition, steps that must change nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from facefast.optim import Lamb, build_optimizer, rate_factor
+from facefast.recipe import Phase
+
+
+def curve(phase: Phase, steps: int = 100, steps_per_epoch: int = 10) -> list[float]:
+    return [rate_factor(phase, step, steps, steps_per_epoch) for step in range(steps)]
+
+
+def test_step_schedule_halves_every_five_epochs() -> None:
+    factors = curve(Phase(schedule="step", step_epochs=5, step_gamma=0.5))
+    assert factors[:50] == [1.0] * 50
+    assert factors[50:] == [0.5] * 50
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "poly"])
+def test_decaying_schedules_start_at_the_peak_and_fall_monotonically(schedule: str) -> None:
+    factors = curve(Phase(schedule=schedule))
+    assert factors[0] == 1.0
+    assert all(a > b for a, b in zip(factors, factors[1:], strict=False))
+    assert factors[-1] < 0.01
+
+
+def test_warm_up_rises_linearly_to_the_peak_before_the_schedule_begins() -> None:
+    factors = curve(Phase(schedule="cosine", warmup=0.1))
+    assert factors[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+    assert factors[10] == 1.0
+
+
+def test_one_cycle_rises_then_falls_to_almost_nothing() -> None:
+    factors = curve(Phase(schedule="onecycle"))
+    assert factors[0] == pytest.approx(1 / 25)
+    assert max(factors) == factors[30] == 1.0
+    assert factors[-1] < 0.01
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb"])
+def test_every_optimizer_minimises_and_leaves_weights_alone_when_a_gradient_is_not_finite(name: str) -> None:
+    weight = torch.nn.Parameter(torch.tensor([[3.0, -2.0]]))
+    phase = Phase(optimizer=name, lr=0.05)
+    optimizer = build_optimizer(phase, [{"params": [weight], "weight_decay": 0.0}], torch.device("cpu"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    for _ in range(100):
+        scaler.scale(weight.square().sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update(1.0)
+        optimizer.zero_grad()
+    assert weight.square().sum() < 1.0
+    before = weight.detach().clone()
+    moments = [t.clone() for t in optimizer.state[weight].values() if torch.is_tensor(t)]
+    scaler.scale((weight * float("nan")).sum()).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert torch.equal(weight, before)
+    after = [t for t in optimizer.state[weight].values() if torch.is_tensor(t)]
+    assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
+
+
+def test_lamb_takes_the_step_that_its_paper_defines() -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    optimizer = Lamb([weight], lr=0.1, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01)
+    gradient = torch.tensor([0.5, -1.0], dtype=torch.float64)
+    weight.grad = gradient.clone()
+    optimizer.step()
+    first = 0.1 * gradient / (1 - 0.9)
+    second = 0.001 * gradient**2 / (1 - 0.999)
+    start = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    update = first / (second.sqrt() + 1e-6) + 0.01 * start
+    expected = start - 0.1 * (math.sqrt(5) / update.norm()) * update
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=0)
