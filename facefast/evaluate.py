@@ -117,7 +117,7 @@ def evaluate(
     cached: tuple[Tensor, Tensor] | None = None
     if exam.test is not None:
         cached = embed(exam.test)
-        results |= _closed_set(model, *cached, torch.from_numpy(exam.test.labels).long(), run.device)
+        results |= _closed_set(model, *cached, torch.tensor(exam.test.labels, dtype=torch.long), run.device)
     if exam.verification is not None and exam.pairs is not None:
         embeddings, seen = cached if cached and exam.verification is exam.test else embed(exam.verification)
         found = verification(embeddings, seen, exam.pairs)

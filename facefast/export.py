@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -55,7 +55,7 @@ def export(model: FaceModel, to: str, out: Path) -> None:
     embedder = Embedder(model).eval()
     height, width = model.image.shape
     images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
-    batch = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
+    batch: dict[str, dict[int, Any]] = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "safetensors":
         write_package(model, out)
@@ -72,7 +72,7 @@ def export(model: FaceModel, to: str, out: Path) -> None:
         raise ValueError(f"{out} gives other embeddings than the model: cosine {cosine:.6f}, at least {LEAST_COSINE}")
 
 
-def _to_onnx(embedder: Embedder, images: Tensor, batch: dict[str, dict[int, object]], out: Path) -> Tensor:
+def _to_onnx(embedder: Embedder, images: Tensor, batch: dict[str, dict[int, Any]], out: Path) -> Tensor:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 -- torch's exporter needs it and would fail later, less clearly

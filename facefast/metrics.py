@@ -1,7 +1,7 @@
 """What numbers mean: accuracy, verification and their uncertainty, as pure functions of arrays.
 
-`evaluate` and `report` call them. A pair is accepted, that is, called the same person, where its
-score is at least the threshold.
+`evaluate` and `report` call them. A pair is accepted, that is, called the same person, where its score is at least the
+threshold.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ Floats = NDArray[np.float64]
 
 
 class Roc(NamedTuple):
-    """Acceptance at every threshold that makes a difference, [T] each, thresholds falling from
-    infinity.
-    """
+    """Acceptance at every threshold that makes a difference, [T] each, thresholds falling from infinity."""
 
     thresholds: Floats
     tar: Floats
@@ -89,9 +87,7 @@ def topk_accuracy(ranks: NDArray[Any], k: int = 1) -> float:
     ranks = np.asarray(ranks)
     counted = ranks[ranks >= 0]
     if k < 1 or not len(counted):
-        raise ValueError(
-            f"top-{k} accuracy of {len(counted)} labelled rows; both must be 1 or more"
-        )
+        raise ValueError(f"top-{k} accuracy of {len(counted)} labelled rows; both must be 1 or more")
     return float((counted < k).mean())
 
 
@@ -126,8 +122,7 @@ def pair_scores(embeddings: NDArray[Any], left: NDArray[Any], right: NDArray[Any
 
 
 def roc(scores: NDArray[Any], same: NDArray[Any]) -> Roc:
-    """The receiver operating characteristic: one point per distinct score, and one that accepts
-    nothing.
+    """The receiver operating characteristic: one point per distinct score, and one that accepts nothing.
 
     Args:
         scores: [P], higher is more alike.
@@ -163,8 +158,8 @@ def auc(scores: NDArray[Any], same: NDArray[Any]) -> float:
 def tar_at_far(scores: NDArray[Any], same: NDArray[Any], far: float) -> OperatingPoint:
     """The lowest threshold whose false accept rate is at most `far`, without interpolation.
 
-    Its `far` is therefore what these pairs really give, and the threshold is one that can be used.
-    Fewer than 1 / far pairs of two identities cannot show such a rate: the point is then NaN.
+    Its `far` is therefore what these pairs really give, and the threshold is one that can be used. Fewer than 1 / far
+    pairs of two identities cannot show such a rate: the point is then NaN.
 
     Raises:
         ValueError: as `roc`, or `far` outside (0, 1).
@@ -181,15 +176,12 @@ def tar_at_far(scores: NDArray[Any], same: NDArray[Any], far: float) -> Operatin
 
 
 def enough_negatives(negatives: int, far: float) -> bool:
-    """Whether this many pairs of two identities can show a false accept rate: one of them must be
-    allowed.
-    """
+    """Whether this many pairs of two identities can show a false accept rate: one of them must be allowed."""
     return far * negatives * (1 + 1e-12) >= 1
 
 
 def best_threshold(scores: NDArray[Any], same: NDArray[Any]) -> float:
-    """The threshold that decides most pairs rightly: halfway between two scores, in the middle of
-    equally good ones.
+    """The threshold that decides most pairs rightly: halfway between two scores, in the middle of equally good ones.
 
     Raises:
         ValueError: as `roc`.
@@ -208,9 +200,7 @@ def best_threshold(scores: NDArray[Any], same: NDArray[Any]) -> float:
     return float(middle if middle > below else at)  # neighbouring numbers have nothing between them
 
 
-def kfold_verification(
-    scores: NDArray[Any], same: NDArray[Any], folds: NDArray[Any]
-) -> Verification:
+def kfold_verification(scores: NDArray[Any], same: NDArray[Any], folds: NDArray[Any]) -> Verification:
     """Accuracy on each fold with the threshold that is best on the others (LFW's protocol).
 
     Args:
@@ -226,22 +216,17 @@ def kfold_verification(
     names = np.unique(folds)
     if len(names) < 2 or folds.shape != scores.shape:
         raise ValueError(
-            f"{len(names)} folds over {folds.size} of {scores.size} pairs; give each "
-            "pair one of at least two folds"
+            f"{len(names)} folds over {folds.size} of {scores.size} pairs; give each pair one of at least two folds"
         )
     thresholds = np.array([best_threshold(scores[folds != k], same[folds != k]) for k in names])
     accuracies = np.array(
-        [
-            ((scores >= threshold) == same)[folds == k].mean()
-            for k, threshold in zip(names, thresholds, strict=True)
-        ]
+        [((scores >= threshold) == same)[folds == k].mean() for k, threshold in zip(names, thresholds, strict=True)]
     )
     return Verification(float(accuracies.mean()), float(accuracies.std()), accuracies, thresholds)
 
 
 def wilson_interval(right: int, total: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a proportion; it stays inside [0, 1] and is sound for few trials
-    and for 100 %.
+    """Wilson's score interval of a proportion; it stays inside [0, 1] and is sound for few trials and for 100 %.
 
     Raises:
         ValueError: no trials, or more successes than trials.
@@ -266,8 +251,8 @@ def bootstrap_interval(
 
     Args:
         statistic: takes the drawn columns, for instance `lambda s, y: tar_at_far(s, y, 1e-2).tar`.
-        columns: arrays of equal length N whose rows belong together; rows are taken to be
-            independent, so pairs that share photographs make the interval a little too narrow.
+        columns: arrays of equal length N whose rows belong together; rows are taken to be independent, so pairs that
+            share photographs make the interval a little too narrow.
         samples: draws.
 
     Raises:
@@ -286,21 +271,17 @@ def bootstrap_interval(
     return Interval(float(low), float(high))
 
 
-def _checked(
-    scores: NDArray[Any], same: NDArray[Any]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def _checked(scores: NDArray[Any], same: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     scores, same = np.asarray(scores, dtype=np.float64), np.asarray(same, dtype=bool)
     if scores.ndim != 1 or scores.shape != same.shape:
         raise ValueError(f"{scores.shape} scores for {same.shape} pairs; both must be [P]")
     if bad := int((~np.isfinite(scores)).sum()):
         raise ValueError(
-            f"{bad} of {len(scores)} scores are not finite; leave out pairs whose pictures could "
-            "not be read"
+            f"{bad} of {len(scores)} scores are not finite; leave out pairs whose pictures could not be read"
         )
     positives = int(same.sum())
     if positives in (0, len(same)):
         raise ValueError(
-            f"{positives} pairs of one identity and {len(same) - positives} of "
-            "two; verification needs both"
+            f"{positives} pairs of one identity and {len(same) - positives} of two; verification needs both"
         )
     return scores, same

@@ -44,8 +44,7 @@ class Precision(NamedTuple):
         name = recipe.precision
         if name == "auto":
             name = "bf16" if device.type == "cuda" or cpu_has_bf16() else "fp32"
-        fast = name != "fp32" or device.type == "cuda"
-        return cls(name, DTYPES[name], fast if recipe.channels_last == "auto" else recipe.channels_last == "yes")
+        return cls(name, DTYPES[name], recipe.channels_last)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context for a forward pass."""
@@ -241,7 +240,7 @@ def loss_of(logits: Tensor, labels: Tensor, loss: LossConfig) -> Tensor:
 
 def _no_sync(network: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:
     if skip and isinstance(network, DistributedDataParallel):
-        return network.no_sync()  # type: ignore[no-any-return]
+        return network.no_sync()
     return contextlib.nullcontext()
 
 

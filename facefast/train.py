@@ -150,23 +150,24 @@ def begin(
         f"phase {phase.name}: {plan.num_rows} pictures of {plan.num_classes} identities, {plan.steps} steps "
         f"of {phase.batch_size}, {'goes on' if saved else 'starts from ' + phase.start}"
     )
-    for warning in advice(torch.from_numpy(stage.train.labels).long().bincount(), phase):
+    labels = torch.tensor(stage.train.labels, dtype=torch.long)
+    for warning in advice(labels.bincount(), phase):
         log.say(f"note: {warning}")
     model = starting_model(state, number, stage, source)
     if saved:
         model.load_state_dict(checkpoint.read_tensors(saved, "model"))
     model.to(state.run.device)
     if state.precision.channels_last:
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wants_means = phase.head_start == "class_mean" and not saved
-    embeddings = None
-    if wants_means or caches_features(phase):
-        embeddings, seen = embed_training_rows(state, model, stage)
-        if wants_means and model.head is not None:
-            labels = torch.from_numpy(stage.train.labels).long().where(seen, -1)
-            means = class_means(embeddings, labels, plan.num_classes)
-            model.head.start_from(means, float(embeddings[seen].norm(dim=1).mean()))
-    state.enter(number, model, embeddings if caches_features(phase) else None)
+    if wants_means and model.head is not None:
+        embeddings, seen = embed_training_rows(state, model, stage, mirror=True)
+        means = class_means(embeddings, labels.where(seen, -1), plan.num_classes)
+        model.head.start_from(means, float(embeddings[seen].norm(dim=1).mean()))
+    cached = None
+    if caches_features(phase):
+        cached, _ = embed_training_rows(state, model, stage, mirror=False)
+    state.enter(number, model, cached)
     if saved:
         state.load(saved)
     elif wants_means and examine(state, stage, log):  # what there is before any training, the floor to beat
@@ -197,7 +198,7 @@ def starting_model(
 
 
 def embed_training_rows(
-    state: TrainState, model: FaceModel, stage: Stage
+    state: TrainState, model: FaceModel, stage: Stage, *, mirror: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, D] embeddings of the phase's training pictures without augmentation, and which rows were readable."""
     return embed_rows(
@@ -207,7 +208,7 @@ def embed_training_rows(
         state.precision,
         batch_size=state.recipe.eval.batch_size,
         threads=state.recipe.threads,
-        mirror=False,
+        mirror=mirror,
         max_bad_fraction=state.recipe.data.max_bad_fraction,
     )
 

@@ -119,7 +119,7 @@ class CachedLoader:
         self.sampler = sampler
         self._run = run
         self._embeddings = embeddings.to(run.device)  # [N, D] by row of the training index
-        self._labels = torch.from_numpy(labels).long().to(run.device)
+        self._labels = torch.tensor(labels, dtype=torch.long).to(run.device)
         self._epoch = self._start_step = 0
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:

@@ -66,9 +66,7 @@ def test_roc_has_one_point_for_equal_scores() -> None:
 
 
 def test_auc_of_four_pairs_is_three_quarters() -> None:
-    assert (
-        metrics.auc(SCORES, SAME) == 0.75
-    )  # 3 of the 4 (same, different) combinations are in order
+    assert metrics.auc(SCORES, SAME) == 0.75  # 3 of the 4 (same, different) combinations are in order
 
 
 def test_auc_counts_ties_as_half() -> None:
@@ -111,9 +109,7 @@ def test_the_threshold_of_an_operating_point_gives_its_rates() -> None:
 
 
 @pytest.mark.parametrize(("accepted", "negatives"), [(29, 100), (57, 100), (7, 1000), (3, 3000)])
-def test_a_rate_that_is_less_in_binary_still_allows_its_pairs(
-    accepted: int, negatives: int
-) -> None:
+def test_a_rate_that_is_less_in_binary_still_allows_its_pairs(accepted: int, negatives: int) -> None:
     scores = np.concatenate([[-1.0], np.arange(negatives, 0, -1.0)])
     same = np.arange(negatives + 1) == 0
     point = metrics.tar_at_far(scores, same, accepted / negatives)
@@ -144,12 +140,8 @@ def test_a_false_accept_rate_outside_0_and_1_is_refused() -> None:
         ),  # nothing accepted is as good as it gets
     ],
 )
-def test_best_threshold_lies_between_the_scores(
-    scores: list[float], same: list[int], threshold: float
-) -> None:
-    assert metrics.best_threshold(np.array(scores), np.array(same)) == pytest.approx(
-        threshold, abs=1e-12
-    )
+def test_best_threshold_lies_between_the_scores(scores: list[float], same: list[int], threshold: float) -> None:
+    assert metrics.best_threshold(np.array(scores), np.array(same)) == pytest.approx(threshold, abs=1e-12)
 
 
 def test_best_threshold_separates_neighbouring_numbers() -> None:
@@ -230,8 +222,6 @@ def test_bootstrap_keeps_rows_together_and_repeats() -> None:
         return float(np.abs(left - right).max())
 
     assert metrics.bootstrap_interval(difference, rows, rows, samples=50) == (0, 0)
-    assert metrics.bootstrap_interval(np.mean, rows, seed=3) == metrics.bootstrap_interval(
-        np.mean, rows, seed=3
-    )
+    assert metrics.bootstrap_interval(np.mean, rows, seed=3) == metrics.bootstrap_interval(np.mean, rows, seed=3)
     with pytest.raises(ValueError, match="equal numbers"):
         metrics.bootstrap_interval(difference, rows, rows[:3])

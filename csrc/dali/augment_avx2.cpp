@@ -1,12 +1,13 @@
 // The CPU path for processors with AVX2: eight output pixels at a time.
 //
-// A gather of bytes is slow on every processor; instead each output pixel loads its taps of a picture row with one
-// 16-byte load (RGB RGB RGB RGB), shuffles them to R R R R G G G G B B B B and lets pmaddwd weigh and add them. Four
-// such registers transpose into R, G and B of eight pixels, where the colour matrix is nine multiply-adds.
+// A gather of bytes is slow on every processor; instead each output pixel loads its taps of a
+// picture row with one 16-byte load (RGB RGB RGB RGB), shuffles them to R R R R G G G G B B B B and
+// lets pmaddwd weigh and add them. Four such registers transpose into R, G and B of eight pixels,
+// where the colour matrix is nine multiply-adds.
 
 #include "augment_cpu.h"
 
-#if defined(__x86_64__)
+#if FACEFAST_AVX2_PATH
 
 #include <immintrin.h>
 
@@ -16,11 +17,12 @@
 namespace facefast {
 namespace {
 
-// Weights along x are 15-bit integers that add up to this exactly, so that an even surface stays even.
+// Weights along x are 15-bit integers that add up to this exactly, so that an even surface stays
+// even.
 constexpr float kOne = 32767.0f;
 
-// Two rows of 32-bit weights, each below 2^15, become a 4 x int16 per pixel: a and b of pixel i in the low half,
-// c and d in the high one.
+// Two rows of 32-bit weights, each below 2^15, become a 4 x int16 per pixel: a and b of pixel i in
+// the low half, c and d in the high one.
 FACEFAST_AVX2_INLINE void StoreWeights(__m256i a, __m256i b, __m256i c, __m256i d, int64_t* out) {
   const __m256i low = _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa);
   const __m256i high = _mm256_blend_epi16(c, _mm256_slli_epi32(d, 16), 0xaa);
@@ -31,14 +33,18 @@ FACEFAST_AVX2_INLINE void StoreWeights(__m256i a, __m256i b, __m256i c, __m256i 
                      _mm256_permute2x128_si256(even, odd, 0x31));
 }
 
-// Eight registers R R G G | B B 0 0 (each channel still in two parts) become R, G and B of eight pixels.
+// Eight registers R R G G | B B 0 0 (each channel still in two parts) become R, G and B of eight
+// pixels.
 FACEFAST_AVX2_INLINE void Transpose(const __m256i* pixels, __m256* r, __m256* g, __m256* b) {
   __m256 pairs[4];
   for (int i = 0; i < 4; ++i) {
-    pairs[i] = _mm256_castsi256_ps(_mm256_hadd_epi32(pixels[2 * i], pixels[2 * i + 1]));  // R G R G | B 0 B 0
+    pairs[i] = _mm256_castsi256_ps(
+        _mm256_hadd_epi32(pixels[2 * i], pixels[2 * i + 1]));  // R G R G | B 0 B 0
   }
-  const __m256 rb0 = _mm256_shuffle_ps(pairs[0], pairs[1], 0x88), g0 = _mm256_shuffle_ps(pairs[0], pairs[1], 0xdd);
-  const __m256 rb1 = _mm256_shuffle_ps(pairs[2], pairs[3], 0x88), g1 = _mm256_shuffle_ps(pairs[2], pairs[3], 0xdd);
+  const __m256 rb0 = _mm256_shuffle_ps(pairs[0], pairs[1], 0x88),
+               g0 = _mm256_shuffle_ps(pairs[0], pairs[1], 0xdd);
+  const __m256 rb1 = _mm256_shuffle_ps(pairs[2], pairs[3], 0x88),
+               g1 = _mm256_shuffle_ps(pairs[2], pairs[3], 0xdd);
   *r = _mm256_cvtepi32_ps(_mm256_castps_si256(_mm256_permute2f128_ps(rb0, rb1, 0x20)));
   *g = _mm256_cvtepi32_ps(_mm256_castps_si256(_mm256_permute2f128_ps(g0, g1, 0x20)));
   *b = _mm256_cvtepi32_ps(_mm256_castps_si256(_mm256_permute2f128_ps(rb0, rb1, 0x31)));
@@ -51,14 +57,14 @@ FACEFAST_AVX2_INLINE __m256 Index(const Axis& axis, __m256 x, float y) {
 }
 
 FACEFAST_AVX2_INLINE __m256i Offsets(__m256 column, __m256 row, int width) {
-  const __m256i pixel = _mm256_add_epi32(
-      _mm256_mullo_epi32(_mm256_cvttps_epi32(row), _mm256_set1_epi32(width)),
-      _mm256_cvttps_epi32(column));
+  const __m256i pixel =
+      _mm256_add_epi32(_mm256_mullo_epi32(_mm256_cvttps_epi32(row), _mm256_set1_epi32(width)),
+                       _mm256_cvttps_epi32(column));
   return _mm256_add_epi32(pixel, _mm256_add_epi32(pixel, pixel));
 }
 
-// Samplers work on up to kStrip output pixels of a row at a time: Prepare finds where each one reads and with which
-// weights, Sample reads and adds eight of them.
+// Samplers work on up to kStrip output pixels of a row at a time: Prepare finds where each one
+// reads and with which weights, Sample reads and adds eight of them.
 constexpr int kStrip = 64;
 
 // Four taps, both rows of a pixel in one register.
@@ -77,8 +83,7 @@ class Bilinear {
     const __m256i wy = _mm256_cvtps_epi32(_mm256_mul_ps(below, _mm256_set1_ps(kOne)));
     const __m256i w11 = _mm256_cvtps_epi32(_mm256_mul_ps(right, below));
     const __m256i w01 = _mm256_sub_epi32(wx, w11), w10 = _mm256_sub_epi32(wy, w11);
-    const __m256i w00 =
-        _mm256_sub_epi32(_mm256_set1_epi32(32767), _mm256_add_epi32(wx, w10));
+    const __m256i w00 = _mm256_sub_epi32(_mm256_set1_epi32(32767), _mm256_add_epi32(wx, w10));
     StoreWeights(w00, w01, w10, w11, weights_ + at);
   }
 
@@ -106,8 +111,9 @@ class Bilinear {
   alignas(32) int64_t weights_[kStrip];
 };
 
-// A tent of up to 4 * kLoads taps along x and kRows along y (0: whatever the plan says). Rows are weighed and added first, as 16-bit values
-// of 1/128 of a level, so that the weights along x are applied once for all rows.
+// A tent of up to 4 * kLoads taps along x and kRows along y (0: whatever the plan says). Rows are
+// weighed and added first, as 16-bit values of 1/128 of a level, so that the weights along x are
+// applied once for all rows.
 template <int kLoads, int kRows>
 class Wide {
  public:
@@ -133,8 +139,9 @@ class Wide {
 
   FACEFAST_AVX2_INLINE void Sample(int at, __m256* r, __m256* g, __m256* b) const {
     // Each byte lands in the upper half of a 16-bit value: R R R R G G G G | B B B B.
-    const __m256i order = _mm256_setr_epi8(-1, 0, -1, 3, -1, 6, -1, 9, -1, 1, -1, 4, -1, 7, -1, 10,  //
-                                           -1, 2, -1, 5, -1, 8, -1, 11, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i order =
+        _mm256_setr_epi8(-1, 0, -1, 3, -1, 6, -1, 9, -1, 1, -1, 4, -1, 7, -1, 10,  //
+                         -1, 2, -1, 5, -1, 8, -1, 11, -1, -1, -1, -1, -1, -1, -1, -1);
     const __m256i half = _mm256_set1_epi16(static_cast<int16_t>(Rows() / 2));  // mulhi rounds down
     __m256i sums[8];
     for (int i = 0; i < 8; ++i) {
@@ -190,7 +197,8 @@ class Wide {
       weights[i] = _mm256_cvtps_epi32(_mm256_mul_ps(tents[i], scale));
       rest = _mm256_sub_epi32(rest, weights[i]);
     }
-    weights[1] = _mm256_add_epi32(weights[1], rest);  // a tap that always has weight takes the rounding
+    weights[1] =
+        _mm256_add_epi32(weights[1], rest);  // a tap that always has weight takes the rounding
   }
 
   const Axis x_, y_;
@@ -205,7 +213,8 @@ template <typename Sampler>
 FACEFAST_AVX2 void SampleRun(const Plan& plan, int y, Run run, float* const lines[3]) {
   Sampler sampler(plan);
   __m256 color[12];
-  for (int i = 0; i < 12; ++i) color[i] = _mm256_set1_ps(i % 4 == 3 ? plan.color[i] : plan.color[i] / Sampler::kScale);
+  for (int i = 0; i < 12; ++i)
+    color[i] = _mm256_set1_ps(i % 4 == 3 ? plan.color[i] : plan.color[i] / Sampler::kScale);
   float *const line0 = lines[0], *const line1 = lines[1], *const line2 = lines[2];
   const __m256 lane = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
   const __m256 last = _mm256_set1_ps(static_cast<float>(run.end - 1));
@@ -219,9 +228,11 @@ FACEFAST_AVX2 void SampleRun(const Plan& plan, int y, Run run, float* const line
     for (int i = 0; i < count; i += 8) {
       __m256 r, g, b;
       sampler.Sample(i, &r, &g, &b);
-      const auto mix = [&](const __m256* row) __attribute__((target("avx2,fma,f16c"), always_inline)) {
-        return _mm256_fmadd_ps(row[0], r, _mm256_fmadd_ps(row[1], g, _mm256_fmadd_ps(row[2], b, row[3])));
-      };
+      const auto mix =
+          [&](const __m256* row) __attribute__((target("avx2,fma,f16c"), always_inline)) {
+            return _mm256_fmadd_ps(row[0], r,
+                                   _mm256_fmadd_ps(row[1], g, _mm256_fmadd_ps(row[2], b, row[3])));
+          };
       _mm256_storeu_ps(line0 + x + i, mix(color));
       _mm256_storeu_ps(line1 + x + i, mix(color + 4));
       _mm256_storeu_ps(line2 + x + i, mix(color + 8));
@@ -240,8 +251,9 @@ FACEFAST_AVX2_INLINE __m128i ToBfloat16(__m256 value) {
 
 // Eight values of one channel in the output's type.
 FACEFAST_AVX2_INLINE __m128i Narrow(__m256 value, Dtype dtype) {
-  return dtype == Dtype::kHalf ? _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-                               : ToBfloat16(value);
+  return dtype == Dtype::kHalf
+             ? _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+             : ToBfloat16(value);
 }
 
 // Four pixels, R G B apart, to twelve values.
@@ -255,7 +267,8 @@ FACEFAST_AVX2_INLINE void Interleave(__m128 r, __m128 g, __m128 b, float* out) {
   _mm_storeu_ps(out + 8, _mm_shuffle_ps(br_high, gb_high, _MM_SHUFFLE(2, 0, 2, 0)));
 }
 
-// Eight 16-bit pixels, R G B apart, to 24 values; value i of the result comes from pixel i / 3, channel i % 3.
+// Eight 16-bit pixels, R G B apart, to 24 values; value i of the result comes from pixel i / 3,
+// channel i % 3.
 FACEFAST_AVX2_INLINE void Interleave(__m128i r, __m128i g, __m128i b, uint16_t* out) {
   alignas(16) static constexpr int8_t kOrder[3][3][16] = {
       {{0, 1, -1, -1, -1, -1, 2, 3, -1, -1, -1, -1, 4, 5, -1, -1},
@@ -295,14 +308,16 @@ FACEFAST_AVX2_INLINE void StoreEight(const float* const lines[3], int x, Dtype, 
 
 FACEFAST_AVX2_INLINE void StoreEight(const float* const lines[3], int x, Dtype dtype,
                                      uint16_t* out) {
-  Interleave(Narrow(_mm256_loadu_ps(lines[0] + x), dtype), Narrow(_mm256_loadu_ps(lines[1] + x), dtype),
+  Interleave(Narrow(_mm256_loadu_ps(lines[0] + x), dtype),
+             Narrow(_mm256_loadu_ps(lines[1] + x), dtype),
              Narrow(_mm256_loadu_ps(lines[2] + x), dtype), out);
 }
 
 template <typename T>
 FACEFAST_AVX2 void StoreRow(const float* const lines[3], const Target& target, int y, T* output) {
   const int width = target.width, whole = width & ~7;
-  T rest[24];  // the pixels past the last multiple of eight; the lines are long enough to be read in eights
+  T rest[24];  // the pixels past the last multiple of eight; the lines are long enough to be read
+               // in eights
   if (target.channels_last) {
     T* row = output + static_cast<size_t>(y) * width * 3;
     for (int x = 0; x < whole; x += 8) StoreEight(lines, x, target.dtype, row + 3 * x);
@@ -353,4 +368,4 @@ void StoreRowAvx2(const float* const lines[3], const Target& target, int y, void
 
 }  // namespace facefast
 
-#endif  // defined(__x86_64__)
+#endif  // FACEFAST_AVX2_PATH

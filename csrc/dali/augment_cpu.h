@@ -7,6 +7,11 @@
 
 #include "augment_math.h"
 
+// FACEFAST_PORTABLE leaves the vector code out, so that the tests see what other processors run.
+#if defined(__x86_64__) && !defined(FACEFAST_PORTABLE)
+#define FACEFAST_AVX2_PATH 1
+#endif
+
 namespace facefast {
 
 // What a thread keeps from one picture to the next.
@@ -16,19 +21,21 @@ struct Scratch {
   std::vector<float> lines;
 };
 
-// Writes the picture of `plan`. The result depends on nothing but the arguments and the kind of processor.
+// Writes the picture of `plan`. The result depends on nothing but the arguments and the kind of
+// processor.
 void AugmentPicture(Plan plan, const Target& target, Scratch* scratch);
 
-// A run of output pixels of one row whose taps all lie inside the picture and short of its last row, so that a
-// 16-byte load never passes the end of the buffer.
+// A run of output pixels of one row whose taps all lie inside the picture and short of its last
+// row, so that a 16-byte load never passes the end of the buffer.
 struct Run {
   int begin, end;
 };
 Run InnerRun(const Plan& plan, int y, int width);
 
-#if defined(__x86_64__)
-// Fills lines[c][begin, end) for c in 0..2 with coloured pixels; may also write up to 7 values past `end`.
-// The plan must be free of blocks. Weights are rounded to 15 bits, worth at most 0.02 of 255.
+#if FACEFAST_AVX2_PATH
+// Fills lines[c][begin, end) for c in 0..2 with coloured pixels; may also write up to 7 values past
+// `end`. The plan must be free of blocks. Weights are rounded to 15 bits, worth less than
+// 0.05 of 255.
 void SampleRunAvx2(const Plan& plan, int y, Run run, float* const lines[3]);
 // Converts and interleaves one finished row.
 void StoreRowAvx2(const float* const lines[3], const Target& target, int y, void* output);

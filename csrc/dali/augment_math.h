@@ -1,12 +1,14 @@
-// The arithmetic of FaceAugment, written once for g++ and nvcc: how the numbers of a row become a sampling plan, and
-// what one output pixel is. facefast/data/oracle.py mirrors these definitions in numpy.
+// The arithmetic of FaceAugment, written once for g++ and nvcc: how the numbers of a row become a
+// sampling plan, and what one output pixel is. facefast/data/oracle.py mirrors these definitions in
+// numpy.
 //
-// Coordinates are continuous: pixel i covers [i, i + 1). A 2x3 matrix maps the centre of an output pixel to the
-// source picture. Per source axis, R = max(1, length of the matrix row) is how many source pixels one output pixel
-// steps over, so a rotation alone never blurs. The filter is a tent of radius R: exact bilinear interpolation at
-// R = 1, area-correct antialiasing where the picture shrinks. From R = 4 on, the picture is first averaged over blocks
-// of k = floor(R / 2) pixels, on the grid of the whole picture and rounded to bytes; a tent of radius R / k does the
-// rest. Outside the picture is black, blended by the filter as cv2.warpAffine(BORDER_CONSTANT) does.
+// Coordinates are continuous: pixel i covers [i, i + 1). A 2x3 matrix maps the centre of an output
+// pixel to the source picture. Per source axis, R = max(1, length of the matrix row) is how many
+// source pixels one output pixel steps over, so a rotation alone never blurs. The filter is a tent
+// of radius R: exact bilinear interpolation at R = 1, area-correct antialiasing where the picture
+// shrinks. From R = 4 on, the picture is first averaged over blocks of k = floor(R / 2) pixels, on
+// the grid of the whole picture and rounded to bytes; a tent of radius R / k does the rest. Outside
+// the picture is black, blended by the filter as cv2.warpAffine(BORDER_CONSTANT) does.
 
 #ifndef FACEFAST_CSRC_DALI_AUGMENT_MATH_H_
 #define FACEFAST_CSRC_DALI_AUGMENT_MATH_H_
@@ -33,6 +35,10 @@ constexpr int kOriginAt = 22;
 // R / k stays below 4, so an axis never has more taps than this.
 constexpr int kMaxTaps = 8;
 
+// The sum over a block of bytes of this size fits 32 bits; it is reached where 8192 pixels become
+// one.
+constexpr int kMaxBlock = 4096;
+
 enum class Dtype { kFloat, kHalf, kBfloat16 };
 
 struct Target {
@@ -41,7 +47,8 @@ struct Target {
   bool channels_last;
 };
 
-// One source axis: output pixel (x, y) samples the reduced region at index map[0] x + map[1] y + map[2].
+// One source axis: output pixel (x, y) samples the reduced region at index map[0] x + map[1] y +
+// map[2].
 struct Axis {
   int size;     // decoded pixels
   int block;    // k: decoded pixels per reduced pixel
@@ -67,11 +74,13 @@ inline Axis MakeAxis(const float* row, float origin, int size) {
   const int start = static_cast<int>(origin);
   Axis axis;
   axis.size = size;
-  axis.block = shrink < 4.0 ? 1 : static_cast<int>(std::fmin(shrink / 2.0, 65536.0));
+  axis.block = shrink < 4.0 ? 1 : static_cast<int>(std::fmin(shrink / 2.0, double{kMaxBlock}));
   axis.phase = start % axis.block;
   axis.reduced = (axis.phase + size + axis.block - 1) / axis.block;
-  // A tap that could weigh at most 0.001 is not worth its cost: rounding makes |row| of a rotation 1.0000001.
-  axis.taps = static_cast<int>(std::fmin(std::ceil(2.0 * shrink / axis.block - 1e-3), double{kMaxTaps}));
+  // A tap that could weigh at most 0.001 is not worth its cost: rounding makes |row| of a
+  // rotation 1.0000001.
+  axis.taps =
+      static_cast<int>(std::fmin(std::ceil(2.0 * shrink / axis.block - 1e-3), double{kMaxTaps}));
   axis.radius = axis.taps == 2 ? 1.0f : static_cast<float>(shrink / axis.block);
   axis.map[0] = static_cast<float>(a / axis.block);
   axis.map[1] = static_cast<float>(b / axis.block);
@@ -105,7 +114,8 @@ struct Tent {
 
   FACEFAST_HD Tent(const Axis& axis, int x, int y) {
     const float far = 1e8f;  // keeps the conversion to int defined for any matrix, NaN included
-    const float raw = axis.map[0] * static_cast<float>(x) + axis.map[1] * static_cast<float>(y) + axis.map[2];
+    const float raw =
+        axis.map[0] * static_cast<float>(x) + axis.map[1] * static_cast<float>(y) + axis.map[2];
     const float at = fminf(fmaxf(raw, -far), far);
     const float base = floorf(at - axis.radius) + 1.0f;
     first = static_cast<int>(base);
@@ -119,12 +129,14 @@ struct Tent {
   }
 };
 
-// Reduced pixel (x, y): the mean of its block, rounded half up, where what lies beyond the region counts as black.
+// Reduced pixel (x, y): the mean of its block, rounded half up, where what lies beyond the region
+// counts as black.
 FACEFAST_HD void BlockMean(const Plan& plan, int x, int y, float* rgb) {
   const int x0 = x * plan.x.block - plan.x.phase, y0 = y * plan.y.block - plan.y.phase;
   const int x1 = x0 + plan.x.block < plan.x.size ? x0 + plan.x.block : plan.x.size;
   const int y1 = y0 + plan.y.block < plan.y.size ? y0 + plan.y.block : plan.y.size;
-  unsigned long long r = 0, g = 0, b = 0;  // NOLINT(runtime/int): the one 64-bit type that CUDA and C++ share
+  const uint32_t area = static_cast<uint32_t>(plan.x.block) * plan.y.block;
+  uint32_t r = area / 2, g = area / 2, b = area / 2;
   for (int j = y0 < 0 ? 0 : y0; j < y1; ++j) {
     const uint8_t* row = plan.pixels + static_cast<size_t>(j) * plan.x.size * 3;
     for (int i = x0 < 0 ? 0 : x0; i < x1; ++i) {
@@ -133,13 +145,13 @@ FACEFAST_HD void BlockMean(const Plan& plan, int x, int y, float* rgb) {
       b += row[3 * i + 2];
     }
   }
-  const unsigned long long area = static_cast<unsigned long long>(plan.x.block) * plan.y.block;  // NOLINT(runtime/int)
-  rgb[0] = static_cast<float>((r + area / 2) / area);
-  rgb[1] = static_cast<float>((g + area / 2) / area);
-  rgb[2] = static_cast<float>((b + area / 2) / area);
+  rgb[0] = static_cast<float>(r / area);
+  rgb[1] = static_cast<float>(g / area);
+  rgb[2] = static_cast<float>(b / area);
 }
 
-// Filtered RGB (0..255) of output pixel (x, y). kReduced says whether any axis has blocks larger than a pixel.
+// Filtered RGB (0..255) of output pixel (x, y). kReduced says whether any axis has blocks larger
+// than a pixel.
 template <bool kReduced>
 FACEFAST_HD void Sample(const Plan& plan, int x, int y, float* rgb) {
   const Tent across(plan.x, x, y), down(plan.y, x, y);
@@ -176,7 +188,8 @@ FACEFAST_HD void Sample(const Plan& plan, int x, int y, float* rgb) {
   rgb[2] = sum[2] * scale;
 }
 
-// One channel of the colour matrix, which has normalisation and channel order folded in; nothing is clamped.
+// One channel of the colour matrix, which has normalisation and channel order folded in; nothing is
+// clamped.
 FACEFAST_HD float Color(const float* row, const float* rgb) {
   return row[0] * rgb[0] + row[1] * rgb[1] + row[2] * rgb[2] + row[3];
 }
@@ -185,7 +198,8 @@ FACEFAST_HD float Color(const float* row, const float* rgb) {
 FACEFAST_HD uint16_t Bfloat16Bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays NaN
+  if ((bits & 0x7fffffffu) > 0x7f800000u)
+    return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays NaN
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 

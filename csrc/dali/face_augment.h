@@ -1,4 +1,5 @@
-// What the CPU and the GPU operator share: arguments, output shape, and the numbers of a batch turned into plans.
+// What the CPU and the GPU operator share: arguments, output shape, and the numbers of a batch
+// turned into plans.
 
 #ifndef FACEFAST_CSRC_DALI_FACE_AUGMENT_H_
 #define FACEFAST_CSRC_DALI_FACE_AUGMENT_H_
@@ -28,8 +29,10 @@ class FaceAugment : public dali::StatelessOperator<Backend> {
   std::vector<Plan> plans_;
 };
 
-// Runs the plans of a batch, which lie in GPU memory, on the stream. `reduces` says whether any of them averages blocks.
-void LaunchFaceAugment(const Plan* plans, int count, const Target& target, bool reduces, cudaStream_t stream);
+// Runs the plans of a batch, which lie in GPU memory, on the stream. `reduces` says whether any of
+// them averages blocks.
+void LaunchFaceAugment(const Plan* plans, int count, const Target& target, bool reduces,
+                       cudaStream_t stream);
 
 }  // namespace facefast
 

@@ -7,8 +7,7 @@
 #include "focal_math.h"
 
 #if defined(__x86_64__) && defined(__linux__)
-#define FACEFAST_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), noinline))
+#define FACEFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), noinline))
 #else
 #define FACEFAST_CLONES
 #endif
@@ -37,9 +36,7 @@ using Acc = typename AccOf<T>::type;
 
 FACEFAST_INLINE float load(float x) { return x; }
 FACEFAST_INLINE double load(double x) { return x; }
-FACEFAST_INLINE float load(BFloat16 x) {
-  return float_of(static_cast<int32_t>(uint32_t{x.bits} << 16));
-}
+FACEFAST_INLINE float load(BFloat16 x) { return float_of(static_cast<int32_t>(uint32_t{x.bits} << 16)); }
 FACEFAST_INLINE float load(Half x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = (x.bits & 0x7fffu) << 13;
   const uint32_t finite = static_cast<uint32_t>(bits_of(float_of(int32_t(magnitude)) * 0x1p112f));
@@ -56,8 +53,7 @@ FACEFAST_INLINE void store(BFloat16* to, float x) {
 FACEFAST_INLINE void store(Half* to, float x) {
   const uint32_t bits = static_cast<uint32_t>(bits_of(x));
   const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  const uint32_t tiny =
-      static_cast<uint32_t>(bits_of(float_of(int32_t(magnitude)) + 0.5f)) - 0x3f000000u;
+  const uint32_t tiny = static_cast<uint32_t>(bits_of(float_of(int32_t(magnitude)) + 0.5f)) - 0x3f000000u;
   const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
   const uint32_t big = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t finite = magnitude < 0x38800000u ? tiny : normal;

@@ -57,7 +57,7 @@ struct Upstream {
 
 struct Sigmoid {
   double gamma = 2;
-  double alpha = -1;  // weight of target 1, target 0 gets 1 - alpha; below 0 there is no weight
+  double alpha = -1;             // weight of target 1, target 0 gets 1 - alpha; below 0 there is no weight
   const void* alphas = nullptr;  // acc [columns], instead of `alpha`
   int64_t columns = 1;
   Type type = Type::kFloat;  // of the logits
@@ -72,24 +72,22 @@ class Backend {
   virtual ~Backend() = default;
 
   // focal_loss. `loss` is acc [rows], or acc [1] after a reduction; `count` is acc [1].
-  virtual void forward(const Problem&, const Columns&, const RowState&, void* loss,
-                       void* count) = 0;
-  virtual void backward(const Problem&, const Columns&, const RowState&, const Upstream&,
-                        void* grad) = 0;
+  virtual void forward(const Problem&, const Columns&, const RowState&, void* loss, void* count) = 0;
+  virtual void backward(const Problem&, const Columns&, const RowState&, const Upstream&, void* grad) = 0;
 
   // linear_focal_loss: add each chunk to the statistics, then turn them into losses; for the
   // backward pass turn them into one RowGradient a row, then overwrite each chunk with its
   // gradient.
   virtual void accumulate(const Problem&, const Columns&, const RowState&) = 0;
   virtual void finish(const Problem&, const RowState&, void* loss, void* count) = 0;
+  virtual int64_t row_gradient_bytes(Type) const = 0;
   virtual void row_gradients(const Problem&, const RowState&, const Upstream&, void* rows) = 0;
   virtual void overwrite(const Problem&, const Columns&, const void* rows) = 0;
 
   // Normalisation: inverse[i] = 1 / max(norm of row i, 1e-12); project takes from grad_i its part
   // along x_i.
   virtual void inverse_norms(Type, const void* x, int64_t rows, int64_t dim, void* inverse) = 0;
-  virtual void project(Type, const void* x, int64_t rows, int64_t dim, const void* inverse,
-                       void* grad) = 0;
+  virtual void project(Type, const void* x, int64_t rows, int64_t dim, const void* inverse, void* grad) = 0;
 
   virtual void sigmoid_forward(const Sigmoid&, void* loss, void* count) = 0;
   virtual void sigmoid_backward(const Sigmoid&, const Upstream&, void* grad) = 0;

@@ -67,13 +67,13 @@ constexpr float kShift = 12582912.f + 127.f;
 
 // 2^r for r in [-1/2, 1/2] to 1e-7 (minimax), times 2^n taken from `shifted` = n + kShift; n = -127
 // gives exactly 0.
+constexpr float kExp2[] = {1.f, 6.931469776e-1f, 2.402224208e-1f, 5.550733744e-2f, 9.671512769e-3f, 1.326472727e-3f};
 FACEFAST_CORE float exp2_parts(float shifted, float r) {
-  float p = 1.326472727e-3f;
-  p = p * r + 9.671512769e-3f;
-  p = p * r + 5.550733744e-2f;
-  p = p * r + 2.402224208e-1f;
-  p = p * r + 6.931469776e-1f;
-  p = p * r + 1.f;
+  float p = kExp2[5] * r + kExp2[4];
+  p = p * r + kExp2[3];
+  p = p * r + kExp2[2];
+  p = p * r + kExp2[1];
+  p = p * r + kExp2[0];
   return p * float_of(bits_of(shifted) << 23);
 }
 
@@ -183,8 +183,7 @@ FACEFAST_CORE Target target_logit(double x, const Focal& focal, int64_t row) {
   } else if (moved < 0) {
     value = 1;
     slope = 0;
-  } else if (m1 ==
-             1) {  // the addition theorem loses nothing near |c| = 1, as cos(acos(c) + m2) would
+  } else if (m1 == 1) {  // the addition theorem loses nothing near |c| = 1, as cos(acos(c) + m2) would
     const double cos_m = ::cos(m2), sin_m = ::sin(m2);
     value = c * cos_m - sine * sin_m;
     slope = (sine * cos_m + c * sin_m) / floored;
@@ -248,8 +247,7 @@ struct Row {
 // `z` is the target's logit, `sum` the sum of scale * x over the other classes (read for label
 // smoothing only).
 template <typename T>
-FACEFAST_CORE Row focal_row(double z, Stats<T> stats, double sum, double alpha,
-                            const Focal& focal) {
+FACEFAST_CORE Row focal_row(double z, Stats<T> stats, double sum, double alpha, const Focal& focal) {
   constexpr double kInf = std::numeric_limits<double>::infinity();
   const T mass = stats.mass == T(0) ? T(1) : stats.mass;  // at least 1 unless the set is empty
   const double lse = focal.scale * double(stats.peak) + log_wide(mass);
@@ -262,15 +260,15 @@ FACEFAST_CORE Row focal_row(double z, Stats<T> stats, double sum, double alpha,
   const Terms<T> t = focal_terms<T>(hi, lo, static_cast<T>(focal.gamma));
 
   const double eps = focal.smoothing, keep = 1 - eps;
-  const double classes = static_cast<double>(focal.num_classes);
+  const double share = 1 / static_cast<double>(focal.num_classes);
   const double total = d > 0 ? z + double(t.ce) : lse_others + double(t.softplus_down);
-  const double smooth = eps > 0 ? eps * (total - (sum + z) / classes) : 0;
+  const double smooth = eps > 0 ? eps * (total - (sum + z) * share) : 0;
   const double ku = keep * double(t.k) * double(t.u) + eps * double(t.u);
   Row row;
   row.loss = alpha * (keep * (double(t.weight) * double(t.ce)) + smooth);
   row.others = alpha * ku / double(mass);
-  row.target = alpha * (eps - eps / classes - ku);
-  row.constant = -alpha * (eps / classes);
+  row.target = alpha * (eps - eps * share - ku);
+  row.constant = -alpha * (eps * share);
   return row;
 }
 
@@ -300,8 +298,7 @@ FACEFAST_CORE Element<T> sigmoid_soft(T x, T target, T gamma) {
   const T q = log1p_(e);
   const T inverse = T(1) / (T(1) + e);
   const T ce = target * (up ? q : q - x) + (T(1) - target) * (up ? x + q : q);
-  const T part =
-      up ? (T(1) - target) + target * e : e * (T(1) - target) + target;  // u = part * inverse
+  const T part = up ? (T(1) - target) + target * e : e * (T(1) - target) + target;  // u = part * inverse
   const T power = gamma == T(0) ? T(1) : exp_(gamma * (log_(part) - q));
   const T p = up ? inverse : e * inverse;
   const T slope = (T(1) - T(2) * target) * e * inverse / part;  // d log u / d x
@@ -310,8 +307,7 @@ FACEFAST_CORE Element<T> sigmoid_soft(T x, T target, T gamma) {
 
 template <typename T>
 FACEFAST_CORE Element<T> sigmoid_element(T x, T target, T gamma) {
-  return target == T(0) || target == T(1) ? sigmoid_hard(x, target == T(1), gamma)
-                                          : sigmoid_soft(x, target, gamma);
+  return target == T(0) || target == T(1) ? sigmoid_hard(x, target == T(1), gamma) : sigmoid_soft(x, target, gamma);
 }
 
 }  // namespace facefast

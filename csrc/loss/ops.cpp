@@ -21,15 +21,13 @@ namespace {
 
 Tensor allocate(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType type) {
   std::vector<int64_t> strides(dims, 1);
-  for (int64_t d = dims - 2; d >= 0; --d)
-    strides[d] = strides[d + 1] * (sizes[d + 1] > 1 ? sizes[d + 1] : 1);
+  for (int64_t d = dims - 2; d >= 0; --d) strides[d] = strides[d + 1] * (sizes[d + 1] > 1 ? sizes[d + 1] : 1);
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
-      like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides.data(),
+                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                  device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -40,9 +38,7 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
 }
 
 // The same for the sizes of `like`, whatever their number.
-Tensor empty_as(const Tensor& like, ScalarType type) {
-  return allocate(like, like.sizes().data(), like.dim(), type);
-}
+Tensor empty_as(const Tensor& like, ScalarType type) { return allocate(like, like.sizes().data(), like.dim(), type); }
 
 Type type_of(const Tensor& matrix, const char* name) {
   switch (matrix.scalar_type()) {
@@ -59,9 +55,7 @@ Type type_of(const Tensor& matrix, const char* name) {
   }
 }
 
-ScalarType acc_of(Type type) {
-  return type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
-}
+ScalarType acc_of(Type type) { return type == Type::kDouble ? ScalarType::Double : ScalarType::Float; }
 
 namespace {
 
@@ -71,8 +65,7 @@ void check_same_device(const Tensor& a, const Tensor& b, const char* name) {
 }
 
 Reduction reduction_of(int64_t reduction) {
-  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction is ", reduction,
-                  "; it must be 0 none, 1 mean or 2 sum");
+  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction is ", reduction, "; it must be 0 none, 1 mean or 2 sum");
   return static_cast<Reduction>(reduction);
 }
 
@@ -90,15 +83,14 @@ Problem make_problem(const Tensor& logits, int64_t rows, int64_t classes, const 
   p.focal.scale = options.scale;
   p.focal.alpha = options.alpha;
   p.focal.ignore_index = options.ignore_index;
-  STD_TORCH_CHECK(classes >= 1 && options.gamma >= 0 && options.scale > 0 &&
-                      options.smoothing >= 0 && options.smoothing < 1,
-                  "at least one class, gamma >= 0, scale > 0 and smoothing in [0, 1) are needed");
+  STD_TORCH_CHECK(
+      classes >= 1 && options.gamma >= 0 && options.scale > 0 && options.smoothing >= 0 && options.smoothing < 1,
+      "at least one class, gamma >= 0, scale > 0 and smoothing in [0, 1) are needed");
 
-  STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == rows && target.is_contiguous(),
-                  "target must be contiguous [", rows, "]");
+  STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == rows && target.is_contiguous(), "target must be contiguous [",
+                  rows, "]");
   p.target_is_int64 = target.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(p.target_is_int64 || target.scalar_type() == ScalarType::Int,
-                  "target must be int64 or int32");
+  STD_TORCH_CHECK(p.target_is_int64 || target.scalar_type() == ScalarType::Int, "target must be int64 or int32");
   check_same_device(target, logits, "target");
   p.target = target.const_data_ptr();
 
@@ -106,10 +98,8 @@ Problem make_problem(const Tensor& logits, int64_t rows, int64_t classes, const 
     const Tensor& alphas = *options.alphas;
     const bool by_row = alphas.dim() == 2;
     STD_TORCH_CHECK(alphas.scalar_type() == acc_of(p.type) && alphas.is_contiguous() &&
-                        alphas.size(0) == (by_row ? rows : classes) &&
-                        alphas.numel() == alphas.size(0),
-                    "alphas must be contiguous [", classes, "] or [", rows,
-                    ", 1] in the precision of the losses");
+                        alphas.size(0) == (by_row ? rows : classes) && alphas.numel() == alphas.size(0),
+                    "alphas must be contiguous [", classes, "] or [", rows, ", 1] in the precision of the losses");
     check_same_device(alphas, logits, "alphas");
     p.alpha = alphas.const_data_ptr();
     p.alpha_by = by_row ? AlphaBy::kRow : AlphaBy::kClass;
@@ -123,8 +113,8 @@ Problem make_problem(const Tensor& logits, int64_t rows, int64_t classes, const 
   margin.active = options.margins || margin.m1 != 1 || margin.m2 != 0 || margin.m3 != 0;
   if (options.margins) {
     const Tensor& margins = *options.margins;
-    STD_TORCH_CHECK(margins.scalar_type() == ScalarType::Double && margins.dim() == 2 &&
-                        margins.size(0) == rows && margins.size(1) == 2 && margins.is_contiguous(),
+    STD_TORCH_CHECK(margins.scalar_type() == ScalarType::Double && margins.dim() == 2 && margins.size(0) == rows &&
+                        margins.size(1) == 2 && margins.is_contiguous(),
                     "margins must be contiguous float64 [", rows, ", 2]");
     check_same_device(margins, logits, "margins");
     margin.rows = static_cast<const double*>(margins.const_data_ptr());
@@ -132,18 +122,14 @@ Problem make_problem(const Tensor& logits, int64_t rows, int64_t classes, const 
   return p;
 }
 
-Upstream make_upstream(Tensor& grad, const Tensor& count, Type type, int64_t size,
-                       Reduction reduction) {
-  STD_TORCH_CHECK(grad.scalar_type() == acc_of(type) && count.scalar_type() == acc_of(type) &&
-                      count.numel() == 1,
+Upstream make_upstream(Tensor& grad, const Tensor& count, Type type, int64_t size, Reduction reduction) {
+  STD_TORCH_CHECK(grad.scalar_type() == acc_of(type) && count.scalar_type() == acc_of(type) && count.numel() == 1,
                   "the upstream gradient must have the precision of the loss");
   STD_TORCH_CHECK(grad.numel() == (reduction == Reduction::kNone ? size : 1),
                   "the upstream gradient must have the shape of the loss");
   bool expanded = true;  // one number seen through strides of 0, as loss.sum().backward() gives
-  for (int64_t d = 0; d < grad.dim(); ++d)
-    expanded = expanded && (grad.stride(d) == 0 || grad.size(d) == 1);
-  if (reduction != Reduction::kNone || expanded)
-    return {grad.const_data_ptr(), 0, count.const_data_ptr()};
+  for (int64_t d = 0; d < grad.dim(); ++d) expanded = expanded && (grad.stride(d) == 0 || grad.size(d) == 1);
+  if (reduction != Reduction::kNone || expanded) return {grad.const_data_ptr(), 0, count.const_data_ptr()};
   if (grad.dim() != 1) grad = torch::stable::contiguous(grad);
   return {grad.const_data_ptr(), grad.dim() == 1 ? grad.stride(0) : 1, count.const_data_ptr()};
 }
@@ -199,18 +185,15 @@ Tensor empty_loss(const Tensor& logits, int64_t rows, const Problem& p) {
 
 std::tuple<Tensor, Tensor, Tensor> focal_forward(const Tensor& logits, const Tensor& target,
                                                  const std::optional<Tensor>& alphas,
-                                                 const std::optional<Tensor>& margins, double gamma,
-                                                 double smoothing, double scale, double alpha,
-                                                 int64_t ignore_index, double m1, double m2,
+                                                 const std::optional<Tensor>& margins, double gamma, double smoothing,
+                                                 double scale, double alpha, int64_t ignore_index, double m1, double m2,
                                                  double m3, bool detached, int64_t reduction) {
   const Columns columns = columns_of(logits);
   const int64_t rows = logits.size(0);
-  const Options options{alphas,       margins, gamma, smoothing, scale,    alpha,
-                        ignore_index, m1,      m2,    m3,        detached, reduction};
+  const Options options{alphas, margins, gamma, smoothing, scale, alpha, ignore_index, m1, m2, m3, detached, reduction};
   const Problem p = make_problem(logits, rows, columns.width, target, options);
   const ScalarType acc = acc_of(p.type);
-  Tensor loss = empty_loss(logits, rows, p), stats = empty(logits, {rows, 3}, acc),
-         count = empty(logits, {}, acc);
+  Tensor loss = empty_loss(logits, rows, p), stats = empty(logits, {rows, 3}, acc), count = empty(logits, {}, acc);
   RowState state{stats.mutable_data_ptr()};
   std::optional<Tensor> sums;
   if (smoothing > 0) {
@@ -222,28 +205,23 @@ std::tuple<Tensor, Tensor, Tensor> focal_forward(const Tensor& logits, const Ten
 }
 
 Tensor focal_backward(const Tensor& grad, const Tensor& logits, const Tensor& target,
-                      const std::optional<Tensor>& alphas, const std::optional<Tensor>& margins,
-                      const Tensor& stats, const Tensor& count, double gamma, double smoothing,
-                      double scale, double alpha, int64_t ignore_index, double m1, double m2,
-                      double m3, bool detached, int64_t reduction) {
+                      const std::optional<Tensor>& alphas, const std::optional<Tensor>& margins, const Tensor& stats,
+                      const Tensor& count, double gamma, double smoothing, double scale, double alpha,
+                      int64_t ignore_index, double m1, double m2, double m3, bool detached, int64_t reduction) {
   const Columns columns = columns_of(logits);
   const int64_t rows = logits.size(0);
-  const Options options{alphas,       margins, gamma, smoothing, scale,    alpha,
-                        ignore_index, m1,      m2,    m3,        detached, reduction};
+  const Options options{alphas, margins, gamma, smoothing, scale, alpha, ignore_index, m1, m2, m3, detached, reduction};
   const Problem p = make_problem(logits, rows, columns.width, target, options);
-  STD_TORCH_CHECK(
-      stats.numel() == 3 * rows && stats.scalar_type() == acc_of(p.type) && stats.is_contiguous(),
-      "stats are not those of the forward pass");
+  STD_TORCH_CHECK(stats.numel() == 3 * rows && stats.scalar_type() == acc_of(p.type) && stats.is_contiguous(),
+                  "stats are not those of the forward pass");
   Tensor upstream = grad, out = empty(logits, {rows, columns.width}, logits.scalar_type());
   Device(logits)->backward(p, columns, RowState{stats.data_ptr()},
-                           make_upstream(upstream, count, p.type, rows, p.reduction),
-                           out.mutable_data_ptr());
+                           make_upstream(upstream, count, p.type, rows, p.reduction), out.mutable_data_ptr());
   return out;
 }
 
-Sigmoid make_sigmoid(const Tensor& logits, const Tensor& target,
-                     const std::optional<Tensor>& alphas, double gamma, double alpha,
-                     int64_t reduction) {
+Sigmoid make_sigmoid(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& alphas, double gamma,
+                     double alpha, int64_t reduction) {
   Sigmoid p;
   p.type = type_of(logits, "logits");
   p.size = logits.numel();
@@ -251,18 +229,17 @@ Sigmoid make_sigmoid(const Tensor& logits, const Tensor& target,
   p.alpha = alpha;
   p.reduction = reduction_of(reduction);
   STD_TORCH_CHECK(gamma >= 0, "gamma must be at least 0");
-  STD_TORCH_CHECK(
-      logits.is_contiguous() && target.is_contiguous() && target.numel() == p.size &&
-          target.scalar_type() == acc_of(p.type),
-      "logits and target must be contiguous and of one shape, target in the precision of the loss");
+  STD_TORCH_CHECK(logits.is_contiguous() && target.is_contiguous() && target.numel() == p.size &&
+                      target.scalar_type() == acc_of(p.type),
+                  "logits and target must be contiguous and of one shape, target in the precision of the loss");
   check_same_device(target, logits, "target");
   p.logits = logits.const_data_ptr();
   p.target = target.const_data_ptr();
   if (alphas) {
     p.columns = alphas->numel();
-    STD_TORCH_CHECK(alphas->scalar_type() == acc_of(p.type) && alphas->is_contiguous() &&
-                        p.columns > 0 && p.size % p.columns == 0,
-                    "alphas must be contiguous, one per column, in the precision of the loss");
+    STD_TORCH_CHECK(
+        alphas->scalar_type() == acc_of(p.type) && alphas->is_contiguous() && p.columns > 0 && p.size % p.columns == 0,
+        "alphas must be contiguous, one per column, in the precision of the loss");
     check_same_device(*alphas, logits, "alphas");
     p.alphas = alphas->const_data_ptr();
   }
@@ -270,8 +247,8 @@ Sigmoid make_sigmoid(const Tensor& logits, const Tensor& target,
 }
 
 std::tuple<Tensor, Tensor> sigmoid_focal_forward(const Tensor& logits, const Tensor& target,
-                                                 const std::optional<Tensor>& alphas, double gamma,
-                                                 double alpha, int64_t reduction) {
+                                                 const std::optional<Tensor>& alphas, double gamma, double alpha,
+                                                 int64_t reduction) {
   const Sigmoid p = make_sigmoid(logits, target, alphas, gamma, alpha, reduction);
   const ScalarType acc = acc_of(p.type);
   Tensor loss = p.reduction == Reduction::kNone ? empty_as(logits, acc) : empty(logits, {}, acc);
@@ -281,8 +258,8 @@ std::tuple<Tensor, Tensor> sigmoid_focal_forward(const Tensor& logits, const Ten
 }
 
 Tensor sigmoid_focal_backward(const Tensor& grad, const Tensor& logits, const Tensor& target,
-                              const std::optional<Tensor>& alphas, const Tensor& count,
-                              double gamma, double alpha, int64_t reduction) {
+                              const std::optional<Tensor>& alphas, const Tensor& count, double gamma, double alpha,
+                              int64_t reduction) {
   const Sigmoid p = make_sigmoid(logits, target, alphas, gamma, alpha, reduction);
   Tensor upstream = grad, out = empty_as(logits, logits.scalar_type());
   Device(logits)->sigmoid_backward(p, make_upstream(upstream, count, p.type, p.size, p.reduction),

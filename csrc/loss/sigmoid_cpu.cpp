@@ -24,8 +24,7 @@ struct Partial {
 
 // Losses and gradients (without upstream) of elements [begin, begin + n); n is at most kBlock.
 template <typename T>
-FACEFAST_INLINE Partial elements(const Sigmoid& p, int64_t begin, int64_t n, Acc<T>* loss,
-                                 Acc<T>* grad) {
+FACEFAST_INLINE Partial elements(const Sigmoid& p, int64_t begin, int64_t n, Acc<T>* loss, Acc<T>* grad) {
   using A = Acc<T>;
   const T* x = static_cast<const T*>(p.logits) + begin;
   const A* target = static_cast<const A*>(p.target) + begin;
@@ -44,8 +43,7 @@ FACEFAST_INLINE Partial elements(const Sigmoid& p, int64_t begin, int64_t n, Acc
   partial.count = count;
   if (wrong > 0) {
     partial.bad = begin;
-    while (!(target[partial.bad - begin] < A(0) || target[partial.bad - begin] > A(1)))
-      ++partial.bad;
+    while (!(target[partial.bad - begin] < A(0) || target[partial.bad - begin] > A(1))) ++partial.bad;
     return partial;
   }
   if (soft == 0) {
@@ -102,14 +100,11 @@ FACEFAST_INLINE Partial forward_block(const Sigmoid& p, int64_t begin, int64_t n
 }
 
 template <typename T>
-FACEFAST_INLINE void backward_block(const Sigmoid& p, const Upstream& up, int64_t begin, int64_t n,
-                                    void* out) {
+FACEFAST_INLINE void backward_block(const Sigmoid& p, const Upstream& up, int64_t begin, int64_t n, void* out) {
   using A = Acc<T>;
   A loss[kBlock], grad[kBlock];
   elements<T>(p, begin, n, loss, grad);
-  const A share = p.reduction == Reduction::kMean
-                      ? A(1) / std::max(A(1), *static_cast<const A*>(up.count))
-                      : A(1);
+  const A share = p.reduction == Reduction::kMean ? A(1) / std::max(A(1), *static_cast<const A*>(up.count)) : A(1);
   const A* upstream = static_cast<const A*>(up.data) + begin * up.stride;
   T* to = static_cast<T*>(out) + begin;
 #pragma omp simd
@@ -121,14 +116,13 @@ struct Kernels {
   void (*backward)(const Sigmoid&, const Upstream&, int64_t, int64_t, void*);
 };
 
-#define FACEFAST_VERSIONS(Name, T)                                                                \
-  FACEFAST_CLONES Partial forward_##Name(const Sigmoid& p, int64_t begin, int64_t n, void* out) { \
-    return forward_block<T>(p, begin, n, out);                                                    \
-  }                                                                                               \
-  FACEFAST_CLONES void backward_##Name(const Sigmoid& p, const Upstream& up, int64_t begin,       \
-                                       int64_t n, void* out) {                                    \
-    backward_block<T>(p, up, begin, n, out);                                                      \
-  }                                                                                               \
+#define FACEFAST_VERSIONS(Name, T)                                                                                  \
+  FACEFAST_CLONES Partial forward_##Name(const Sigmoid& p, int64_t begin, int64_t n, void* out) {                   \
+    return forward_block<T>(p, begin, n, out);                                                                      \
+  }                                                                                                                 \
+  FACEFAST_CLONES void backward_##Name(const Sigmoid& p, const Upstream& up, int64_t begin, int64_t n, void* out) { \
+    backward_block<T>(p, up, begin, n, out);                                                                        \
+  }                                                                                                                 \
   const Kernels k##Name{forward_##Name, backward_##Name};
 FACEFAST_VERSIONS(Float, float)
 FACEFAST_VERSIONS(Double, double)
@@ -152,12 +146,11 @@ const Kernels& kernels_for(Type type) {
 
 template <typename F>
 void each_block(int64_t size, const F& run) {  // run(block, first element, elements)
-  torch::stable::parallel_for(
-      0, (size + kBlock - 1) / kBlock, kGrain, [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; ++block) {
-          run(block, block * kBlock, std::min(kBlock, size - block * kBlock));
-        }
-      });
+  torch::stable::parallel_for(0, (size + kBlock - 1) / kBlock, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      run(block, block * kBlock, std::min(kBlock, size - block * kBlock));
+    }
+  });
 }
 
 template <typename A>
@@ -170,23 +163,19 @@ std::string text_of(const void* target, int64_t i) {
 void sigmoid_cpu_forward(const Sigmoid& p, void* loss, void* count) {
   std::vector<Partial> partial((p.size + kBlock - 1) / kBlock);
   const auto run = kernels_for(p.type).forward;
-  each_block(p.size, [&](int64_t block, int64_t begin, int64_t n) {
-    partial[block] = run(p, begin, n, loss);
-  });
+  each_block(p.size, [&](int64_t block, int64_t begin, int64_t n) { partial[block] = run(p, begin, n, loss); });
   Partial total;
   for (const Partial& part : partial) {
     if (part.bad >= 0) {
-      throw std::out_of_range("target " +
-                              (p.type == Type::kDouble ? text_of<double>(p.target, part.bad)
-                                                       : text_of<float>(p.target, part.bad)) +
-                              " of element " + std::to_string(part.bad) +
-                              " is outside [0, 1]; NaN marks an unknown target");
+      throw std::out_of_range(
+          "target " +
+          (p.type == Type::kDouble ? text_of<double>(p.target, part.bad) : text_of<float>(p.target, part.bad)) +
+          " of element " + std::to_string(part.bad) + " is outside [0, 1]; NaN marks an unknown target");
     }
     total.loss += part.loss;
     total.count += part.count;
   }
-  const double value =
-      p.reduction == Reduction::kMean ? total.loss / std::max(1.0, total.count) : total.loss;
+  const double value = p.reduction == Reduction::kMean ? total.loss / std::max(1.0, total.count) : total.loss;
   if (p.type == Type::kDouble) {
     *static_cast<double*>(count) = total.count;
     if (p.reduction != Reduction::kNone) *static_cast<double*>(loss) = value;

@@ -39,12 +39,10 @@ struct Options {
 };
 
 // Checks everything that a kernel would otherwise trust. `logits` gives the type and the device.
-Problem make_problem(const Tensor& logits, int64_t rows, int64_t classes, const Tensor& target,
-                     const Options& options);
+Problem make_problem(const Tensor& logits, int64_t rows, int64_t classes, const Tensor& target, const Options& options);
 
 // `grad` may be replaced by a contiguous copy, and must live as long as the result.
-Upstream make_upstream(Tensor& grad, const Tensor& count, Type type, int64_t size,
-                       Reduction reduction);
+Upstream make_upstream(Tensor& grad, const Tensor& count, Type type, int64_t size, Reduction reduction);
 
 // The back end of a tensor's device, ready to launch on its current stream. Scratch memory that it
 // asks for lives as long as this object.

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from facefast.data.index import FaceIndex, number_classes
+from facefast.data.index import FaceIndex, number_classes, printable
 
 EXTENSIONS = frozenset(
     b".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm "
@@ -60,11 +60,6 @@ def list_pictures(folder: bytes, *, descend_first: bool = False) -> Iterator[byt
     `folder` and `descend_first` lets it be an identity.
     """
     return _walk(folder, b"", (_identity(folder),), descend_first)
-
-
-def printable(name: bytes) -> str:
-    """A file name as text that can be printed and saved, whatever its bytes."""
-    return name.decode("utf-8", "backslashreplace")
 
 
 def _walk(

@@ -124,7 +124,7 @@ class FaceIndex:
 
     def name(self, row: int) -> str:
         """The picture's name for people: its path from the root, and its place in a container."""
-        path = os.fsdecode(bytes(self.paths[row]))
+        path = printable(bytes(self.paths[row]))
         return path if self.offsets[row] < 0 else f"{path}@{self.offsets[row]}"
 
     def fingerprint(self) -> str:
@@ -134,7 +134,7 @@ class FaceIndex:
         """
         digest = hashlib.blake2b(digest_size=16)
         digest.update(b"\0".join(self.paths.tolist()))
-        digest.update("\0".join(self.class_names).encode("utf-8", "surrogatepass"))
+        digest.update("\0".join(self.class_names).encode())
         for name in ("offsets", "lengths", "labels", "splits", "hashes", "landmarks", "attributes"):
             column = getattr(self, name)
             digest.update(name.encode())
@@ -348,6 +348,11 @@ class PairSet:
         different = rows[_pairs_across(np.repeat(np.arange(len(counts)), counts), half, generator)]
         pairs = np.concatenate([same, different], axis=1)
         return cls.of(pairs[0], pairs[1], np.arange(2 * half) < half, num_folds)
+
+
+def printable(name: bytes) -> str:
+    """A file name as text that can be printed and saved, whatever its bytes."""
+    return name.decode("utf-8", "backslashreplace")
 
 
 def number_classes(

@@ -6,6 +6,7 @@ DALI's; the caller's thread only hands batches over.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter, deque
@@ -130,8 +131,8 @@ class Loader:
     """Batches of one rank over one epoch; `set_epoch` goes on with another one. Made by `make_loader`.
 
     A file that cannot be read or decoded costs its row: the slot says -1 and carries another picture. It is not read
-    again. Iteration stops with `BadDataError` where more than `max_bad_fraction` of the pictures seen (of an epoch's,
-    while fewer were seen) are bad and these are at least ten, or all; at a fraction of 0 the first one stops it.
+    again. Iteration stops with `BadDataError` as soon as bad pictures are more than `max_bad_fraction` of those in the
+    epochs begun, and at least ten, or all; at a fraction of 0 the first one stops it.
 
     Attributes:
         sampler: who owns the order.
@@ -389,7 +390,8 @@ class Loader:
     def _check_budget(self) -> None:
         few = min(FEWEST_BAD, len(self.sampler.rows)) if self._max_bad_fraction > 0 else 1
         share = len(self.sampler.rows) / self._world
-        if len(self.bad) < few or self._lost <= self._max_bad_fraction * max(self._seen, share):
+        begun = share * math.ceil(self._seen / share)  # whole epochs: bad pictures may lie side by side
+        if len(self.bad) < few or self._lost <= self._max_bad_fraction * begun:
             return
         reasons = Counter(self.bad.values()).most_common()
         paths = {self.index.path(row): reason for row, reason in self.bad.items()}

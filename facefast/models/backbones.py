@@ -1,4 +1,4 @@
-"""Backbones by name: ours, torchvision's ResNets, any timm model. `face.FaceModel` is built on one."""
+"""Backbones by name: ours, torchvision's ResNets, any timm model. `FaceModel` is built on one."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ class Backbone(NamedTuple):
     size: int
     """Numbers it gives for a picture."""
     stages: Mapping[str, Sequence[str]]
-    """Stage name -> names of parameters or of modules that hold them, from the picture to the
-    embedding.
-    """
+    """Stage name -> names of parameters or of modules that hold them, from the picture to the embedding."""
     embeds: bool
     """Whether it ends in an embedding layer of its own."""
 
@@ -44,8 +42,8 @@ def build_backbone(name: str, shape: tuple[int, int], embedding: int = 0) -> Bac
     Args:
         name: one of `NAMES`, or timm/NAME for any model that timm knows.
         shape: (height, width) of the pictures.
-        embedding: size of the embedding layer of backbones that have one; 0 is their usual size.
-            The others end in pooled features, whose size is given.
+        embedding: size of the embedding layer of backbones that have one; 0 is their usual size. The others end in
+            pooled features, whose size is given.
 
     Raises:
         ValueError: an unknown name, or a model that cannot take pictures of this shape.
@@ -56,9 +54,7 @@ def build_backbone(name: str, shape: tuple[int, int], embedding: int = 0) -> Bac
         return Backbone(network, size, mobilefacenet.STAGES, embeds=True)
     if name in iresnet.DEPTHS:
         size = embedding or 512
-        return Backbone(
-            iresnet.IResNet(iresnet.DEPTHS[name], shape, size), size, iresnet.STAGES, embeds=True
-        )
+        return Backbone(iresnet.IResNet(iresnet.DEPTHS[name], shape, size), size, iresnet.STAGES, embeds=True)
     if name in RESNETS:
         return _build_resnet(name)
     if name.startswith(TIMM):

@@ -1,7 +1,6 @@
 """The face model: backbone, embedding, dropout, head, and everything needed to use them again.
 
-`build_model` makes one for training; `checkpoint.load_model` brings one back from its `to_config`
-form.
+`build_model` makes one for training; `checkpoint.load_model` brings one back from its `to_config` form.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ class FaceModel(nn.Module):
     """Pictures to embeddings to one number per identity.
 
     Args:
-        config: the architecture; `source` is not looked at and `backbone` must be a name (see
-            `build_model`).
+        config: the architecture; `source` is not looked at and `backbone` must be a name (see `build_model`).
         num_classes: identities; 0 builds a model without head, for embeddings only.
         image: the pictures that it takes; saved with the model.
         class_names: one per class, or none.
@@ -91,9 +89,7 @@ class FaceModel(nn.Module):
             ValueError: another number of names than of classes.
         """
         if class_names and len(class_names) != num_classes:
-            raise ValueError(
-                f"{len(class_names)} class names for {num_classes} classes; give one each or none"
-            )
+            raise ValueError(f"{len(class_names)} class names for {num_classes} classes; give one each or none")
         self.num_classes = num_classes
         self.class_names = tuple(class_names)
         self.head = None
@@ -103,8 +99,7 @@ class FaceModel(nn.Module):
 
     @property
     def classifier(self) -> nn.Module:
-        """Dropout and head: embeddings [B, D] to logits [B, C], trained alone where embeddings are
-        computed once.
+        """Dropout and head: embeddings [B, D] to logits [B, C], trained alone where embeddings are computed once.
 
         Raises:
             ValueError: the model has no head.
@@ -112,18 +107,12 @@ class FaceModel(nn.Module):
         return nn.Sequential(self.dropout, self._require_head())
 
     def encode(self, images: Tensor) -> Tensor:
-        """Normalised pictures [B, 3, H, W] to embeddings [B, D] as training sees them, of any
-        length.
+        """Normalised pictures [B, 3, H, W] to embeddings [B, D] as training sees them, of any length.
 
         Raises:
             ValueError: pictures of another size than the model's.
         """
-        if images.ndim != 4 or images.shape[1:] != (3, *self.image.shape):
-            raise ValueError(
-                f"pictures have shape {list(images.shape)}, the model takes "
-                f"[B, 3, {self.image.shape[0]}, {self.image.shape[1]}]; align or resize them to "
-                "its ImageSpec first"
-            )
+        self._check_shape(images)
         embeddings: Tensor = self.embedding(self.backbone(images))
         return embeddings
 
@@ -146,9 +135,8 @@ class FaceModel(nn.Module):
 
         Args:
             images: [B, 3, H, W], uint8 RGB as decoded, or float already normalised for this model.
-            mirror: adds the embedding of the mirror image before the length becomes 1. On CelebA
-                this gains half a point of TAR at FAR 1 %, as much as keeping both in twice the
-                numbers.
+            mirror: adds the embedding of the mirror image before the length becomes 1. On CelebA this gains half a
+                point of TAR at FAR 1 %, as much as keeping both in twice the numbers.
 
         Returns:
             [B, D] float32.
@@ -176,11 +164,10 @@ class FaceModel(nn.Module):
         return Prediction(labels, F.softmax(logits, dim=1), names)
 
     def stages(self) -> dict[str, list[nn.Module]]:
-        """Stage names, from the picture to the head, and modules that together hold every parameter
-        exactly once.
+        """Stage names, from the picture to the head, and modules that together hold every parameter exactly once.
 
-        Parameters that sit directly in a module with children (a transformer's position table) come
-        in a `nn.ParameterList` of their own. Freezing and layer-wise rates go by these names.
+        Parameters that sit directly in a module with children (a transformer's position table) come in a
+        `nn.ParameterList` of their own. Freezing and layer-wise rates go by these names.
         """
         named = dict(self.backbone.named_parameters())
         stages = {
@@ -215,9 +202,7 @@ class FaceModel(nn.Module):
             ValueError: another format, or an entry that is missing or wrong.
         """
         if document.get("format") != FORMAT:
-            raise ValueError(
-                f"model.json has format {document.get('format')!r}; this facefast reads {FORMAT}"
-            )
+            raise ValueError(f"model.json has format {document.get('format')!r}; this facefast reads {FORMAT}")
         fields = ("backbone", "embedding", "head", "dropout")
         wanted = {*fields, "format", "scale", "image", "num_classes", "class_names"}
         if set(document) != wanted:
@@ -234,24 +219,27 @@ class FaceModel(nn.Module):
     def _prepare(self, images: Tensor) -> Tensor:
         """Normalised pictures on the model's device."""
         if self.training:
-            raise ValueError(
-                "the model is in training mode, where BatchNorm mixes pictures; call eval() first"
-            )
+            raise ValueError("the model is in training mode, where BatchNorm mixes pictures; call eval() first")
+        self._check_shape(images)
         if images.dtype == torch.uint8:
-            if images.ndim == 4 and self.image.color == "bgr":
+            if self.image.color == "bgr":
                 images = images.flip(1)
             return (images.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std
         if not images.is_floating_point():
-            raise ValueError(
-                f"pictures are {images.dtype}; give uint8 RGB or normalised floating point"
-            )
+            raise ValueError(f"pictures are {images.dtype}; give uint8 RGB or normalised floating point")
         return images.to(self.pixel_mean)
+
+    def _check_shape(self, images: Tensor) -> None:
+        height, width = self.image.shape
+        if images.ndim != 4 or images.shape[1:] != (3, height, width):
+            raise ValueError(
+                f"pictures have shape {list(images.shape)}, the model takes "
+                f"[B, 3, {height}, {width}]; align or resize them to its ImageSpec first"
+            )
 
     def _require_head(self) -> LinearHead | CosineHead:
         if self.head is None:
-            raise ValueError(
-                "the model has no classes, only embeddings; give it some with set_classes"
-            )
+            raise ValueError("the model has no classes, only embeddings; give it some with set_classes")
         return self.head
 
 
@@ -275,8 +263,8 @@ def build_model(
         The model, in training mode; its `report` says what became of the source's weights.
 
     Raises:
-        ValueError: the source does not fit, was trained on other pictures, or does not tell its
-            architecture and `config.backbone` does not either.
+        ValueError: the source does not fit, was trained on other pictures, or does not tell its architecture and
+            `config.backbone` does not either.
     """
     if source is None and config.source != "none":
         source = load_source(config.source, config.backbone)
@@ -291,9 +279,7 @@ def build_model(
             f"{source.name}: its architecture is none that facefast recognises (tensors: "
             f"{', '.join(list(source.state)[:4])}, ...); name it with model.backbone"
         )
-    config = dataclasses.replace(
-        config, backbone=backbone, embedding=config.embedding or source.embedding
-    )
+    config = dataclasses.replace(config, backbone=backbone, embedding=config.embedding or source.embedding)
     image = image.settled(source.image, source.fixed)
     model = FaceModel(config, num_classes, image, class_names)
     model.report = apply_source(model, source)
@@ -304,8 +290,7 @@ def model_from_source(source: Source) -> FaceModel:
     """A source model as it is, for embeddings only.
 
     Raises:
-        ValueError: the source does not tell its architecture, or the pictures that it was trained
-            on.
+        ValueError: the source does not tell its architecture, or the pictures that it was trained on.
     """
     if source.image is None:
         raise ValueError(f"{source.name} does not tell the size and normalisation of its pictures")

@@ -1,6 +1,4 @@
-"""Heads: from embeddings [B, D] to one number per identity. `face.FaceModel` ends in one of
-them.
-"""
+"""Heads: from embeddings [B, D] to one number per identity. `face.FaceModel` ends in one of them."""
 
 from __future__ import annotations
 
@@ -8,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Logits per unit of cosine in a linear head that starts from class means. Measured on 239
-# identities of CelebA with a MobileFaceNet: cross entropy 0.69 at 8, 0.14 at 20, 0.22 at 64; random
-# weights start at log(239) = 5.48.
-START_SCALE = 20.0
+# Logits per unit of cosine in a linear head that starts from class means. Measured on held-out pictures of 239
+# CelebA identities with a MobileFaceNet: cross entropy 0.94 at 8, 0.14 at 24, 0.22 at 64; random weights start at
+# log(239) = 5.48.
+START_SCALE = 24.0
 # Embeddings shorter than this are not stretched to length 1: their gradient would be.
 SHORTEST = 1e-6
 
@@ -48,8 +46,7 @@ class LinearHead(nn.Linear):
 class CosineHead(nn.Module):
     """cos(angle) to each class's direction, [B, D] to [B, C]; the loss applies scale and margin.
 
-    Runs in float32 under autocast: a loss scaled by 64 turns bfloat16's rounding of a cosine into
-    an eighth of a logit.
+    Runs in float32 under autocast: a loss scaled by 64 turns bfloat16's rounding of a cosine into an eighth of a logit.
     """
 
     def __init__(self, embedding: int, num_classes: int) -> None:
@@ -68,8 +65,7 @@ class CosineHead(nn.Module):
 
         Args:
             means: [C, D] class means of length 1.
-            norm: usual length of an embedding; without effect on cosines, taken so that heads are
-                interchangeable.
+            norm: usual length of an embedding; without effect on cosines, taken so that heads are interchangeable.
         """
         self.weight.copy_(means)
 

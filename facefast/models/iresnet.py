@@ -1,7 +1,7 @@
 """IResNet (Duta et al. 2020, arXiv:2004.04989) as face recognition uses it, built by `backbones`.
 
-Names of layers and parameters are those of InsightFace's arcface_torch, so that its `backbone.pth`
-files load key for key.
+Names of layers and parameters are those of InsightFace's arcface_torch, so that its `backbone.pth` files load key for
+key.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ class Block(nn.Module):
         self.bn3 = nn.BatchNorm2d(out)
         self.downsample: nn.Module | None = None
         if stride != 1 or channels != out:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
-            )
+            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, out, H / stride, W / stride]."""
@@ -52,11 +50,9 @@ class Block(nn.Module):
 
 
 class FixedScaleBatchNorm(nn.BatchNorm1d):
-    """BatchNorm that learns its bias only: a learned scale would undo the normalisation of the
-    embedding.
+    """BatchNorm that learns its bias only: a learned scale would undo the normalisation of the embedding.
 
-    The scale is a buffer, not a frozen parameter, so that no policy of freezing and unfreezing can
-    set it free.
+    The scale is a buffer, not a frozen parameter, so that no policy of freezing and unfreezing can set it free.
     """
 
     def __init__(self, size: int) -> None:
@@ -70,15 +66,15 @@ class IResNet(nn.Module):
 
     Args:
         depths: blocks of each of the four stages, see `DEPTHS`.
-        shape: (height, width) of the pictures; the last layer has a weight per cell of the last
-            feature map, so a trained network takes this shape only.
+        shape: (height, width) of the pictures; the last layer has a weight per cell of the last feature map, so a
+            trained network takes this shape only.
         embedding: numbers in an embedding.
     """
 
     def __init__(
         self,
         depths: tuple[int, int, int, int],
-        shape: tuple[int, int] = (112, 112),
+        shape: tuple[int, int],
         embedding: int = 512,
     ) -> None:
         super().__init__()

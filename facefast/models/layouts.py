@@ -1,5 +1,4 @@
-"""What a published state dict is: its backbone and the pictures it was trained on, read off its
-keys and shapes.
+"""What a published state dict is: its backbone and the pictures it was trained on, read off its keys and shapes.
 
 `source.load_source` asks `recognise`; a further published layout is one function here.
 """
@@ -43,9 +42,7 @@ class Layout(NamedTuple):
 
 
 def recognise(state: Mapping[str, Tensor]) -> Layout | None:
-    """The layout of a state dict whose prefixes are stripped, or None where it is not one we
-    know.
-    """
+    """The layout of a state dict whose prefixes are stripped, or None where it is not one we know."""
     for known in (_mobilefacenet, _iresnet, _resnet):
         layout = known(state)
         if layout is not None:
@@ -54,9 +51,7 @@ def recognise(state: Mapping[str, Tensor]) -> Layout | None:
 
 
 def _mobilefacenet(state: Mapping[str, Tensor]) -> Layout | None:
-    """Xiaoccer's MobileFaceNet: the kernel of the global depthwise convolution tells the size of
-    the pictures.
-    """
+    """Xiaoccer's MobileFaceNet: the kernel of the global depthwise convolution tells the size of the pictures."""
     kernel, last = state.get("linear7.conv.weight"), state.get("linear1.conv.weight")
     if kernel is None or last is None or "dw_conv1.conv.weight" not in state:
         return None
@@ -74,11 +69,7 @@ def _iresnet(state: Mapping[str, Tensor]) -> Layout | None:
     last = state.get("fc.weight")
     depths: dict[tuple[int, ...], str] = {counts: name for name, counts in iresnet.DEPTHS.items()}
     name = depths.get(_block_counts(state))
-    if (
-        last is None
-        or name is None
-        or not {"layer1.0.prelu.weight", "features.weight"} <= set(state)
-    ):
+    if last is None or name is None or not {"layer1.0.prelu.weight", "features.weight"} <= set(state):
         return None
     if last.shape[1] != 512 * 7 * 7:
         return Layout(name, last.shape[0])
@@ -86,26 +77,17 @@ def _iresnet(state: Mapping[str, Tensor]) -> Layout | None:
 
 
 def _resnet(state: Mapping[str, Tensor]) -> Layout | None:
-    """torchvision's ResNet. One with another head than ImageNet's has seen other pictures, we
-    cannot know which.
-    """
+    """torchvision's ResNet. One with another head than ImageNet's has seen other pictures, we cannot know which."""
     first = state.get("layer1.0.conv2.weight")
     name = RESNET_DEPTHS.get(("layer1.0.conv3.weight" in state, _block_counts(state)))
-    if (
-        name is None
-        or first is None
-        or tuple(first.shape) != (64, 64, 3, 3)
-        or "bn1.weight" not in state
-    ):
+    if name is None or first is None or tuple(first.shape) != (64, 64, 3, 3) or "bn1.weight" not in state:
         return None
     if "layer1.0.prelu.weight" in state:
         return None
     head = state.get("fc.weight")
     if head is not None and head.shape[0] != IMAGENET_CLASSES:
         return Layout(name)
-    return Layout(
-        name, image=ImageSpec(size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD), fixed=NORMALISATION
-    )
+    return Layout(name, image=ImageSpec(size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD), fixed=NORMALISATION)
 
 
 def _block_counts(state: Mapping[str, Tensor]) -> tuple[int, ...]:

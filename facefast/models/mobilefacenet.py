@@ -1,8 +1,7 @@
-"""MobileFaceNet (Chen et al. 2018, arXiv:1804.07573), built by `backbones` for face sizes of any
-shape.
+"""MobileFaceNet (Chen et al. 2018, arXiv:1804.07573), built by `backbones` for face sizes of any shape.
 
-Names of layers and parameters are those of github.com/Xiaoccer/MobileFaceNet_Pytorch, so that its
-checkpoints load key for key.
+Names of layers and parameters are those of github.com/Xiaoccer/MobileFaceNet_Pytorch, so that its checkpoints load key
+for key.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ STAGES = {
 
 
 class ConvBlock(nn.Module):
-    """Convolution, BatchNorm and, unless `linear`, PReLU; `groups` equal to `channels` is
-    depthwise.
-    """
+    """Convolution, BatchNorm and, unless `linear`, PReLU; `groups` equal to `channels` is depthwise."""
 
     def __init__(
         self,
@@ -78,12 +75,12 @@ class MobileFaceNet(nn.Module):
     """Pictures [B, 3, H, W] to embeddings [B, embedding].
 
     Args:
-        shape: (height, width) of the pictures; the global depthwise convolution has a weight per
-            cell of the last feature map, so a trained network takes this shape only.
+        shape: (height, width) of the pictures; the global depthwise convolution has a weight per cell of the last
+            feature map, so a trained network takes this shape only.
         embedding: numbers in an embedding.
     """
 
-    def __init__(self, shape: tuple[int, int] = (112, 112), embedding: int = 128) -> None:
+    def __init__(self, shape: tuple[int, int], embedding: int = 128) -> None:
         super().__init__()
         self.conv1 = ConvBlock(3, 64, 3, stride=2, padding=1)
         self.dw_conv1 = ConvBlock(64, 64, 3, padding=1, groups=64)
@@ -98,8 +95,10 @@ class MobileFaceNet(nn.Module):
         self.linear7 = ConvBlock(512, 512, grid, groups=512, linear=True)
         self.linear1 = ConvBlock(512, embedding, 1, linear=True)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and module.groups == 1:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            elif isinstance(module, nn.Conv2d):  # torch counts a depthwise layer's fan-out C times too large
+                nn.init.kaiming_normal_(module.weight, mode="fan_in")
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pictures [B, 3, H, W] to embeddings [B, embedding], not normalised."""

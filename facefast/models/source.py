@@ -1,8 +1,7 @@
-"""Source models: weights from a file, a facefast checkpoint or a library, and how they enter a
-model.
+"""Source models: weights from a file, a facefast checkpoint or a library, and how they enter a model.
 
-`face.build_model` and `train` call `load_source` and `apply_source`. A file is data here, never a
-program: pickles are read by torch's weights-only loader and by nothing else.
+`face.build_model` and `train` call `load_source` and `apply_source`. A file is data here, never a program: pickles are
+read by torch's weights-only loader and by nothing else.
 """
 
 from __future__ import annotations
@@ -97,13 +96,12 @@ def load_source(source: str | Path, backbone: str = "auto") -> Source:
     """Reads source weights and finds out what they are.
 
     Args:
-        source: a safetensors file, a file of `torch.save`, a facefast run, checkpoint or package
-            folder, or "imagenet" for the weights that torchvision or timm publish for `backbone`.
+        source: a safetensors file, a file of `torch.save`, a facefast run, checkpoint or package folder, or "imagenet"
+            for the weights that torchvision or timm publish for `backbone`.
         backbone: its architecture where the weights do not tell; auto asks them.
 
     Raises:
-        ValueError: no such file, a file that holds more than tensors, no state dict in it, or names
-            that clash.
+        ValueError: no such file, a file that holds more than tensors, no state dict in it, or names that clash.
     """
     if str(source) == IMAGENET:
         return _from_library(backbone)
@@ -172,8 +170,7 @@ def strip_prefixes(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]
         short = short.replace("._orig_mod.", ".")
         if short in stripped:
             raise ValueError(
-                f"{path} holds {origin[short]} and {key}, two networks in one; save the one you "
-                "want alone"
+                f"{path} holds {origin[short]} and {key}, two networks in one; save the one you want alone"
             )
         stripped[short], origin[short] = tensor, key
     return stripped
@@ -182,8 +179,7 @@ def strip_prefixes(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(
-            f"source weights {path}: no such file; give a weights file, a run or checkpoint "
-            f"folder, {IMAGENET} or none"
+            f"source weights {path}: no such file; give a weights file, a run or checkpoint folder, {IMAGENET} or none"
         )
     try:
         if path.suffix == ".safetensors":
@@ -194,11 +190,7 @@ def _read(path: Path) -> Any:
     except Exception as error:
         # torch's own message recommends the unsafe loader; ours must not.
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = (
-            f"it asks for {wanted[1]}"
-            if wanted
-            else str(error).partition("\n")[0].partition(". ")[0]
-        )
+        reason = f"it asks for {wanted[1]}" if wanted else str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(
             f"{path} was refused: it is damaged, or holds more than tensors ({reason}), and "
             "a pickle can run any program. Where you trust the file, save its state dict alone, "
@@ -212,18 +204,12 @@ def _find_state(value: Any, path: Path, depth: int = 0) -> dict[str, Tensor]:
     nested = [key for key in CONTAINERS if isinstance(found.get(key), Mapping)]
     tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not nested and not tensors:
-        nested = [
-            key
-            for key, inner in found.items()
-            if isinstance(inner, Mapping) and _has_tensors(inner)
-        ]
+        nested = [key for key, inner in found.items() if isinstance(inner, Mapping) and _has_tensors(inner)]
         nested = nested if len(nested) == 1 else []
     if nested and depth < MAX_NESTING:
         return _find_state(found[nested[0]], path, depth + 1)
     if nested or not tensors:
-        holds = (
-            f"keys {_first([str(key) for key in found])}" if found else f"a {type(value).__name__}"
-        )
+        holds = f"keys {_first([str(key) for key in found])}" if found else f"a {type(value).__name__}"
         raise ValueError(f"{path} holds no state dict that can be told from others: {holds}")
     return tensors
 
@@ -251,9 +237,7 @@ def _from_folder(path: Path) -> Source:
                 state=_read(weights[0]),
             )
         except KeyError as error:
-            raise ValueError(
-                f"{document} has no entry {error}; it is not a facefast model"
-            ) from error
+            raise ValueError(f"{document} has no entry {error}; it is not a facefast model") from error
     raise ValueError(
         f"source folder {path} holds no facefast model (model.json beside model.safetensors); give "
         "a run folder, a checkpoint folder, a package or a weights file"
@@ -264,16 +248,15 @@ def _from_library(backbone: str) -> Source:
     """ImageNet weights by torchvision's or timm's own loader, from its cache or the network."""
     if backbone not in RESNETS and not backbone.startswith(TIMM):
         raise ValueError(
-            f"source imagenet has no weights for backbone {backbone}; choose one of "
-            f"{', '.join(RESNETS)} or timm/NAME"
+            f"source imagenet has no weights for backbone {backbone}; choose one of {', '.join(RESNETS)} or timm/NAME"
         )
     image, fixed = ImageSpec(size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD), NORMALISATION
     try:
         if backbone in RESNETS:
             import torchvision
 
-            # Not version 2: label smoothing and mixup make features that transfer less well
-            # (Kornblith et al. 2021, arXiv:2010.16402).
+            # Not version 2: label smoothing and mixup make features that transfer less well (Kornblith et al. 2021,
+            # arXiv:2010.16402).
             weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
             state = weights.get_state_dict(progress=False, check_hash=True)
         else:
