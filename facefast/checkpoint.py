@@ -1,7 +1,9 @@
 """A training state on disk, and back: written aside, hashed, synced, renamed, verified before use.
 
-A checkpoint is a folder of safetensors and JSON (never a pickle); `manifest.json`, written last, holds the SHA-256 of every
-other file. `train` saves and restores through `save` and `newest`; everything that only wants the model calls `load_model`.
+A checkpoint is a folder of safetensors and JSON (never a pickle); `manifest.json`, written last, holds the SHA-256 of
+every
+other file. `train` saves and restores through `save` and `newest`; everything that only wants the model calls
+`load_model`.
 """
 
 from __future__ import annotations
@@ -141,9 +143,7 @@ def check_same_run(path: Path, recipe: Recipe, plan: Plan) -> None:
     theirs, ours = files.read_json(path / "recipe.json"), to_json(recipe)
     free = ("threads", "log_every", "keep", "save_every", "projector")
     differs = [
-        f"{name}: {old!r} there, {new!r} now"
-        for name, old, new in _differences(theirs, ours)
-        if name not in free
+        f"{name}: {old!r} there, {new!r} now" for name, old, new in _differences(theirs, ours) if name not in free
     ]
     old_plan = files.read_json(path / "plan.json")
     for old, new in zip(old_plan["phases"], plan.phases, strict=False):
@@ -195,13 +195,9 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     return tensors, {"param_groups": state["param_groups"], "scalars": scalars}
 
 
-def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], document: dict[str, Any]
-) -> None:
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
     """The inverse of `pack_optimizer`, into an optimiser built for the same parameters."""
-    state: dict[int, dict[str, Any]] = {
-        int(number): dict(slots) for number, slots in document["scalars"].items()
-    }
+    state: dict[int, dict[str, Any]] = {int(number): dict(slots) for number, slots in document["scalars"].items()}
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = tensor

@@ -93,7 +93,8 @@ class Outcome:
 
 @contextlib.contextmanager
 def exit_codes(on_failure: Callable[[int, str], None] = lambda code, text: None) -> Iterator[Outcome]:
-    """Runs a command so that it ends with DESIGN's exit codes: users see one message, our own faults their traceback."""
+    """Runs a command so that it ends with DESIGN's exit codes: users see one message, our own faults their
+    traceback."""
     outcome = Outcome()
     try:
         yield outcome

@@ -69,9 +69,7 @@ def finish(folder: Path, state: TrainState, stages: tuple[Stage, ...], log: RunL
     bound = verdict(log.speeds, run.allreduce_seconds(trained))
     test = stages[-1].exam.test
     if recipe.projector and test is not None:
-        embeddings, seen = embed_rows(
-            state.evaluated, test, run, state.precision, batch_size=recipe.eval.batch_size
-        )
+        embeddings, seen = embed_rows(state.evaluated, test, run, state.precision, batch_size=recipe.eval.batch_size)
         names = [test.class_names[label] for label in test.labels[seen.numpy()]]
         log.embeddings(embeddings[seen], names, state.step)
     log.close()

@@ -1,6 +1,7 @@
 """What a model is worth: closed-set accuracy and open-set verification, on all ranks, with exact counts.
 
-`train` calls `evaluate` after each epoch; `python -m facefast.evaluate MODEL --data.root DIR` does it for a finished model.
+`train` calls `evaluate` after each epoch; `python -m facefast.evaluate MODEL --data.root DIR` does it for a finished
+model.
 """
 
 from __future__ import annotations

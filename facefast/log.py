@@ -55,9 +55,7 @@ class Speed(NamedTuple):
 class RunLog:
     """Writes one run's metrics; on a rank other than 0 it only counts."""
 
-    def __init__(
-        self, folder: Path, *, enabled: bool, total_steps: int, first_step: int, every: int
-    ) -> None:
+    def __init__(self, folder: Path, *, enabled: bool, total_steps: int, first_step: int, every: int) -> None:
         self._enabled = enabled
         self._every = every
         self._lost = 0
@@ -67,9 +65,7 @@ class RunLog:
         if enabled:
             self._file: TextIO = _open_from(folder / "metrics.jsonl", first_step)
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-            self._bar = tqdm(
-                total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1
-            )
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1)
 
     def _restart(self) -> None:
         self._sums: Tensor | None = None
@@ -173,7 +169,8 @@ class RunLog:
 
 
 def _open_from(path: Path, first_step: int) -> TextIO:
-    """metrics.jsonl without the lines a run wrote after the checkpoint it resumes from, and without a torn last line."""
+    """metrics.jsonl without the lines a run wrote after the checkpoint it resumes from, and without a torn last
+    line."""
     kept = []
     if path.exists() and first_step > 0:
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -20,20 +20,26 @@ def build_optimizer(phase: Phase, groups: list[dict[str, Any]], device: torch.de
     """
     betas = (phase.momentum, 0.999)
     if device.type == "cuda" and (apex := _apex()):
-        if phase.optimizer == "sgd":
-            return apex.FusedSGD(groups, lr=phase.lr, momentum=phase.momentum, nesterov=phase.momentum > 0)
-        if phase.optimizer == "lamb":
-            return apex.FusedLAMB(groups, lr=phase.lr, betas=betas)
-        return apex.FusedAdam(groups, lr=phase.lr, betas=betas, adam_w_mode=phase.optimizer == "adamw")
+        return _fused_by_apex(apex, phase, groups)
     if phase.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, lr=phase.lr, momentum=phase.momentum, nesterov=phase.momentum > 0, fused=True
-        )
+        return torch.optim.SGD(groups, lr=phase.lr, momentum=phase.momentum, nesterov=phase.momentum > 0, fused=True)
     if phase.optimizer == "adam":
         return torch.optim.Adam(groups, lr=phase.lr, betas=betas, fused=True)
     if phase.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=phase.lr, betas=betas, fused=True)
     return Lamb(groups, lr=phase.lr, betas=betas)
+
+
+def _fused_by_apex(apex: Any, phase: Phase, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    betas = (phase.momentum, 0.999)
+    optimizer: torch.optim.Optimizer
+    if phase.optimizer == "sgd":
+        optimizer = apex.FusedSGD(groups, lr=phase.lr, momentum=phase.momentum, nesterov=phase.momentum > 0)
+    elif phase.optimizer == "lamb":
+        optimizer = apex.FusedLAMB(groups, lr=phase.lr, betas=betas)
+    else:
+        optimizer = apex.FusedAdam(groups, lr=phase.lr, betas=betas, adam_w_mode=phase.optimizer == "adamw")
+    return optimizer
 
 
 def _apex() -> Any:
@@ -104,9 +110,7 @@ class Lamb(torch.optim.Optimizer):
             updates.append(update.add(p, alpha=group["weight_decay"]))
         trust = [
             torch.where((weight > 0) & (size > 0), weight / size, 1.0)
-            for weight, size in zip(
-                torch._foreach_norm(params), torch._foreach_norm(updates), strict=True
-            )
+            for weight, size in zip(torch._foreach_norm(params), torch._foreach_norm(updates), strict=True)
         ]
         rate = [torch.where(keep > 0, group["lr"] * ratio, 0.0) for ratio in trust]
         for p, update, r in zip(params, updates, rate, strict=True):
@@ -114,7 +118,8 @@ class Lamb(torch.optim.Optimizer):
 
 
 def rate_factor(phase: Phase, step: int, steps: int, steps_per_epoch: int) -> float:
-    """What the peak rates are multiplied by at `step` of a phase's `steps`; a pure function, so a resume needs no state."""
+    """What the peak rates are multiplied by at `step` of a phase's `steps`; a pure function, so a resume needs no
+    state."""
     warmup = round(phase.warmup * steps)
     if phase.schedule == "onecycle":
         warmup = warmup or round(0.3 * steps)

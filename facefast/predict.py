@@ -106,9 +106,7 @@ def index_of(paths: list[Path], detector: Detector | None) -> FaceIndex:
     return dataclasses.replace(index, landmarks=points)
 
 
-def predict(
-    model: FaceModel, index: FaceIndex, run: runtime.Runtime, top: int = 1
-) -> Iterator[dict[str, Any]]:
+def predict(model: FaceModel, index: FaceIndex, run: runtime.Runtime, top: int = 1) -> Iterator[dict[str, Any]]:
     """One answer a row: path, and names with probabilities, or the fault that kept the picture from being read."""
     sound = np.flatnonzero(index.faults == 0)
     precision = Precision.choose(Recipe(phases=(Phase(start="scratch"),)), run.device)

@@ -62,9 +62,7 @@ def read_photographs(recipe: Recipe, threads: int) -> FaceIndex:
     root = recipe.data.root
     if not root:
         root = str(synthetic.write(DRAWN_ROOT, synthetic.DrawnSpec()))
-    index = read_index(root, recipe.data.format).scanned(
-        threads=threads, max_pixels=recipe.data.max_pixels
-    )
+    index = read_index(root, recipe.data.format).scanned(threads=threads, max_pixels=recipe.data.max_pixels)
     check_budget(index, recipe.data.max_bad_fraction)
     return index.sound()
 

@@ -1,4 +1,5 @@
-"""What a run is: frozen dataclasses, their JSON form, and `resolve`, which turns a recipe and the facts of the data into a plan.
+"""What a run is: frozen dataclasses, their JSON form, and `resolve`, which turns a recipe and the facts of the data
+into a plan.
 
 Everything a run depends on is a field here; nothing is typed twice. `train` reads it top to bottom, the checkpoint
 stores it, and `evaluate`, `predict` and `export` read it back from there.
@@ -46,9 +47,7 @@ class ImageSpec:
         assert self.size > 0, "the image size is not settled yet"
         return self.size, self.width or self.size
 
-    def settled(
-        self, contract: ImageSpec | None = None, fixed: Collection[str] = frozenset()
-    ) -> ImageSpec:
+    def settled(self, contract: ImageSpec | None = None, fixed: Collection[str] = frozenset()) -> ImageSpec:
         """This specification with what was left open taken from a source model.
 
         Args:
@@ -118,9 +117,7 @@ class AugmentSpec:
     @property
     def active(self) -> bool:
         """Whether any strength is above 0."""
-        return any(
-            value > 0 for name, value in dataclasses.asdict(self).items() if name not in ("erase_area",)
-        )
+        return any(value > 0 for name, value in dataclasses.asdict(self).items() if name not in ("erase_area",))
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,8 @@ class ModelConfig:
     """The network and where its weights come from."""
 
     backbone: str = "auto"
-    """resnet18/34/50/101/152, mobilefacenet, iresnet18/34/50/100, timm/NAME; auto is the source's, else mobilefacenet."""
+    """resnet18/34/50/101/152, mobilefacenet, iresnet18/34/50/100, timm/NAME; auto is the source's, else
+    mobilefacenet."""
     source: str = "none"
     """Source weights: a file, a run or checkpoint folder, imagenet (torchvision's), or none."""
     embedding: int = 0
@@ -218,7 +216,8 @@ class Phase:
     pictures_per_identity: int = 4
     """K of the pk sampler."""
     optimizer: Literal["sgd", "adam", "adamw", "lamb"] = "sgd"
-    """apex's fused versions are used where apex is importable and the model is on a GPU, torch's fused ones otherwise."""
+    """apex's fused versions are used where apex is importable and the model is on a GPU, torch's fused ones
+    otherwise."""
     lr: float = 0.1
     """Peak learning rate."""
     momentum: float = 0.9
@@ -248,9 +247,7 @@ class Phase:
 
     def __post_init__(self) -> None:
         if self.steps < 0 or (self.steps == 0 and self.epochs <= 0):
-            raise ValueError(
-                f"phase {self.name}: epochs {self.epochs} or steps {self.steps} must be above 0"
-            )
+            raise ValueError(f"phase {self.name}: epochs {self.epochs} or steps {self.steps} must be above 0")
         if self.batch_size < 1 or self.accumulate < 1 or self.batch_size % self.accumulate:
             raise ValueError(
                 f"phase {self.name}: batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}"
@@ -383,9 +380,7 @@ def resolve(recipe: Recipe, facts: tuple[IndexFacts, ...], world_size: int) -> P
     """
     return Plan(
         world_size=world_size,
-        phases=tuple(
-            _resolve_phase(phase, fact, world_size) for phase, fact in zip(recipe.phases, facts, strict=True)
-        ),
+        phases=tuple(_resolve_phase(phase, fact, world_size) for phase, fact in zip(recipe.phases, facts, strict=True)),
     )
 
 

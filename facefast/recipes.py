@@ -1,4 +1,5 @@
-"""Named recipes: plain functions returning a `Recipe`. Each docstring has the command, what to expect and how long it takes.
+"""Named recipes: plain functions returning a `Recipe`. Each docstring has the command, what to expect and how long it
+takes.
 
 `train` picks one when none is named: `drawn` without --data.root, `finetune` with a source model, else `scratch`.
 """

@@ -22,8 +22,11 @@ COLUMNS = (
 )
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
-td:first-child, th:first-child { text-align: left } svg { background: #fafafa; border: 1px solid #ddd } pre { background: #f6f6f6; padding: 1rem; overflow: auto }
+table { border-collapse: collapse; margin: 1rem 0 }
+td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, th:first-child { text-align: left }
+svg { background: #fafafa; border: 1px solid #ddd }
+pre { background: #f6f6f6; padding: 1rem; overflow: auto }
 """
 
 
@@ -55,9 +58,7 @@ def write(folder: Path) -> Path:
     exams = {line["phase"]: line for line in lines if line["split"] == "eval"}
     status = files.read_json(folder / "status.json")
     header, rows = _cells({phase: {k: v for k, v in e.items() if v is not None} for phase, e in exams.items()})
-    cells = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     head = "".join(f"<th>{html.escape(title)}</th>" for title in header)
     train = [line for line in lines if line["split"] == "train"]
     charts = "".join(
@@ -69,7 +70,7 @@ def write(folder: Path) -> Path:
         for name in ("status.json", "recipe.json", "plan.json", "environment.json")
     )
     page = (
-        f"<!doctype html><meta charset=utf-8><title>facefast run {html.escape(folder.name)}</title><style>{STYLE}</style>"
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(folder.name)}</title><style>{STYLE}</style>"
         f"<h1>facefast run {html.escape(folder.name)}</h1><p>{html.escape(_sentence(status))}</p>"
         f"<h2>Exams</h2><table><tr>{head}</tr>{cells}</table><h2>Curves</h2>{charts}<h2>Everything else</h2>{documents}"
     )
@@ -106,5 +107,8 @@ def _chart(lines: list[dict[str, Any]], key: str, width: int = 720, height: int 
         color = colors[number % len(colors)]
         drawn.append(f"<polyline fill=none stroke='{color}' stroke-width=1.5 points='{path}'/>")
         drawn.append(f"<text x={60 + 110 * number} y=14 fill='{color}'>{html.escape(phase)}</text>")
-    axis = f"<text x=4 y=24>{top:.3g}</text><text x=4 y={height - 16}>0</text><text x={width - 60} y={height - 4}>{last}</text>"
+    axis = (
+        f"<text x=4 y=24>{top:.3g}</text><text x=4 y={height - 16}>0</text>"
+        f"<text x={width - 60} y={height - 4}>{last}</text>"
+    )
     return f"<svg width={width} height={height} font-size=12>{axis}{''.join(drawn)}</svg>"

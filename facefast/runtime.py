@@ -216,7 +216,8 @@ def _keep_memory() -> None:
 
 
 def _die_with_parent() -> None:
-    """A worker whose torchrun was killed outright must not live on: torchrun starts workers in sessions of their own."""
+    """A worker whose torchrun was killed outright must not live on: torchrun starts workers in sessions of their
+    own."""
     parent = os.getppid()
     if sys.platform == "linux":
         set_parent_death_signal = 1

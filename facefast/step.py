@@ -72,7 +72,8 @@ class TrainState:
         self.results: dict[str, dict[str, float]] = {}  # last exam of each phase
 
     def enter(self, number: int, model: FaceModel, embeddings: Tensor | None = None) -> None:
-        """Begins phase `number` with `model`: what learns, how fast, and the network as DDP and the compiler want it."""
+        """Begins phase `number` with `model`: what learns, how fast, and the network as DDP and the compiler want
+        it."""
         self.phase, self.phase_step, self.best = number, 0, None
         self.model, self.embeddings = model, embeddings
         phase, device = self.settings, self.run.device
@@ -116,9 +117,7 @@ class TrainState:
     def lr(self) -> float:
         """The schedule's rate for the next update, before the groups' own factors."""
         plan = self.phase_plan
-        return self.settings.lr * rate_factor(
-            self.settings, self.phase_step, plan.steps, plan.steps_per_epoch
-        )
+        return self.settings.lr * rate_factor(self.settings, self.phase_step, plan.steps, plan.steps_per_epoch)
 
     @property
     def epoch(self) -> float:

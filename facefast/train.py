@@ -1,6 +1,6 @@
 """The main path: photographs in, a fine-tuned and verified model out. Read it top to bottom and you know the system.
 
-    torchrun [...] -m facefast.train [RECIPE] [--data.root DIR] [--out RUN] [--phases.K.FIELD VALUE ...]
+torchrun [...] -m facefast.train [RECIPE] [--data.root DIR] [--out RUN] [--phases.K.FIELD VALUE ...]
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from facefast.evaluate import embed_rows, evaluate
 from facefast.log import Position, RunLog, environment
 from facefast.models import FaceModel, Source, build_model, load_source
 from facefast.prepare import Stage, prepare
-from facefast.recipe import EvalConfig, Plan, Recipe, from_json, resolve, to_json
+from facefast.recipe import EvalConfig, Recipe, resolve, to_json
 from facefast.runtime import Runtime, StorageError, decode_threads
-from facefast.step import Precision, TrainState, train_step
+from facefast.step import TrainState, train_step
 from facefast.transfer import CachedLoader, advice, caches_features, class_means
 
 
@@ -174,9 +174,7 @@ def begin(
         save(folder, state, improved=True)
 
 
-def starting_model(
-    state: TrainState, number: int, stage: Stage, source: Source | None
-) -> FaceModel:
+def starting_model(state: TrainState, number: int, stage: Stage, source: Source | None) -> FaceModel:
     """Random weights, with the source model's or those of the phase before copied over them."""
     recipe, phase = state.recipe, state.recipe.phases[number]
     config = recipe.model if phase.start == "source" else dataclasses.replace(recipe.model, source="none")
@@ -245,7 +243,8 @@ def open_loader(state: TrainState, stage: Stage) -> Loader | CachedLoader:
 
 
 def updates(state: TrainState, loader: Loader | CachedLoader) -> Iterator[tuple[list[Batch], int]]:
-    """What each update of the phase consumes, from the cursor on: this rank's micro-batches, and the valid rows over all."""
+    """What each update of the phase consumes, from the cursor on: this rank's micro-batches, and the valid rows over
+    all."""
     plan, accumulate = state.phase_plan, state.settings.accumulate
     while state.phase_step < plan.steps:
         epoch, done = divmod(state.phase_step, plan.steps_per_epoch)

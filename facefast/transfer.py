@@ -1,4 +1,5 @@
-"""Which parameters move and how fast: freezing, BatchNorm policy, layer-wise rates, class-mean heads, the feature cache."""
+"""Which parameters move and how fast: freezing, BatchNorm policy, layer-wise rates, class-mean heads, the feature
+cache."""
 
 from __future__ import annotations
 
@@ -113,9 +114,7 @@ class CachedLoader:
 
     wait_seconds = 0.0
 
-    def __init__(
-        self, embeddings: Tensor, labels: NDArray[np.int32], sampler: Sampler, run: Runtime
-    ) -> None:
+    def __init__(self, embeddings: Tensor, labels: NDArray[np.int32], sampler: Sampler, run: Runtime) -> None:
         self.sampler = sampler
         self._run = run
         self._embeddings = embeddings.to(run.device)  # [N, D] by row of the training index

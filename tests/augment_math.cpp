@@ -7,10 +7,9 @@
 
 extern "C" {
 
-void augment(const uint8_t* pixels, int width, int height, const float* numbers, int out_width,
-             int out_height, int dtype, int channels_last, void* output) {
-  const facefast::Target target{out_width, out_height, static_cast<facefast::Dtype>(dtype),
-                                channels_last != 0};
+void augment(const uint8_t* pixels, int width, int height, const float* numbers, int out_width, int out_height,
+             int dtype, int channels_last, void* output) {
+  const facefast::Target target{out_width, out_height, static_cast<facefast::Dtype>(dtype), channels_last != 0};
   facefast::Plan plan = facefast::MakePlan(numbers, width, height, target);
   plan.pixels = pixels;
   plan.output = output;
@@ -18,8 +17,8 @@ void augment(const uint8_t* pixels, int width, int height, const float* numbers,
   facefast::AugmentPicture(plan, target, &scratch);
 }
 
-void augment_as_cuda(const uint8_t* pixels, int width, int height, const float* numbers,
-                     int out_width, int out_height, float* output) {
+void augment_as_cuda(const uint8_t* pixels, int width, int height, const float* numbers, int out_width, int out_height,
+                     float* output) {
   const facefast::Target target{out_width, out_height, facefast::Dtype::kFloat, true};
   facefast::Plan plan = facefast::MakePlan(numbers, width, height, target);
   plan.pixels = pixels;

@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+# One thread: waiting at barriers for a core that another process holds makes small operators ten times slower.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu run where there is a GPU; FACEFAST_REQUIRE_GPU=1 lets them fail elsewhere instead of skipping."""
+    """Tests marked gpu run where there is a GPU; FACEFAST_REQUIRE_GPU=1 lets them fail elsewhere instead of
+    skipping."""
     if torch.cuda.is_available() or os.environ.get("FACEFAST_REQUIRE_GPU") == "1":
         return
     for item in items:

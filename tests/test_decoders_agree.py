@@ -36,9 +36,7 @@ DEVICES = [
 def loaded(index: FaceIndex, image: ImageSpec, augment: AugmentSpec | None, device: str) -> Tensor:
     """Every picture of the index through DALI: [N, 3, H, W]."""
     images = torch.zeros(len(index), 3, *image.shape)
-    with make_loader(
-        index, image, batch_size=16, augment=augment, seed=3, epoch=4, device=device, threads=2
-    ) as loader:
+    with make_loader(index, image, batch_size=16, augment=augment, seed=3, epoch=4, device=device, threads=2) as loader:
         for batch in loader:
             valid = batch.rows >= 0
             images[batch.rows[valid].cpu()] = batch.images[valid].cpu()
@@ -96,9 +94,7 @@ def test_a_twelve_megapixel_photograph_neither_differs_nor_aliases(
     picture = np.full((3000, 4000, 3), 255, np.uint8)
     picture[::2] = 0  # one-pixel stripes: whatever skips pixels sees black, white or waves
     picture[1000:2000, 1000:3000] = (200, 100, 50)
-    (tmp_path / "large.jpg").write_bytes(
-        encode(picture, quality=85, subsampling=0, exif=exif(orientation))
-    )
+    (tmp_path / "large.jpg").write_bytes(encode(picture, quality=85, subsampling=0, exif=exif(orientation)))
     index = make_index(tmp_path, ["large.jpg"]).scanned()
     image = ImageSpec(112)
     assert differences(index, image, EVERYTHING if orientation == 1 else None, device).item() < 1

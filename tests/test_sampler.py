@@ -22,11 +22,7 @@ def epoch_of(sampler: Sampler, epoch: int) -> np.ndarray:
 def test_every_row_comes_exactly_once_per_epoch_over_all_ranks(world: int) -> None:
     sampler = EpochSampler(ROWS, 16, seed=1)
     assert sampler.steps_per_epoch == 5
-    parts = [
-        sampler.local(2, step, rank, world)
-        for step in range(sampler.steps_per_epoch)
-        for rank in range(world)
-    ]
+    parts = [sampler.local(2, step, rank, world) for step in range(sampler.steps_per_epoch) for rank in range(world)]
     everything = np.concatenate(parts)
     assert sorted(everything[everything >= 0]) == ROWS.tolist()
     assert (everything == -1).sum() == 5 * 16 - len(ROWS)
@@ -98,9 +94,7 @@ def test_pk_batches_hold_p_identities_with_k_different_pictures_each() -> None:
 
 def test_pk_keeps_an_identity_on_one_rank_where_the_world_divides_p() -> None:
     sampler = PKSampler(ROWS, LABELS, 32, seed=0, pictures_per_identity=4)
-    owners = [
-        {LABEL_OF[row] for row in sampler.local(0, 0, rank, 4).tolist()} for rank in range(4)
-    ]
+    owners = [{LABEL_OF[row] for row in sampler.local(0, 0, rank, 4).tolist()} for rank in range(4)]
     assert [len(labels) for labels in owners] == [2, 2, 2, 2]
     assert len(set().union(*owners)) == 8
 

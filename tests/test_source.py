@@ -320,6 +320,12 @@ def test_a_source_for_another_architecture_is_refused(tiny_state: dict[str, Tens
         build_model(config, 2, TINY)
 
 
+def test_a_source_of_another_depth_is_refused(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="holds a resnet18, model.backbone is resnet34"):
+        load_source(tmp_path / "weights.pt", "resnet34")
+
+
 def test_an_unknown_architecture_needs_its_name(tmp_path: Path) -> None:
     name = "timm/mobilenetv3_small_050"
     torch.save(build_backbone(name, (32, 32)).module.state_dict(), tmp_path / "weights.pt")

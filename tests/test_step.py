@@ -12,7 +12,7 @@ from torch import Tensor
 from facefast import checkpoint
 from facefast.data import Batch
 from facefast.log import STATS
-from facefast.models import build_model
+from facefast.models import FaceModel, build_model
 from facefast.recipe import (
     ImageSpec,
     IndexFacts,
@@ -40,9 +40,21 @@ def make_state(phase: Phase = PHASE, **recipe_fields: object) -> TrainState:
     )
     plan = resolve(recipe, (IndexFacts(80, CLASSES, "f"),), 1)
     state = TrainState(recipe, plan, RUN)
-    torch.manual_seed(1)
-    state.enter(0, build_model(recipe.model, CLASSES, recipe.image))
+    state.enter(0, make_model(recipe))
     return state
+
+
+def make_model(recipe: Recipe) -> FaceModel:
+    """Random weights whose BatchNorm statistics are those of random pictures: frozen at 0 and 1 they would explode."""
+    torch.manual_seed(1)
+    model = build_model(recipe.model, CLASSES, recipe.image)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = None
+    model.train()
+    with torch.no_grad():
+        model(torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(5)))
+    return model
 
 
 def make_batch(size: int = 8, seed: int = 0) -> Batch:
@@ -146,12 +158,9 @@ def test_training_learns_a_small_batch_by_heart_with_margin_and_focal_loss() -> 
         PHASE, batchnorm="train", loss=LossConfig(gamma=1.0, margin="cos", margin_size=0.1, scale=16)
     )
     recipe_model = ModelConfig(backbone="mobilefacenet", embedding=16, head="cosine")
-    recipe = Recipe(
-        image=ImageSpec(size=32, template="none"), model=recipe_model, phases=(phase,), precision="fp32"
-    )
+    recipe = Recipe(image=ImageSpec(size=32, template="none"), model=recipe_model, phases=(phase,), precision="fp32")
     state = TrainState(recipe, resolve(recipe, (IndexFacts(80, CLASSES, "f"),), 1), RUN)
-    torch.manual_seed(1)
-    state.enter(0, build_model(recipe.model, CLASSES, recipe.image))
+    state.enter(0, make_model(recipe))
     losses = [float(train_step(state, [make_batch()], 8)[0]) for _ in range(30)]
     assert losses[-1] < losses[0] / 4
 

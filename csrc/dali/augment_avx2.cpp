@@ -29,8 +29,7 @@ FACEFAST_AVX2_INLINE void StoreWeights(__m256i a, __m256i b, __m256i c, __m256i 
   const __m256i even = _mm256_unpacklo_epi32(low, high);  // pixels 0 1 4 5
   const __m256i odd = _mm256_unpackhi_epi32(low, high);   // pixels 2 3 6 7
   _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm256_permute2x128_si256(even, odd, 0x20));
-  _mm256_store_si256(reinterpret_cast<__m256i*>(out + 4),
-                     _mm256_permute2x128_si256(even, odd, 0x31));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(out + 4), _mm256_permute2x128_si256(even, odd, 0x31));
 }
 
 // Eight registers R R G G | B B 0 0 (each channel still in two parts) become R, G and B of eight
@@ -38,13 +37,10 @@ FACEFAST_AVX2_INLINE void StoreWeights(__m256i a, __m256i b, __m256i c, __m256i 
 FACEFAST_AVX2_INLINE void Transpose(const __m256i* pixels, __m256* r, __m256* g, __m256* b) {
   __m256 pairs[4];
   for (int i = 0; i < 4; ++i) {
-    pairs[i] = _mm256_castsi256_ps(
-        _mm256_hadd_epi32(pixels[2 * i], pixels[2 * i + 1]));  // R G R G | B 0 B 0
+    pairs[i] = _mm256_castsi256_ps(_mm256_hadd_epi32(pixels[2 * i], pixels[2 * i + 1]));  // R G R G | B 0 B 0
   }
-  const __m256 rb0 = _mm256_shuffle_ps(pairs[0], pairs[1], 0x88),
-               g0 = _mm256_shuffle_ps(pairs[0], pairs[1], 0xdd);
-  const __m256 rb1 = _mm256_shuffle_ps(pairs[2], pairs[3], 0x88),
-               g1 = _mm256_shuffle_ps(pairs[2], pairs[3], 0xdd);
+  const __m256 rb0 = _mm256_shuffle_ps(pairs[0], pairs[1], 0x88), g0 = _mm256_shuffle_ps(pairs[0], pairs[1], 0xdd);
+  const __m256 rb1 = _mm256_shuffle_ps(pairs[2], pairs[3], 0x88), g1 = _mm256_shuffle_ps(pairs[2], pairs[3], 0xdd);
   *r = _mm256_cvtepi32_ps(_mm256_castps_si256(_mm256_permute2f128_ps(rb0, rb1, 0x20)));
   *g = _mm256_cvtepi32_ps(_mm256_castps_si256(_mm256_permute2f128_ps(g0, g1, 0x20)));
   *b = _mm256_cvtepi32_ps(_mm256_castps_si256(_mm256_permute2f128_ps(rb0, rb1, 0x31)));
@@ -52,14 +48,12 @@ FACEFAST_AVX2_INLINE void Transpose(const __m256i* pixels, __m256* r, __m256* g,
 
 // Index of eight neighbouring output pixels along one source axis.
 FACEFAST_AVX2_INLINE __m256 Index(const Axis& axis, __m256 x, float y) {
-  return _mm256_fmadd_ps(_mm256_set1_ps(axis.map[0]), x,
-                         _mm256_set1_ps(axis.map[1] * y + axis.map[2]));
+  return _mm256_fmadd_ps(_mm256_set1_ps(axis.map[0]), x, _mm256_set1_ps(axis.map[1] * y + axis.map[2]));
 }
 
 FACEFAST_AVX2_INLINE __m256i Offsets(__m256 column, __m256 row, int width) {
-  const __m256i pixel =
-      _mm256_add_epi32(_mm256_mullo_epi32(_mm256_cvttps_epi32(row), _mm256_set1_epi32(width)),
-                       _mm256_cvttps_epi32(column));
+  const __m256i pixel = _mm256_add_epi32(_mm256_mullo_epi32(_mm256_cvttps_epi32(row), _mm256_set1_epi32(width)),
+                                         _mm256_cvttps_epi32(column));
   return _mm256_add_epi32(pixel, _mm256_add_epi32(pixel, pixel));
 }
 
@@ -139,9 +133,8 @@ class Wide {
 
   FACEFAST_AVX2_INLINE void Sample(int at, __m256* r, __m256* g, __m256* b) const {
     // Each byte lands in the upper half of a 16-bit value: R R R R G G G G | B B B B.
-    const __m256i order =
-        _mm256_setr_epi8(-1, 0, -1, 3, -1, 6, -1, 9, -1, 1, -1, 4, -1, 7, -1, 10,  //
-                         -1, 2, -1, 5, -1, 8, -1, 11, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i order = _mm256_setr_epi8(-1, 0, -1, 3, -1, 6, -1, 9, -1, 1, -1, 4, -1, 7, -1, 10,  //
+                                           -1, 2, -1, 5, -1, 8, -1, 11, -1, -1, -1, -1, -1, -1, -1, -1);
     const __m256i half = _mm256_set1_epi16(static_cast<int16_t>(Rows() / 2));  // mulhi rounds down
     __m256i sums[8];
     for (int i = 0; i < 8; ++i) {
@@ -197,8 +190,7 @@ class Wide {
       weights[i] = _mm256_cvtps_epi32(_mm256_mul_ps(tents[i], scale));
       rest = _mm256_sub_epi32(rest, weights[i]);
     }
-    weights[1] =
-        _mm256_add_epi32(weights[1], rest);  // a tap that always has weight takes the rounding
+    weights[1] = _mm256_add_epi32(weights[1], rest);  // a tap that always has weight takes the rounding
   }
 
   const Axis x_, y_;
@@ -213,8 +205,7 @@ template <typename Sampler>
 FACEFAST_AVX2 void SampleRun(const Plan& plan, int y, Run run, float* const lines[3]) {
   Sampler sampler(plan);
   __m256 color[12];
-  for (int i = 0; i < 12; ++i)
-    color[i] = _mm256_set1_ps(i % 4 == 3 ? plan.color[i] : plan.color[i] / Sampler::kScale);
+  for (int i = 0; i < 12; ++i) color[i] = _mm256_set1_ps(i % 4 == 3 ? plan.color[i] : plan.color[i] / Sampler::kScale);
   float *const line0 = lines[0], *const line1 = lines[1], *const line2 = lines[2];
   const __m256 lane = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
   const __m256 last = _mm256_set1_ps(static_cast<float>(run.end - 1));
@@ -228,11 +219,9 @@ FACEFAST_AVX2 void SampleRun(const Plan& plan, int y, Run run, float* const line
     for (int i = 0; i < count; i += 8) {
       __m256 r, g, b;
       sampler.Sample(i, &r, &g, &b);
-      const auto mix =
-          [&](const __m256* row) __attribute__((target("avx2,fma,f16c"), always_inline)) {
-            return _mm256_fmadd_ps(row[0], r,
-                                   _mm256_fmadd_ps(row[1], g, _mm256_fmadd_ps(row[2], b, row[3])));
-          };
+      const auto mix = [&](const __m256* row) __attribute__((target("avx2,fma,f16c"), always_inline)) {
+        return _mm256_fmadd_ps(row[0], r, _mm256_fmadd_ps(row[1], g, _mm256_fmadd_ps(row[2], b, row[3])));
+      };
       _mm256_storeu_ps(line0 + x + i, mix(color));
       _mm256_storeu_ps(line1 + x + i, mix(color + 4));
       _mm256_storeu_ps(line2 + x + i, mix(color + 8));
@@ -243,17 +232,16 @@ FACEFAST_AVX2 void SampleRun(const Plan& plan, int y, Run run, float* const line
 FACEFAST_AVX2_INLINE __m128i ToBfloat16(__m256 value) {
   const __m256i bits = _mm256_castps_si256(value);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i packed = _mm256_packus_epi32(rounded, rounded);
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 }
 
 // Eight values of one channel in the output's type.
 FACEFAST_AVX2_INLINE __m128i Narrow(__m256 value, Dtype dtype) {
-  return dtype == Dtype::kHalf
-             ? _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-             : ToBfloat16(value);
+  return dtype == Dtype::kHalf ? _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+                               : ToBfloat16(value);
 }
 
 // Four pixels, R G B apart, to twelve values.
@@ -301,15 +289,13 @@ FACEFAST_AVX2_INLINE void StoreEight(const float* line, Dtype dtype, uint16_t* o
 
 FACEFAST_AVX2_INLINE void StoreEight(const float* const lines[3], int x, Dtype, float* out) {
   for (int half = 0; half < 8; half += 4) {
-    Interleave(_mm_loadu_ps(lines[0] + x + half), _mm_loadu_ps(lines[1] + x + half),
-               _mm_loadu_ps(lines[2] + x + half), out + 3 * half);
+    Interleave(_mm_loadu_ps(lines[0] + x + half), _mm_loadu_ps(lines[1] + x + half), _mm_loadu_ps(lines[2] + x + half),
+               out + 3 * half);
   }
 }
 
-FACEFAST_AVX2_INLINE void StoreEight(const float* const lines[3], int x, Dtype dtype,
-                                     uint16_t* out) {
-  Interleave(Narrow(_mm256_loadu_ps(lines[0] + x), dtype),
-             Narrow(_mm256_loadu_ps(lines[1] + x), dtype),
+FACEFAST_AVX2_INLINE void StoreEight(const float* const lines[3], int x, Dtype dtype, uint16_t* out) {
+  Interleave(Narrow(_mm256_loadu_ps(lines[0] + x), dtype), Narrow(_mm256_loadu_ps(lines[1] + x), dtype),
              Narrow(_mm256_loadu_ps(lines[2] + x), dtype), out);
 }
 

@@ -10,8 +10,8 @@ namespace {
 
 #if FACEFAST_AVX2_PATH
 bool HasAvx2() {
-  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                          __builtin_cpu_supports("f16c");
+  static const bool has =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   return has;
 }
 #endif
@@ -68,8 +68,7 @@ void Reduce(Plan* plan, Scratch* scratch) {
 void Narrow(const Axis& axis, int size, int y, double* low, double* high) {
   const double slope = axis.map[0], at = static_cast<double>(axis.map[1]) * y + axis.map[2];
   // The samplers compute the index in float32, of terms as large as these.
-  const double terms = std::fabs(slope) * *high + std::fabs(double{axis.map[1]}) * y +
-                       std::fabs(double{axis.map[2]});
+  const double terms = std::fabs(slope) * *high + std::fabs(double{axis.map[1]}) * y + std::fabs(double{axis.map[2]});
   const double slack = 1e-3 + 5e-7 * terms;
   const double least = axis.radius - 1.0 + slack, most = size - axis.taps + axis.radius - slack;
   if (!(least <= most) || !std::isfinite(terms)) {
@@ -108,13 +107,11 @@ void SampleRow(const Plan& plan, int y, int begin, int end, float* const lines[3
 }
 
 template <typename T, typename Convert>
-void StoreRow(const float* const lines[3], const Target& target, int y, T* output,
-              Convert convert) {
+void StoreRow(const float* const lines[3], const Target& target, int y, T* output, Convert convert) {
   const size_t width = target.width;
   for (size_t c = 0; c < 3; ++c) {
     for (size_t x = 0; x < width; ++x) {
-      const size_t at =
-          target.channels_last ? (y * width + x) * 3 + c : (c * target.height + y) * width + x;
+      const size_t at = target.channels_last ? (y * width + x) * 3 + c : (c * target.height + y) * width + x;
       output[at] = convert(lines[c][x]);
     }
   }
@@ -126,8 +123,7 @@ void StoreRow(const float* const lines[3], const Target& target, int y, void* ou
 #endif
   switch (target.dtype) {
     case Dtype::kFloat:
-      return StoreRow(lines, target, y, static_cast<float*>(output),
-                      [](float value) { return value; });
+      return StoreRow(lines, target, y, static_cast<float*>(output), [](float value) { return value; });
     case Dtype::kHalf:
       return StoreRow(lines, target, y, static_cast<uint16_t*>(output), HalfBits);
     case Dtype::kBfloat16:
@@ -149,11 +145,9 @@ Run InnerRun(const Plan& plan, int y, int width) {
 
 void AugmentPicture(Plan plan, const Target& target, Scratch* scratch) {
   if (plan.x.block > 1 || plan.y.block > 1) Reduce(&plan, scratch);
-  const size_t length =
-      static_cast<size_t>(target.width) + 8;  // SampleRunAvx2 and StoreRowAvx2 work in eights
+  const size_t length = static_cast<size_t>(target.width) + 8;  // SampleRunAvx2 and StoreRowAvx2 work in eights
   scratch->lines.resize(3 * length);
-  float* const lines[3] = {scratch->lines.data(), scratch->lines.data() + length,
-                           scratch->lines.data() + 2 * length};
+  float* const lines[3] = {scratch->lines.data(), scratch->lines.data() + length, scratch->lines.data() + 2 * length};
   for (int y = 0; y < target.height; ++y) {
     if (y >= plan.erase[1] && y < plan.erase[3] && plan.erase[0] < plan.erase[2]) {
       SampleRow(plan, y, 0, plan.erase[0], lines);

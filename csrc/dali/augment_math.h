@@ -79,8 +79,7 @@ inline Axis MakeAxis(const float* row, float origin, int size) {
   axis.reduced = (axis.phase + size + axis.block - 1) / axis.block;
   // A tap that could weigh at most 0.001 is not worth its cost: rounding makes |row| of a
   // rotation 1.0000001.
-  axis.taps =
-      static_cast<int>(std::fmin(std::ceil(2.0 * shrink / axis.block - 1e-3), double{kMaxTaps}));
+  axis.taps = static_cast<int>(std::fmin(std::ceil(2.0 * shrink / axis.block - 1e-3), double{kMaxTaps}));
   axis.radius = axis.taps == 2 ? 1.0f : static_cast<float>(shrink / axis.block);
   axis.map[0] = static_cast<float>(a / axis.block);
   axis.map[1] = static_cast<float>(b / axis.block);
@@ -114,8 +113,7 @@ struct Tent {
 
   FACEFAST_HD Tent(const Axis& axis, int x, int y) {
     const float far = 1e8f;  // keeps the conversion to int defined for any matrix, NaN included
-    const float raw =
-        axis.map[0] * static_cast<float>(x) + axis.map[1] * static_cast<float>(y) + axis.map[2];
+    const float raw = axis.map[0] * static_cast<float>(x) + axis.map[1] * static_cast<float>(y) + axis.map[2];
     const float at = fminf(fmaxf(raw, -far), far);
     const float base = floorf(at - axis.radius) + 1.0f;
     first = static_cast<int>(base);
@@ -124,9 +122,7 @@ struct Tent {
     sum = 0.0f;
     for (int i = 0; i < axis.taps; ++i) sum += At(i);
   }
-  FACEFAST_HD float At(int i) const {
-    return fmaxf(0.0f, 1.0f - fabsf(start + static_cast<float>(i)) * inverse);
-  }
+  FACEFAST_HD float At(int i) const { return fmaxf(0.0f, 1.0f - fabsf(start + static_cast<float>(i)) * inverse); }
 };
 
 // Reduced pixel (x, y): the mean of its block, rounded half up, where what lies beyond the region
@@ -198,8 +194,7 @@ FACEFAST_HD float Color(const float* row, const float* rgb) {
 FACEFAST_HD uint16_t Bfloat16Bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));
-  if ((bits & 0x7fffffffu) > 0x7f800000u)
-    return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays NaN
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays NaN
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 

@@ -4,6 +4,7 @@
 #include "face_augment.h"
 
 #include <string>
+#include <tuple>
 
 #include "augment_cpu.h"
 #include "dali/core/format.h"
@@ -12,11 +13,11 @@
 #if FACEFAST_WITH_CUDA
 #include "dali/core/cuda_error.h"
 #include "dali/kernels/dynamic_scratchpad.h"
+#include "dali/kernels/scratch_copy_impl.h"
 #endif
 
 #ifndef FACEFAST_DALI_VERSION
-#error \
-    "build with -DFACEFAST_DALI_VERSION=\"x.y.z\", the nvidia.dali.__version__ whose headers are used"
+#error "build with -DFACEFAST_DALI_VERSION=\"x.y.z\", the nvidia.dali.__version__ whose headers are used"
 #endif
 
 #if FACEFAST_WITH_CUDA
@@ -37,25 +38,19 @@ using dali::GPUBackend;
 using dali::make_string;
 
 template <typename Backend>
-FaceAugment<Backend>::FaceAugment(const dali::OpSpec& spec)
-    : dali::StatelessOperator<Backend>(spec) {
+FaceAugment<Backend>::FaceAugment(const dali::OpSpec& spec) : dali::StatelessOperator<Backend>(spec) {
   const auto size = spec.GetRepeatedArgument<int>("size");
-  DALI_ENFORCE(
-      size.size() == 2 && size[0] > 0 && size[1] > 0 && size[0] <= 16384 && size[1] <= 16384,
-      "size must be (height, width), each from 1 to 16384");
+  DALI_ENFORCE(size.size() == 2 && size[0] > 0 && size[1] > 0 && size[0] <= 16384 && size[1] <= 16384,
+               "size must be (height, width), each from 1 to 16384");
   const auto layout = spec.GetArgument<std::string>("layout");
-  DALI_ENFORCE(layout == "CHW" || layout == "HWC",
-               make_string("layout is \"", layout, "\"; it must be CHW or HWC"));
+  DALI_ENFORCE(layout == "CHW" || layout == "HWC", make_string("layout is \"", layout, "\"; it must be CHW or HWC"));
   const auto dtype = spec.GetArgument<dali::DALIDataType>("dtype");
   DALI_ENFORCE(dtype == DALI_FLOAT || dtype == DALI_FLOAT16 || dtype == DALI_INT16,
-               make_string("dtype is ", dtype,
-                           "; it must be FLOAT, FLOAT16 or INT16 (the bits of bfloat16)"));
+               make_string("dtype is ", dtype, "; it must be FLOAT, FLOAT16 or INT16 (the bits of bfloat16)"));
   target_.height = size[0];
   target_.width = size[1];
   target_.channels_last = layout == "HWC";
-  target_.dtype = dtype == DALI_FLOAT     ? Dtype::kFloat
-                  : dtype == DALI_FLOAT16 ? Dtype::kHalf
-                                          : Dtype::kBfloat16;
+  target_.dtype = dtype == DALI_FLOAT ? Dtype::kFloat : dtype == DALI_FLOAT16 ? Dtype::kHalf : Dtype::kBfloat16;
 }
 
 template <typename Backend>
@@ -71,25 +66,20 @@ dali::DALIDataType FaceAugment<Backend>::OutputType() const {
 }
 
 template <typename Backend>
-bool FaceAugment<Backend>::SetupImpl(std::vector<dali::OutputDesc>& outputs,
-                                     const dali::Workspace& ws) {
+bool FaceAugment<Backend>::SetupImpl(std::vector<dali::OutputDesc>& outputs, const dali::Workspace& ws) {
   const auto& input = ws.Input<Backend>(0);
   const int count = input.num_samples();
-  DALI_ENFORCE(input.type() == DALI_UINT8,
-               make_string("pictures are ", input.type(), "; they must be UINT8"));
+  DALI_ENFORCE(input.type() == DALI_UINT8, make_string("pictures are ", input.type(), "; they must be UINT8"));
   numbers_.Acquire(this->spec_, ws, count, dali::TensorShape<1>{kNumbers});
   plans_.resize(count);
   for (int i = 0; i < count; ++i) {
     const auto shape = input.tensor_shape_span(i);
     DALI_ENFORCE(shape.size() == 3 && shape[2] == 3 && shape[0] > 0 && shape[1] > 0,
-                 make_string("picture ", i, " has shape ", input.tensor_shape(i),
-                             "; it must be height x width x 3"));
-    DALI_ENFORCE(
-        shape[0] * shape[1] <= INT32_MAX / 3,
-        make_string("picture ", i, " has ", shape[0], " x ", shape[1], " pixels; at most ",
-                    INT32_MAX / 3, " are supported: leave it out with the loader's pixel limit"));
-    plans_[i] =
-        MakePlan(numbers_[i].data, static_cast<int>(shape[1]), static_cast<int>(shape[0]), target_);
+                 make_string("picture ", i, " has shape ", input.tensor_shape(i), "; it must be height x width x 3"));
+    DALI_ENFORCE(shape[0] * shape[1] <= INT32_MAX / 3,
+                 make_string("picture ", i, " has ", shape[0], " x ", shape[1], " pixels; at most ", INT32_MAX / 3,
+                             " are supported: leave it out with the loader's pixel limit"));
+    plans_[i] = MakePlan(numbers_[i].data, static_cast<int>(shape[1]), static_cast<int>(shape[0]), target_);
     plans_[i].pixels = static_cast<const uint8_t*>(input.raw_tensor(i));
   }
   const auto shape = target_.channels_last ? dali::TensorShape<>{target_.height, target_.width, 3}
@@ -128,7 +118,7 @@ void FaceAugment<GPUBackend>::RunImpl(dali::Workspace& ws) {
   }
   // One copy for the batch, staged in pinned memory that DALI frees in stream order.
   dali::kernels::DynamicScratchpad scratchpad(ws.stream());
-  const Plan* plans = scratchpad.ToGPU(ws.stream(), plans_);
+  const Plan* plans = std::get<0>(scratchpad.ToContiguousGPU(ws.stream(), plans_));
   LaunchFaceAugment(plans, output.num_samples(), target_, reduces, ws.stream());
   CUDA_CALL(cudaGetLastError());
 }
@@ -147,15 +137,13 @@ an area-correct tent where it is; outside the picture is black.)code")
     .NumInput(1)
     .NumOutput(1)
     .InputLayout(0, "HWC")
-    .AddArg(
-        "numbers",
-        R"code(24 float32 per picture: the 2x3 matrix from centres of output pixels to the picture
+    .AddArg("numbers",
+            R"code(24 float32 per picture: the 2x3 matrix from centres of output pixels to the picture
 (x y 1), the 3x4 colour matrix on 0..255 RGB, the erased rectangle x0 y0 x1 y1 in output pixels (half open, filled with
 0), and x y of the decoded region within the picture.)code",
-        DALI_FLOAT_VEC, true)
+            DALI_FLOAT_VEC, true)
     .AddArg("size", "Height and width of the output.", DALI_INT_VEC)
-    .AddOptionalTypeArg("dtype", "FLOAT, FLOAT16 or INT16, which holds the bits of bfloat16.",
-                        DALI_FLOAT)
+    .AddOptionalTypeArg("dtype", "FLOAT, FLOAT16 or INT16, which holds the bits of bfloat16.", DALI_FLOAT)
     .AddOptionalArg<std::string>("layout", "CHW or HWC.", "CHW");
 
 using FaceAugmentCPU = facefast::FaceAugment<CPUBackend>;

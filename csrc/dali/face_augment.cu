@@ -9,28 +9,22 @@
 namespace facefast {
 namespace {
 
-constexpr int kBlockWidth =
-    32;  // one warp per row of a block, so that a warp writes one stretch of memory
+constexpr int kBlockWidth = 32;  // one warp per row of a block, so that a warp writes one stretch of memory
 constexpr int kBlockHeight = 8;
 
 __device__ __forceinline__ void Convert(float value, float* out) { *out = value; }
 __device__ __forceinline__ void Convert(float value, __half* out) { *out = __float2half_rn(value); }
-__device__ __forceinline__ void Convert(float value, __nv_bfloat16* out) {
-  *out = __float2bfloat16_rn(value);
-}
+__device__ __forceinline__ void Convert(float value, __nv_bfloat16* out) { *out = __float2bfloat16_rn(value); }
 
 template <typename T, bool kReduced>
-__global__ void __launch_bounds__(kBlockWidth* kBlockHeight)
-    FaceAugmentKernel(const Plan* plans, Target target) {
+__global__ void __launch_bounds__(kBlockWidth* kBlockHeight) FaceAugmentKernel(const Plan* plans, Target target) {
   __shared__ Plan shared;
   __shared__ T lines[kBlockHeight][3 * kBlockWidth];
   // The plan is read by every thread many times: one copy of it per block.
   const int thread = threadIdx.y * kBlockWidth + threadIdx.x;
-  static_assert(sizeof(Plan) % sizeof(uint32_t) == 0 &&
-                sizeof(Plan) / sizeof(uint32_t) <= kBlockWidth * kBlockHeight);
+  static_assert(sizeof(Plan) % sizeof(uint32_t) == 0 && sizeof(Plan) / sizeof(uint32_t) <= kBlockWidth * kBlockHeight);
   if (thread < sizeof(Plan) / sizeof(uint32_t)) {
-    reinterpret_cast<uint32_t*>(&shared)[thread] =
-        reinterpret_cast<const uint32_t*>(plans + blockIdx.z)[thread];
+    reinterpret_cast<uint32_t*>(&shared)[thread] = reinterpret_cast<const uint32_t*>(plans + blockIdx.z)[thread];
   }
   __syncthreads();
   const Plan& plan = shared;
@@ -66,8 +60,7 @@ __global__ void __launch_bounds__(kBlockWidth* kBlockHeight)
 template <typename T>
 void Launch(const Plan* plans, int count, const Target& target, bool reduces, cudaStream_t stream) {
   const dim3 block(kBlockWidth, kBlockHeight);
-  const dim3 tiles((target.width + kBlockWidth - 1) / kBlockWidth,
-                   (target.height + kBlockHeight - 1) / kBlockHeight);
+  const dim3 tiles((target.width + kBlockWidth - 1) / kBlockWidth, (target.height + kBlockHeight - 1) / kBlockHeight);
   constexpr int kMostSamples = 65535;  // of a grid's third axis
   for (int first = 0; first < count; first += kMostSamples) {
     const int samples = count - first < kMostSamples ? count - first : kMostSamples;
@@ -82,8 +75,7 @@ void Launch(const Plan* plans, int count, const Target& target, bool reduces, cu
 
 }  // namespace
 
-void LaunchFaceAugment(const Plan* plans, int count, const Target& target, bool reduces,
-                       cudaStream_t stream) {
+void LaunchFaceAugment(const Plan* plans, int count, const Target& target, bool reduces, cudaStream_t stream) {
   switch (target.dtype) {
     case Dtype::kFloat:
       return Launch<float>(plans, count, target, reduces, stream);

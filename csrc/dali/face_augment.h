@@ -31,8 +31,7 @@ class FaceAugment : public dali::StatelessOperator<Backend> {
 
 // Runs the plans of a batch, which lie in GPU memory, on the stream. `reduces` says whether any of
 // them averages blocks.
-void LaunchFaceAugment(const Plan* plans, int count, const Target& target, bool reduces,
-                       cudaStream_t stream);
+void LaunchFaceAugment(const Plan* plans, int count, const Target& target, bool reduces, cudaStream_t stream);
 
 }  // namespace facefast
 

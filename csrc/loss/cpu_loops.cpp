@@ -8,8 +8,6 @@
 namespace facefast {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
 #define FACEFAST_SIMD baseline
 #define FACEFAST_TARGET
 #define FACEFAST_BYTES 16
@@ -114,24 +112,24 @@ template <typename T>
 FACEFAST_INLINE void narrow_stats_loop(const T* x, int64_t stride, int64_t width, const int64_t* label, int64_t rows,
                                        double scale_wide, Acc<T>* peak, Acc<T>* mass) {
   using A = Acc<T>;
-  constexpr A kInf = std::numeric_limits<A>::infinity();
+  constexpr A kNone = static_cast<A>(-kInf);
   const A scale = static_cast<A>(scale_wide);
   A value[kNarrow][kMaxRows];
   int32_t own[kMaxRows];
   std::copy_n(label, rows, own);
-  std::fill_n(peak, rows, -kInf);
+  std::fill_n(peak, rows, kNone);
   std::fill_n(mass, rows, A(0));
   for (int32_t j = 0; j < width; ++j) {
     A* v = value[j];
 #pragma omp simd
     for (int64_t r = 0; r < rows; ++r) {
       const A loaded = load(x[r * stride + j]);
-      v[r] = own[r] == j ? -kInf : loaded;
+      v[r] = own[r] == j ? kNone : loaded;
       peak[r] = v[r] > peak[r] ? v[r] : peak[r];
     }
   }
 #pragma omp simd
-  for (int64_t r = 0; r < rows; ++r) peak[r] = peak[r] == -kInf ? A(0) : peak[r];
+  for (int64_t r = 0; r < rows; ++r) peak[r] = peak[r] == kNone ? A(0) : peak[r];
   for (int32_t j = 0; j < width; ++j) {
     const A* v = value[j];
 #pragma omp simd
@@ -175,9 +173,9 @@ void block_gradient(const float* x, int64_t n, double scale, float peak, float o
 
 // Double is for checking gradients: the library's exp, one at a time.
 Stats<double> block_stats(const double* x, int64_t n, int64_t own, double scale) {
-  double peak = -kInfinity, mass = 0;
+  double peak = -kInf, mass = 0;
   for (int64_t j = 0; j < n; ++j) peak = j != own && x[j] > peak ? x[j] : peak;
-  peak = peak == -kInfinity ? 0 : peak;
+  peak = peak == -kInf ? 0 : peak;
   for (int64_t j = 0; j < n; ++j) mass += j == own ? 0 : ::exp(scale * (x[j] - peak));
   return {peak, mass};
 }

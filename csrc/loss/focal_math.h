@@ -21,6 +21,9 @@
 
 namespace facefast {
 
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
 enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 // cos(m1 * angle + m2) - m3 on the target's cosine.
@@ -248,7 +251,6 @@ struct Row {
 // smoothing only).
 template <typename T>
 FACEFAST_CORE Row focal_row(double z, Stats<T> stats, double sum, double alpha, const Focal& focal) {
-  constexpr double kInf = std::numeric_limits<double>::infinity();
   const T mass = stats.mass == T(0) ? T(1) : stats.mass;  // at least 1 unless the set is empty
   const double lse = focal.scale * double(stats.peak) + log_wide(mass);
   const double lse_others = stats.mass == T(0) ? -kInf : lse;

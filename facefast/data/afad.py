@@ -50,8 +50,7 @@ def recognises_afad(root: Path) -> bool:
     """Whether every folder in `root` is an age that holds folders of genders."""
     ages = [entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     return bool(ages) and all(
-        _AGE.fullmatch(age.name) and any(gender.name.lower() in GENDERS for gender in age.iterdir())
-        for age in ages
+        _AGE.fullmatch(age.name) and any(gender.name.lower() in GENDERS for gender in age.iterdir()) for age in ages
     )
 
 

@@ -1,7 +1,8 @@
 """What happens to a picture: `draw` gives, per row, one matrix, one colour matrix and one erased rectangle.
 
 The loader, the oracle and `predict` call it; the native operator only applies its numbers. The randomness of a row is a
-function of (seed, epoch, row) alone: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+function of (seed, epoch, row) alone: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+2011).
 """
 
 from __future__ import annotations
@@ -143,7 +144,9 @@ def draw(
     chroma = np.where(grey < augment.grey, 0.0, 1 + augment.saturation * (2 * saturation - 1))
     turn = 2 * np.pi * augment.hue * (2 * hue - 1)
     gain = brightness * contrast
-    parts = np.stack([gain, gain * chroma * np.cos(turn), gain * chroma * np.sin(turn), 1 - contrast, np.ones_like(gain)])
+    parts = np.stack(
+        [gain, gain * chroma * np.cos(turn), gain * chroma * np.sin(turn), 1 - contrast, np.ones_like(gain)]
+    )
     color = (parts.T @ _color_basis(image)).reshape(-1, 3, 4).astype(np.float32)
     return Draw(matrix, color, _erased(uniforms[13:], augment, width, height))
 
@@ -239,9 +242,7 @@ def _color_basis(image: ImageSpec) -> Floats:
 
     Hue turns the I-Q plane of YIQ, which is linear; luma and mid grey stay, so the order of the steps is free.
     """
-    yiq = np.array(
-        [[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]]
-    )
+    yiq = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
     luma = np.ones((3, 1)) * yiq[0]
     turned = np.linalg.inv(yiq) @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ yiq
     basis = np.zeros((5, 3, 4))
@@ -254,7 +255,8 @@ def _color_basis(image: ImageSpec) -> Floats:
 
 
 def _erased(uniforms: Floats, augment: AugmentSpec, width: int, height: int) -> NDArray[np.int32]:
-    """Random erasing (Zhong et al. 2017): int32 [B, 4]; height / width is log-uniform in [0.3, 1 / 0.3] where it fits."""
+    """Random erasing (Zhong et al. 2017): int32 [B, 4]; height / width is log-uniform in [0.3, 1 / 0.3] where it
+    fits."""
     hit, area, ratio, left, top = uniforms[:5]
     erase = np.zeros((len(hit), 4), np.int32)
     chosen = np.flatnonzero(hit < augment.erase)

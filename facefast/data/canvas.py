@@ -8,13 +8,14 @@ direction that the head faces, which is inverted in closed form so that `drawing
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from facefast.data.persona import RGB, Shot
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 Window = tuple[slice, slice]
 Point = tuple[float, float]
 
@@ -188,17 +189,13 @@ class Canvas:
         across += down
         return at, _fall(across)
 
-    def bump(
-        self, x: float, y: float, rx: float, ry: float, height: float, pair: bool = False
-    ) -> None:
+    def bump(self, x: float, y: float, rx: float, ry: float, height: float, pair: bool = False) -> None:
         """Raise (or dent) the relief softly."""
         at, weight = self.blob(x, y, rx, ry, pair)
         weight *= height
         self.height[at] += weight
 
-    def shade(
-        self, x: float, y: float, rx: float, ry: float, amount: float, pair: bool = False
-    ) -> None:
+    def shade(self, x: float, y: float, rx: float, ry: float, amount: float, pair: bool = False) -> None:
         """Darken a soft spot."""
         at, weight = self.blob(x, y, rx, ry, pair)
         weight *= amount

@@ -68,9 +68,7 @@ def read_celeba(root: str | os.PathLike[str]) -> FaceIndex:
     attributes = column(ATTRIBUTES, "their attributes are NaN")
     landmarks = column(LANDMARKS[layout.edition], "their landmarks are NaN")
     labels, class_names = number_classes(
-        [""] * len(names)
-        if identities is None
-        else [str(int(n)) if n >= 0 else "" for n in identities[:, 0].tolist()],
+        [""] * len(names) if identities is None else [str(int(n)) if n >= 0 else "" for n in identities[:, 0].tolist()],
         by_value=True,
     )
     folder = layout.pictures.relative_to(layout.base)

@@ -18,6 +18,7 @@ import nvidia.dali as nvdali
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, plugin_manager, types
+from torch.utils.dlpack import from_dlpack
 
 from facefast.data.augment import Draw
 from facefast.recipe import ImageSpec
@@ -71,7 +72,7 @@ class Pipeline:
             raise ValueError("the pipeline is closed; build another one")
         stream = torch.cuda.current_stream() if self._graph.device_id is not None else None
         (pictures,) = self._graph.run(stream)
-        batch: torch.Tensor = torch.from_dlpack(pictures.as_tensor())
+        batch: torch.Tensor = from_dlpack(pictures.as_tensor())
         if self._dtype == torch.bfloat16:
             batch = batch.view(torch.bfloat16)
         return batch.permute(0, 3, 1, 2) if self._channels_last else batch
@@ -127,9 +128,9 @@ def build_pipeline(
 
     def feed() -> tuple[Any, ...]:
         data, draw, sizes = source()
-        # The decoder reads only the rows and columns that the matrix asks for. The GPU's decoders take whole pictures,
-        # which are what its JPEG hardware is made for.
-        start, extent = whole(sizes) if gpu else regions(draw.matrix, sizes, shape)
+        if gpu:
+            return data, pack(draw, np.zeros_like(sizes))
+        start, extent = regions(draw.matrix, sizes, shape)
         return data, pack(draw, start), start, extent
 
     graph = nvdali.Pipeline(
@@ -140,19 +141,17 @@ def build_pipeline(
         exec_dynamic=True,  # outputs own their memory, so torch can keep it without a copy
     )
     with graph:
-        data, numbers, start, extent = fn.external_source(
-            source=feed,
-            num_outputs=4,
-            dtype=[types.UINT8, types.FLOAT, types.INT32, types.INT32],
-            ndim=1,
-        )
-        if gpu:
+        inputs = [types.UINT8, types.FLOAT] if gpu else [types.UINT8, types.FLOAT, types.INT32, types.INT32]
+        data, numbers, *region = fn.external_source(source=feed, num_outputs=len(inputs), dtype=inputs, ndim=1)
+        if gpu:  # whole pictures, which is what the JPEG hardware is made for
             pictures = fn.decoders.image(data, device="mixed", output_type=types.RGB)
-        else:
+        else:  # only the rows and columns that the matrix asks for
+            start, extent = region
             pictures = fn.decoders.image_slice(
                 data, start=start, shape=extent, axes=(1, 0), device="cpu", output_type=types.RGB
             )
-        batch = fn.face_augment(
+        batch = fn.face_augment(  # type: ignore[attr-defined]  # registered by our plugin
+            # type: ignore[attr-defined]  # the plugin brings it
             pictures,
             numbers=numbers,
             size=shape,
@@ -185,12 +184,6 @@ def regions(
     return start.astype(np.int32), (stop - start).astype(np.int32)
 
 
-def whole(sizes: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Start and extent of whole pictures, as `regions` gives them."""
-    extent = np.ascontiguousarray(sizes, dtype=np.int32)
-    return np.zeros_like(extent), extent
-
-
 def pack(draw: Draw, start: NDArray[np.int32]) -> NDArray[np.float32]:
     """The operator's numbers: float32 [B, 24] of matrix, colour, erase and the start of the decoded region."""
     count = len(start)
@@ -202,9 +195,7 @@ def pack(draw: Draw, start: NDArray[np.int32]) -> NDArray[np.float32]:
     return numbers
 
 
-def decode_probe(
-    data: bytes | NDArray[np.uint8], size: tuple[int, int] | None = None
-) -> str | None:
+def decode_probe(data: bytes | NDArray[np.uint8], size: tuple[int, int] | None = None) -> str | None:
     """Why DALI cannot use one picture, or None if it can; the loader asks it after a batch failed.
 
     Args:

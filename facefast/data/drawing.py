@@ -9,12 +9,10 @@ from numpy.typing import NDArray
 
 from facefast.data.canvas import (
     HEIGHT,
-    WHOLE,
     WIDTH,
     Array,
     Canvas,
     Point,
-    Window,
     above,
     bell,
     coarse,
@@ -23,6 +21,7 @@ from facefast.data.canvas import (
     record,
     step,
 )
+from facefast.data.occluders import BLUSH, occlude
 from facefast.data.persona import Identity, Shot, mix
 
 _RADII = (66.0, 60.2, 49.4, 44.6, 48.5, 58.5, 63.0)  # the mean outline every 30 degrees, chin to crown
@@ -30,7 +29,6 @@ _OUTLINE_Y = 6.0  # its middle
 _TO_POLYNOMIAL = np.linalg.inv(np.vander(np.cos(np.arange(7) * math.pi / 6), increasing=True))
 _TIP_RISE = 9.0  # how far the tip of the nose stands off the face
 _INK = (0.10, 0.06, 0.06)
-_BLUSH = (0.80, 0.33, 0.28)
 _WHITE = (1.0, 1.0, 1.0)
 
 
@@ -73,9 +71,9 @@ class Portrait:
             self._hair_front,
             self._glasses,
             self._hat,
-            self._occluder,
         ):
             part()
+        occlude(self.canvas, self.who, self.shot, self.reach)
         return record(self.canvas.lit(self.shot, step(1.2, 0.95, self.reach)), self.shot)
 
     def landmarks(self) -> Array:
@@ -169,7 +167,7 @@ class Portrait:
     def _ears(self) -> None:
         """Both ears; the one that the head turns towards us shows more."""
         who, c = self.who, self.canvas
-        rosy = linear(mix(who.skin, _BLUSH, 0.16))
+        rosy = linear(mix(who.skin, BLUSH, 0.16))
         rx, ry = 7.0 * who.ear_size, 13.5 * who.ear_size
         for side in (-1.0, 1.0):
             x = side * (43.5 + who.cheek + who.ear_out - side * 13 * c.turn[0])
@@ -210,7 +208,7 @@ class Portrait:
     def _complexion(self) -> None:
         """Redness, freckles, moles and the lines of age and expression."""
         who, shot, c, smile = self.who, self.shot, self.canvas, self.smile
-        red = linear(mix(who.skin, _BLUSH, 0.6))
+        red = linear(mix(who.skin, BLUSH, 0.6))
         nose, level, gap = who.nose_length, who.mouth_level, who.eye_gap
         for x, y, rx, ry in ((27, 22, 13, 10), (0, nose - 2, 9, 7), (0, 64, 10, 6)):
             at, weight = c.blob(x, y, rx, ry, pair=x > 0)
@@ -453,50 +451,6 @@ class Portrait:
         dome = 48 * np.sqrt(above(1.08 - np.square(self.radius[at] / full), 0.03))
         c.raise_to(at, alpha, dome + 2.0 * band)
         c.polish(at, alpha, 0.0)
-
-    def _occluder(self) -> None:
-        """A hand, a scarf or a bar in front of the face."""
-        shot, c = self.shot, self.canvas
-        side, level, lean = shot.occluder_place
-        colour = linear(shot.occluder_colour)
-        if shot.occluder == "hand":
-            for k, reach in enumerate((0.0, -4.0, -3.0, 3.0)):
-                tip = (side * (12 + reach), 20 + 16 * level + k * 9.0)
-                self._finger(tip, (side * 62, tip[1] + 26 - 2.0 * k + 30 * lean), 4.9 - 0.25 * k)
-            self._finger((side * 54, 58 + 16 * level), (side * 84, 94 + 16 * level), 20.0)
-        elif shot.occluder == "scarf":
-            at = c.head_window(-66, 36, 66, 140)
-            x, y = c.x[at], c.y[at]
-            wave = coarse(y * 12 + 0.12 * x * x)
-            over = 52 + 12 * level + 0.004 * np.square(x - 10 * lean) - y
-            alpha = c.edge(np.maximum(over, np.abs(x) - 60 + 0.1 * above(70 - y)), 1.5)
-            c.darken(at, 0.3 * step(5, 0, over) * step(1.0, 0.95, self.reach[at]))
-            c.paint(at, alpha, colour * (0.85 + 0.15 * wave))
-            c.raise_to(at, alpha, 30 - 0.012 * x * x + 1.5 * wave)
-            c.polish(at, alpha, 0.0)
-        elif shot.occluder == "bar":
-            wide = 8 + 4 * level
-            across = (c.x - 30 * side) * math.cos(lean) + c.y * math.sin(lean)
-            alpha = c.edge(np.maximum(np.abs(across) - wide, 30 + 40 * level - c.y), 1.5)
-            c.paint(WHOLE, alpha, colour)
-            c.raise_to(WHOLE, alpha, 40 + 0.9 * np.sqrt(above(wide * wide - across * across, 1)))
-            c.polish(WHOLE, alpha, 0.12)
-
-    def _finger(self, tip: Point, root: Point, thick: float) -> None:
-        """A round stick of the person's skin."""
-        c, room = self.canvas, thick + 6
-        left, right = min(tip[0], root[0]) - room, max(tip[0], root[0]) + room
-        at = c.head_window(left, tip[1] - room, right, root[1] + room)
-        dx, dy = root[0] - tip[0], root[1] - tip[1]
-        px, py = c.x[at] - tip[0], c.y[at] - tip[1]
-        along = ((px * dx + py * dy) / (dx * dx + dy * dy)).clip(0, 1)
-        off = np.sqrt(np.square(px - along * dx) + np.square(py - along * dy)) - thick
-        c.darken(at, 0.35 * step(4, 0, off))
-        alpha = c.edge(off, 1.5)
-        c.paint(at, alpha, linear(mix(self.who.skin, _BLUSH, 0.10)))
-        round_ = np.sqrt(above(thick * thick - np.square(off + thick), 0.5))
-        c.raise_to(at, alpha, 44 + round_)
-        c.polish(at, alpha, 0.05)
 
 
 def _bilinear(length: int, knots: int) -> Array:

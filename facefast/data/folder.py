@@ -62,9 +62,7 @@ def list_pictures(folder: bytes, *, descend_first: bool = False) -> Iterator[byt
     return _walk(folder, b"", (_identity(folder),), descend_first)
 
 
-def _walk(
-    folder: bytes, prefix: bytes, enclosing: tuple[tuple[int, int], ...], descend: bool
-) -> Iterator[bytes]:
+def _walk(folder: bytes, prefix: bytes, enclosing: tuple[tuple[int, int], ...], descend: bool) -> Iterator[bytes]:
     for entry in _entries(os.path.join(folder, prefix)):
         path = prefix + entry.name
         picture = is_picture(entry.name)

@@ -84,9 +84,7 @@ class FaceIndex:
         """
         rows = len(paths)
         if rows == 0:
-            raise ValueError(
-                f"no picture in {os.fspath(root)}; give the folder that holds the photographs"
-            )
+            raise ValueError(f"no picture in {os.fspath(root)}; give the folder that holds the photographs")
         return cls(
             root=os.path.abspath(root),
             paths=np.asarray(paths, dtype=np.bytes_),
@@ -146,9 +144,7 @@ class FaceIndex:
         """What a training plan needs to know of this index."""
         return IndexFacts(len(self), self.num_classes, self.fingerprint(), self.class_names)
 
-    def select(
-        self, which: NDArray[np.bool_] | NDArray[np.integer[Any]] | Sequence[int]
-    ) -> FaceIndex:
+    def select(self, which: NDArray[np.bool_] | NDArray[np.integer[Any]] | Sequence[int]) -> FaceIndex:
         """The rows of a mask [N] or of row numbers, in that order; labels and class names stay."""
         return dataclasses.replace(self, **{name: c[which] for name, c in self._columns().items()})
 
@@ -180,9 +176,7 @@ class FaceIndex:
         labels = self.labels[order]
         _, first, counts = np.unique(labels, return_index=True, return_counts=True)
         place = np.arange(len(self)) - np.repeat(first, counts)
-        wanted = (
-            np.maximum(np.rint(counts * fraction), 1) if fraction > 0 else np.zeros(len(counts))
-        )
+        wanted = np.maximum(np.rint(counts * fraction), 1) if fraction > 0 else np.zeros(len(counts))
         wanted = np.repeat(np.minimum(wanted, counts - 1), counts)
         test = np.zeros(len(self), bool)
         test[order] = (place < wanted) & (labels >= 0)
@@ -199,9 +193,7 @@ class FaceIndex:
         _check_fraction(fraction)
         present = np.unique(self.labels[self.labels >= 0])
         if fraction > 0 and len(present) < 2:
-            raise ValueError(
-                f"{len(present)} identities cannot be split in two; at least 2 are needed"
-            )
+            raise ValueError(f"{len(present)} identities cannot be split in two; at least 2 are needed")
         count = min(max(round(len(present) * fraction), 1), len(present) - 1) if fraction > 0 else 0
         held = np.isin(self.labels, _generator(seed).permutation(present)[:count])
         return self.select(~held), self.select(held)
@@ -303,9 +295,7 @@ class PairSet:
         return len(self.left)
 
     @classmethod
-    def of(
-        cls, left: ArrayLike, right: ArrayLike, same: NDArray[np.bool_], num_folds: int = 10
-    ) -> PairSet:
+    def of(cls, left: ArrayLike, right: ArrayLike, same: NDArray[np.bool_], num_folds: int = 10) -> PairSet:
         """Pairs divided into folds in their order, those of each kind evenly: LFW's own division.
 
         There are never more folds than pairs of the rarer kind, but for a set of one kind.
@@ -319,9 +309,7 @@ class PairSet:
         return cls(np.asarray(left, np.int64), np.asarray(right, np.int64), same, folds)
 
     @classmethod
-    def random(
-        cls, index: FaceIndex, num_pairs: int, num_folds: int = 10, seed: int = 0
-    ) -> PairSet:
+    def random(cls, index: FaceIndex, num_pairs: int, num_folds: int = 10, seed: int = 0) -> PairSet:
         """Distinct pairs drawn evenly from all there are, half of one identity, half of two.
 
         Where an index has too few of one kind, it gives those and as many of the other.
@@ -355,9 +343,7 @@ def printable(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace")
 
 
-def number_classes(
-    names: Sequence[str], *, by_value: bool = False
-) -> tuple[NDArray[np.int32], tuple[str, ...]]:
+def number_classes(names: Sequence[str], *, by_value: bool = False) -> tuple[NDArray[np.int32], tuple[str, ...]]:
     """Labels [N] and class names for one identity name per row, "" for none.
 
     Only names that occur get a number, in the order of their characters, as torchvision's
@@ -372,9 +358,7 @@ def number_classes(
     return np.fromiter((number[name] for name in names), np.int32, len(names)), tuple(present)
 
 
-def _pairs_across(
-    groups: NDArray[np.int64], count: int, generator: np.random.Generator
-) -> NDArray[np.int64]:
+def _pairs_across(groups: NDArray[np.int64], count: int, generator: np.random.Generator) -> NDArray[np.int64]:
     """[2, count] different pairs of places whose `groups` differ, drawn evenly."""
     found = np.zeros(0, np.int64)
     while len(found) < count:

@@ -18,9 +18,7 @@ PAIRS = "pairs.txt"
 FOLDERS = ("lfw", "lfw_funneled", "lfw-funneled", "lfw-deepfunneled", "images")
 
 
-def read_lfw(
-    root: str | os.PathLike[str], pairs: str | os.PathLike[str] | None = None
-) -> tuple[FaceIndex, PairSet]:
+def read_lfw(root: str | os.PathLike[str], pairs: str | os.PathLike[str] | None = None) -> tuple[FaceIndex, PairSet]:
     """The people in `root`, or in `root/lfw`, and the pairs of `pairs` or else `root/pairs.txt`.
 
     Raises:

@@ -12,22 +12,22 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from facefast import _scan
 from facefast.data import oracle
-from facefast.data.augment import Draw, draw
+from facefast.data.augment import draw
 from facefast.data.dali import Encoded, build_pipeline, decode_probe
 from facefast.data.index import FAULTS, MAX_PIXELS, FaceIndex
-from facefast.data.sampler import EpochSampler, Rows, Sampler
+from facefast.data.sampler import EpochSampler, Sampler
+from facefast.data.work import Work
 from facefast.recipe import AugmentSpec, ImageSpec
+from facefast.runtime import DataError
 
 IGNORED_LABEL = -100
 AHEAD = 4
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
     rows: Tensor
 
 
-class BadDataError(ValueError):
+class BadDataError(DataError):
     """More pictures cannot be read than the run tolerates.
 
     Attributes:
@@ -75,56 +75,6 @@ class Decoder(Protocol):
 
     def close(self) -> None:
         """Ends its threads."""
-
-
-@dataclass
-class _Work:
-    """One batch on its way: what was asked for, what was read, and what stands in for what is missing."""
-
-    asked: Rows  # [B], -1 where the sampler pads
-    own: Rows  # [B], each slot's place among the pictures read, -1 where it has none
-    rows: Rows  # [n] of the pictures read
-    data: list[NDArray[np.uint8]]
-    numbers: Draw
-    sizes: NDArray[np.int32]  # [n, 2] (width, height), upright
-    bad: dict[int, str]  # row -> reason
-
-    def spoil(self, place: int, reason: str) -> None:
-        """Takes a picture out that the decoder breaks on."""
-        self.bad[int(self.rows[place])] = reason
-        self.own[self.own == place] = -1
-
-    def sound(self) -> Rows:
-        """Places of the pictures that no decoder has broken on yet."""
-        return np.flatnonzero([int(row) not in self.bad for row in self.rows])
-
-    def valid_rows(self) -> Rows:
-        """[B], -1 where a slot has no picture of its own."""
-        return np.where(self.own >= 0, self.asked, -1)
-
-    def encoded(self) -> Encoded:
-        """The batch as the decoder takes it, with empty slots filled in turn by the sound pictures."""
-        sound = self.own[self.own >= 0]
-        if not sound.size:  # pictures that were read for filling only
-            sound = self.sound()
-        if not sound.size:
-            return _blank(len(self.asked))
-        places, empty = self.own.copy(), np.flatnonzero(self.own < 0)
-        places[empty] = np.resize(sound, len(empty))
-        return Encoded([self.data[place] for place in places], self.numbers.take(places), self.sizes[places])
-
-
-# What a batch without any sound picture is made of: 8 x 8 grey pixels.
-_BLANK_SIZE = 8
-_BLANK = np.frombuffer(b"P6 8 8 255\n" + b"\x80" * (3 * _BLANK_SIZE * _BLANK_SIZE), np.uint8)
-
-
-def _blank(number: int) -> Encoded:
-    """A batch without any sound picture: all zeros, the mean colour, after normalisation."""
-    numbers = Draw(
-        np.zeros((number, 2, 3), np.float32), np.zeros((number, 3, 4), np.float32), np.zeros((number, 4), np.int32)
-    )
-    return Encoded([_BLANK] * number, numbers, np.full((number, 2), _BLANK_SIZE, np.int32))
 
 
 class Loader:
@@ -179,9 +129,9 @@ class Loader:
         self._cursor = 0  # next step to be read
         self._turn = 0  # which iteration over the loader is the valid one
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="facefast-loader")
-        self._ahead: deque[Future[_Work]] = deque()
-        self._repeated: deque[_Work] = deque()  # to be decoded again by a new decoder
-        self._under_way: deque[_Work] = deque()  # with the decoder
+        self._ahead: deque[Future[Work]] = deque()
+        self._repeated: deque[Work] = deque()  # to be decoded again by a new decoder
+        self._under_way: deque[Work] = deque()  # with the decoder
         self._closed = False
         self._decoder: Decoder | None = self._build(self._batch_size, self._feed, PREFETCH)
 
@@ -246,7 +196,7 @@ class Loader:
             self._ahead.append(self._reader.submit(self._prepare, self._epoch, self._cursor))
             self._cursor += 1
 
-    def _prepare(self, epoch: int, step: int) -> _Work:
+    def _prepare(self, epoch: int, step: int) -> Work:
         asked = self.sampler.local(epoch, step, self._rank, self._world)
         slots = np.flatnonzero(asked >= 0)
         rows = asked[slots]
@@ -274,7 +224,7 @@ class Loader:
         sizes = np.stack([widths, heights], 1)[sound]
         sizes = np.where(orientations[sound, None] >= 5, sizes[:, ::-1], sizes)
         numbers = draw(index, rows, self.image, self._augment, self._seed, epoch, sizes)
-        return _Work(asked, own, rows, [data[i] for i in sound], numbers, sizes, bad)
+        return Work(asked, own, rows, [data[i] for i in sound], numbers, sizes, bad)
 
     def _known_fault(self, row: int) -> str | None:
         if self.index.faults[row]:
@@ -332,7 +282,7 @@ class Loader:
                 self._drop_decoder()
                 raise
 
-    def _spoil_broken(self, work: _Work) -> int:
+    def _spoil_broken(self, work: Work) -> int:
         """Takes every picture out of the batch that the decoder breaks on by itself; returns how many."""
         found, place = 0, 0
         decoder: Decoder | None = None
@@ -374,7 +324,7 @@ class Loader:
 
     # The caller's side.
 
-    def _hand_over(self, images: Tensor, work: _Work) -> Batch:
+    def _hand_over(self, images: Tensor, work: Work) -> Batch:
         rows = work.valid_rows()
         self.bad.update(work.bad)
         self._seen += int((work.asked >= 0).sum())

@@ -1,4 +1,5 @@
-"""The readable picture path: decode, filter, colour and erase in PIL and numpy, from the same numbers as the native one.
+"""The readable picture path: decode, filter, colour and erase in PIL and numpy, from the same numbers as the native
+one.
 
 Tests hold the native operator against it, `predict` reads single files with it, and reports show samples with it.
 """
@@ -25,7 +26,8 @@ Picture = NDArray[np.uint8]
 
 
 def decode(source: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Picture:
-    """A file, or its bytes, as uint8 [H, W, 3] RGB as DALI gives it: upright by EXIF, alpha dropped, 16 bits rounded to 8.
+    """A file, or its bytes, as uint8 [H, W, 3] RGB as DALI gives it: upright by EXIF, alpha dropped, 16 bits rounded
+    to 8.
 
     Raises:
         ValueError: the file cannot be read, is no picture, is damaged, or has more than `max_pixels` pixels.

@@ -129,8 +129,7 @@ def read_bin(path: str | os.PathLike[str]) -> tuple[FaceIndex, PairSet]:
         ) from error
     if len(pictures) != 2 * len(flags):
         raise DataError(
-            f"{os.fspath(path)} has {len(pictures)} pictures for {len(flags)} pairs; "
-            "it must have two for each"
+            f"{os.fspath(path)} has {len(pictures)} pictures for {len(flags)} pairs; it must have two for each"
         )
     packed = sum(picture not in places for picture in pictures)
     if packed > 0:
@@ -172,9 +171,7 @@ def _keys(file: Path, data: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArr
     except ValueError as error:
         raise DataError(f"{listing} must have a key and an offset on each line: {error}") from error
     if table.shape[1:] != (2,) or len(table) == 0 or table.min() < 0:
-        raise DataError(
-            f"{listing} must have a key and an offset on each line; it is {table.shape}"
-        )
+        raise DataError(f"{listing} must have a key and an offset on each line; it is {table.shape}")
     table = table[np.argsort(table[:, 0], kind="stable")]
     return table[:, 0], table[:, 1]
 
@@ -193,9 +190,7 @@ def _walk(file: Path, data: NDArray[np.uint8]) -> NDArray[np.int64]:
     return np.array(offsets, np.int64)
 
 
-def _records(
-    data: NDArray[np.uint8], offsets: NDArray[np.int64]
-) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
+def _records(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
     """Record headers [N], and which of them lie inside the file (the others are zeros)."""
     records = np.zeros(len(offsets), RECORD)
     inside = offsets <= len(data) - RECORD.itemsize

@@ -95,7 +95,8 @@ class EpochSampler(Sampler):
 class BalancedSampler(Sampler):
     """Every identity equally often, however many pictures it has; an epoch is as long as the rows are many.
 
-    Identities come in rounds, each identity once per round in a new order; its pictures take turns. All batches are full.
+    Identities come in rounds, each identity once per round in a new order; its pictures take turns. All batches are
+    full.
 
     Args:
         labels: int [N], one per entry of `rows`, at least 0.

@@ -54,9 +54,7 @@ class DrawnSpec:
     def __post_init__(self) -> None:
         counts = tuple(self.identities)
         if len(counts) != 3 or min(counts) < 0 or not 0 < sum(counts) < 1 << 31:
-            raise ValueError(
-                f"identities is {counts}; give three counts (train, validation, test), not all zero"
-            )
+            raise ValueError(f"identities is {counts}; give three counts (train, validation, test), not all zero")
         if not 0 < self.pictures < 1 << 31:
             raise ValueError(f"pictures is {self.pictures}; each identity needs at least 1")
         if not 0 <= self.seed < 1 << 64:

@@ -41,9 +41,7 @@ def read_webdataset(root: str | os.PathLike[str]) -> FaceIndex:
             names.append(identity)
             splits.append(split)
     labels, class_names = number_classes(names, by_value=True)
-    return FaceIndex.build(
-        base, paths, labels, class_names, offsets=offsets, lengths=lengths, splits=splits
-    )
+    return FaceIndex.build(base, paths, labels, class_names, offsets=offsets, lengths=lengths, splits=splits)
 
 
 def recognises_webdataset(root: Path) -> bool:
@@ -94,18 +92,13 @@ def _is_plain(shard: Path, member: tarfile.TarInfo) -> bool:
     odd = not (member.isfile() or member.isdir()) or member.issparse()
     if outside or odd:
         what = "leads out of the shard" if outside else "is a link or another special file"
-        raise DataError(
-            f"{shard} holds {member.name!r}, which {what}; a shard may hold plain files only"
-        )
+        raise DataError(f"{shard} holds {member.name!r}, which {what}; a shard may hold plain files only")
     return member.isfile()
 
 
 def _content(shard: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     if member.size > LABEL_BYTES:
-        raise DataError(
-            f"{shard}: label file {member.name} has {member.size} bytes; "
-            f"at most {LABEL_BYTES} are read"
-        )
+        raise DataError(f"{shard}: label file {member.name} has {member.size} bytes; at most {LABEL_BYTES} are read")
     file = tar.extractfile(member)
     assert file is not None, "plain files can be read"
     return file.read().decode("utf-8", "backslashreplace")
@@ -118,7 +111,5 @@ def _identity_in_json(shard: Path, name: str, text: str) -> str:
         raise DataError(f"{shard}: {name} is no JSON ({error})") from error
     value = facts.get("identity", facts.get("label", "")) if isinstance(facts, dict) else None
     if not isinstance(value, str | int) or isinstance(value, bool):
-        raise DataError(
-            f"{shard}: the identity in {name} is {value!r}; it must be a name or a whole number"
-        )
+        raise DataError(f"{shard}: the identity in {name} is {value!r}; it must be a name or a whole number")
     return str(value)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from facefast import files
-from facefast.models.backbones import RESNETS, TIMM
+from facefast.models.backbones import NAMES, RESNETS, TIMM
 from facefast.models.layouts import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -101,7 +101,8 @@ def load_source(source: str | Path, backbone: str = "auto") -> Source:
         backbone: its architecture where the weights do not tell; auto asks them.
 
     Raises:
-        ValueError: no such file, a file that holds more than tensors, no state dict in it, or names that clash.
+        ValueError: no such file, a file that holds more than tensors, no state dict in it, names that clash, or
+            another architecture than `backbone`.
     """
     if str(source) == IMAGENET:
         return _from_library(backbone)
@@ -110,6 +111,8 @@ def load_source(source: str | Path, backbone: str = "auto") -> Source:
         return _from_folder(path)
     state = strip_prefixes(_find_state(_read(path), path), path)
     layout = recognise(state) or Layout("")
+    if backbone in NAMES and layout.backbone not in ("", backbone):
+        raise ValueError(f"{path} holds a {layout.backbone}, model.backbone is {backbone}; leave that out to take it")
     return Source(
         name=str(path),
         backbone=layout.backbone if backbone == "auto" else backbone,

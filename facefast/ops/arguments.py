@@ -143,9 +143,7 @@ def check_sigmoid(
     """
     check_logits(logits)
     if target.shape != logits.shape:
-        raise ValueError(
-            f"target has shape {tuple(target.shape)} and logits {tuple(logits.shape)}; they must agree"
-        )
+        raise ValueError(f"target has shape {tuple(target.shape)} and logits {tuple(logits.shape)}; they must agree")
     if target.is_complex() or target.device != logits.device:
         raise ValueError(
             f"target is {target.dtype} on {target.device}; it must be real, 0 to 1 or NaN, on {logits.device}"
@@ -178,9 +176,7 @@ def check_linear(x: Tensor, weight: Tensor) -> None:
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be [N, D] and [C, D], C >= 1"
         )
     if x.dtype != weight.dtype or x.device != weight.device:
-        raise ValueError(
-            f"x is {x.dtype} on {x.device} and weight {weight.dtype} on {weight.device}; they must agree"
-        )
+        raise ValueError(f"x is {x.dtype} on {x.device} and weight {weight.dtype} on {weight.device}; they must agree")
 
 
 def row_alpha(alpha: float | Tensor | None, label: Tensor, like: Tensor) -> Tensor | float:

@@ -1,4 +1,5 @@
-"""The softmax focal loss, with margins and label smoothing, in one pass over the logits; `train` and `transfer` call it."""
+"""The softmax focal loss, with margins and label smoothing, in one pass over the logits; `train` and `transfer` call
+it."""
 
 from __future__ import annotations
 
@@ -62,9 +63,7 @@ def focal_loss(
         )
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    options = kernel_options(
-        logits, gamma, alpha, label_smoothing, ignore_index, margin, scale, reduction
-    )
+    options = kernel_options(logits, gamma, alpha, label_smoothing, ignore_index, margin, scale, reduction)
     loss: Tensor = torch.ops.facefast.focal_forward.default(logits, target.contiguous(), *options)[0]
     return loss
 

@@ -1,4 +1,5 @@
-"""Margins of face recognition: what is done to the cosine of a row's own class before the softmax; an argument of the losses."""
+"""Margins of face recognition: what is done to the cosine of a row's own class before the softmax; an argument of the
+losses."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The focal losses in plain PyTorch: the readable definition, the oracle of the kernels' tests, and what runs without them.
+"""The focal losses in plain PyTorch: the readable definition, the oracle of the kernels' tests, and what runs without
+them.
 
 The matrix is read in float32 (float64 if it is float64); the few numbers of each row are float64, because the loss of a
-confident row is a power of a tiny probability and would lose its last digits otherwise. `docs/focal.md` derives the form.
+confident row is a power of a tiny probability and would lose its last digits otherwise. `docs/focal.md` derives the
+form.
 """
 
 from __future__ import annotations

@@ -41,9 +41,7 @@ def sigmoid_focal_loss(
     """
     check_sigmoid(logits, target, gamma, alpha, mask, reduction)
     if not native.covers(logits):
-        return reference.sigmoid_focal_loss(
-            logits, target, gamma=gamma, alpha=alpha, mask=mask, reduction=reduction
-        )
+        return reference.sigmoid_focal_loss(logits, target, gamma=gamma, alpha=alpha, mask=mask, reduction=reduction)
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     target = target.to(acc).contiguous()
     if mask is not None:
