@@ -14,6 +14,7 @@ from pictures import encode, smooth_picture
 from PIL import Image
 
 from facefast import _scan
+from facefast.data.dali import decode_probe
 
 FAULTY = faulty_pictures()
 SOUND = sound_pictures()
@@ -43,6 +44,12 @@ def test_a_faulty_picture_is_named_with_its_reason(name: str) -> None:
 def test_an_odd_but_sound_picture_passes_with_its_size_and_orientation(name: str) -> None:
     data, *expected = SOUND[name]
     assert inspect(data) == ("ok", *expected)
+
+
+def test_the_decoder_gets_through_whatever_passes() -> None:
+    for name, (data, _, width, height, orientation) in SOUND.items():
+        size = (height, width) if orientation > 4 else (width, height)
+        assert decode_probe(data, size) is None, name
 
 
 @pytest.mark.parametrize("name", ["jpeg", "progressive jpeg", "png", "webp", "lossless webp"])

@@ -85,9 +85,8 @@ inline uint32_t crc32(const uint8_t* data, uint64_t size) {
   uint32_t crc = ~0U;
   for (; size >= 8; data += 8, size -= 8) {
     const uint64_t word = detail::load64(data) ^ crc;
-    crc = t[7][word & 255] ^ t[6][word >> 8 & 255] ^ t[5][word >> 16 & 255] ^
-          t[4][word >> 24 & 255] ^ t[3][word >> 32 & 255] ^ t[2][word >> 40 & 255] ^
-          t[1][word >> 48 & 255] ^ t[0][word >> 56];
+    crc = t[7][word & 255] ^ t[6][word >> 8 & 255] ^ t[5][word >> 16 & 255] ^ t[4][word >> 24 & 255] ^
+          t[3][word >> 32 & 255] ^ t[2][word >> 40 & 255] ^ t[1][word >> 48 & 255] ^ t[0][word >> 56];
   }
   for (; size > 0; ++data, --size) crc = (crc >> 8) ^ t[0][(crc ^ *data) & 255];
   return ~crc;

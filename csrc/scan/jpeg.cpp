@@ -25,14 +25,12 @@ enum Marker : uint8_t {
 constexpr int kMaxScans = 256;
 
 bool is_frame(uint8_t marker) {
-  return marker >= kSof0 && marker < kSof0 + 16 && marker != kDht && marker != kJpg &&
-         marker != kDac;
+  return marker >= kSof0 && marker < kSof0 + 16 && marker != kDht && marker != kJpg && marker != kDac;
 }
 
 class Jpeg {
  public:
-  Jpeg(Bytes file, uint64_t max_pixels, Picture& picture)
-      : file_(file), max_pixels_(max_pixels), picture_(picture) {}
+  Jpeg(Bytes file, uint64_t max_pixels, Picture& picture) : file_(file), max_pixels_(max_pixels), picture_(picture) {}
 
   Fault walk() {
     for (size_t at = 2;;) {  // after the SOI marker

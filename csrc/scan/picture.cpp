@@ -97,8 +97,7 @@ Fault inspect_webp(Bytes file, uint64_t max_pixels, Picture& picture) {
       exif_readable = !odd;
     }
     if (sized) {
-      const bool canvas_differs =
-          picture.width != 0 && (picture.width != width || picture.height != height);
+      const bool canvas_differs = picture.width != 0 && (picture.width != width || picture.height != height);
       if (canvas_differs) return Fault::kDamagedHeader;
       const Fault fault = check_size(picture, width, height, max_pixels);
       if (fault != Fault::kNone) return fault;
@@ -157,8 +156,7 @@ Fault inspect_tiff(Bytes file, uint64_t max_pixels, Picture& picture) {
 
   const bool tiled = directory.find(Directory::kTileOffsets) != 0;
   const auto offsets = directory.values(tiled ? Directory::kTileOffsets : Directory::kStripOffsets);
-  const auto lengths =
-      directory.values(tiled ? Directory::kTileByteCounts : Directory::kStripByteCounts);
+  const auto lengths = directory.values(tiled ? Directory::kTileByteCounts : Directory::kStripByteCounts);
   if (offsets.count == 0 || lengths.count != offsets.count) return Fault::kNoPicture;
   for (uint32_t i = 0; i < offsets.count; ++i) {
     const size_t at = directory.element(offsets, i, UINT32_MAX);

@@ -63,13 +63,11 @@ inline constexpr const char* kFaultNames[] = {
     "EXIF blocks disagree on orientation",
     "unsupported: EXIF layout of WebP",
 };
-static_assert(sizeof(kFaultNames) / sizeof(*kFaultNames) ==
-              static_cast<size_t>(Fault::kWebpExif) + 1);
+static_assert(sizeof(kFaultNames) / sizeof(*kFaultNames) == static_cast<size_t>(Fault::kWebpExif) + 1);
 
 enum class Kind : uint8_t { kUnknown, kJpeg, kPng, kWebp, kBmp, kTiff, kPnm };
 
-inline constexpr const char* kKindNames[] = {"unknown", "jpeg", "png", "webp",
-                                             "bmp",     "tiff", "pnm"};
+inline constexpr const char* kKindNames[] = {"unknown", "jpeg", "png", "webp", "bmp", "tiff", "pnm"};
 
 struct Picture {
   Fault fault = Fault::kNone;

@@ -147,12 +147,10 @@ class Rows {
     if (count_ < 0 || (count_ > 0 && paths_.dtype().kind() != 'S')) {
       throw std::invalid_argument("paths must be one column of bytes");
     }
-    if (offsets_.ndim() != 1 || offsets_.size() != count_ || lengths_.ndim() != 1 ||
-        lengths_.size() != count_) {
-      throw std::invalid_argument(
-          "paths, offsets and lengths must be columns of one length; they have " +
-          std::to_string(count_) + ", " + std::to_string(offsets_.size()) + " and " +
-          std::to_string(lengths_.size()) + " rows");
+    if (offsets_.ndim() != 1 || offsets_.size() != count_ || lengths_.ndim() != 1 || lengths_.size() != count_) {
+      throw std::invalid_argument("paths, offsets and lengths must be columns of one length; they have " +
+                                  std::to_string(count_) + ", " + std::to_string(offsets_.size()) + " and " +
+                                  std::to_string(lengths_.size()) + " rows");
     }
     bytes_ = static_cast<const char*>(paths_.data());
     stride_ = count_ > 0 ? paths_.strides(0) : 0;
@@ -191,9 +189,8 @@ T* writable(py::dict& columns, const char* name, int64_t rows, int64_t width = 0
   return column.mutable_data();
 }
 
-py::dict scan_rows(const py::bytes& root, const py::object& paths, const py::object& offsets,
-                   const py::object& lengths, int threads, uint64_t max_pixels,
-                   const py::object& progress) {
+py::dict scan_rows(const py::bytes& root, const py::object& paths, const py::object& offsets, const py::object& lengths,
+                   int threads, uint64_t max_pixels, const py::object& progress) {
   const Rows rows(paths, offsets, lengths);
   const int64_t count = rows.count();
   py::dict columns;
@@ -287,8 +284,8 @@ struct Loaded {
   Picture picture;
 };
 
-py::tuple read_rows(const py::object& paths, const py::object& offsets, const py::object& lengths,
-                    int threads, uint64_t max_pixels) {
+py::tuple read_rows(const py::object& paths, const py::object& offsets, const py::object& lengths, int threads,
+                    uint64_t max_pixels) {
   const Rows rows(paths, offsets, lengths);
   const int64_t count = rows.count();
   std::vector<Loaded> batch(count);
@@ -344,8 +341,7 @@ py::tuple read_rows(const py::object& paths, const py::object& offsets, const py
     const py::capsule owner(bytes, [](void* p) { delete[] static_cast<uint8_t*>(p); });
     data[row] = py::array_t<uint8_t>(loaded.size, bytes, owner);
   }
-  return py::make_tuple(data, columns["fault"], columns["width"], columns["height"],
-                        columns["orientation"]);
+  return py::make_tuple(data, columns["fault"], columns["width"], columns["height"], columns["orientation"]);
 }
 
 template <size_t N>
@@ -363,33 +359,28 @@ PYBIND11_MODULE(_scan, module) {
   module.doc() = "Reads pictures in parallel and says which of them a decoder would fail on.";
   module.attr("FAULTS") = names(kFaultNames);
   module.attr("KINDS") = names(kKindNames);
-  module.def("scan", &scan_rows, py::arg("root"), py::arg("paths"), py::arg("offsets"),
-             py::arg("lengths"), py::arg("threads"), py::arg("max_pixels"),
-             py::arg("progress") = py::none(),
+  module.def("scan", &scan_rows, py::arg("root"), py::arg("paths"), py::arg("offsets"), py::arg("lengths"),
+             py::arg("threads"), py::arg("max_pixels"), py::arg("progress") = py::none(),
              "Inspects N pictures below `root` and returns columns: fault, kind, orientation uint8 "
              "[N], width, height int32 [N], size int64 [N], hash uint64 [N, 2] (0 where there is a "
              "fault). `progress` is called with the rows done so far, ten times a second.");
-  module.def("read", &read_rows, py::arg("paths"), py::arg("offsets"), py::arg("lengths"),
-             py::arg("threads"), py::arg("max_pixels"),
+  module.def("read", &read_rows, py::arg("paths"), py::arg("offsets"), py::arg("lengths"), py::arg("threads"),
+             py::arg("max_pixels"),
              "Reads B pictures at absolute paths and returns (data, fault, width, height, "
              "orientation): a list of uint8 arrays, empty where fault is not 0, and columns [B].");
   module.def(
       "inspect",
       [](const py::bytes& data, uint64_t max_pixels) {
         const std::string_view bytes = data;
-        const Picture p =
-            inspect(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), max_pixels);
-        return py::make_tuple(static_cast<int>(p.fault), static_cast<int>(p.kind), p.width,
-                              p.height, p.orientation);
+        const Picture p = inspect(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), max_pixels);
+        return py::make_tuple(static_cast<int>(p.fault), static_cast<int>(p.kind), p.width, p.height, p.orientation);
       },
-      py::arg("data"), py::arg("max_pixels"),
-      "(fault, kind, width, height, orientation) of one picture in memory.");
+      py::arg("data"), py::arg("max_pixels"), "(fault, kind, width, height, orientation) of one picture in memory.");
   module.def(
       "content_hash",
       [](const py::bytes& data, uint32_t seed) {
         const std::string_view bytes = data;
-        const Hash128 hash =
-            murmur3(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), seed);
+        const Hash128 hash = murmur3(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), seed);
         return py::make_tuple(hash.low, hash.high);
       },
       py::arg("data"), py::arg("seed") = 0, "MurmurHash3 x64 128 as two 64-bit numbers.");

@@ -150,8 +150,7 @@ def build_pipeline(
             pictures = fn.decoders.image_slice(
                 data, start=start, shape=extent, axes=(1, 0), device="cpu", output_type=types.RGB
             )
-        batch = fn.face_augment(  # type: ignore[attr-defined]  # registered by our plugin
-            # type: ignore[attr-defined]  # the plugin brings it
+        batch = fn.face_augment(  # type: ignore[attr-defined]  # the plugin brings it
             pictures,
             numbers=numbers,
             size=shape,

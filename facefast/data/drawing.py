@@ -210,7 +210,7 @@ class Portrait:
         who, shot, c, smile = self.who, self.shot, self.canvas, self.smile
         red = linear(mix(who.skin, BLUSH, 0.6))
         nose, level, gap = who.nose_length, who.mouth_level, who.eye_gap
-        for x, y, rx, ry in ((27, 22, 13, 10), (0, nose - 2, 9, 7), (0, 64, 10, 6)):
+        for x, y, rx, ry in ((27.0, 22.0, 13, 10), (0, nose - 2, 9, 7), (0, 64, 10, 6)):
             at, weight = c.blob(x, y, rx, ry, pair=x > 0)
             c.paint(at, min(0.4, 0.5 * who.ruddy) * weight, red)
         rng = np.random.Generator(np.random.Philox(who.freckle_seed))

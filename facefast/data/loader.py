@@ -297,7 +297,8 @@ class Loader:
             except RuntimeError:
                 decoder.close()
                 decoder = None
-                work.spoil(place, decode_probe(work.data[place]) or "the decoder fails on it")
+                reason = decode_probe(work.data[place], tuple(work.sizes[place].tolist()))
+                work.spoil(place, reason or "the decoder fails on it")
                 found += 1
         if decoder is not None:
             decoder.close()

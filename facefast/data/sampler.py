@@ -169,7 +169,7 @@ class _Classes:
             raise ValueError(f"{len(rows)} rows came with {len(labels)} labels; give one label per row")
         if labels.min() < 0:
             raise ValueError(
-                f"row {int(rows[int(np.argmin(labels))])} has no identity; balanced and pk sampling need one for every row"
+                f"row {int(rows[int(np.argmin(labels))])} has no identity; balanced and pk sampling need one"
             )
         _, self._group, self._counts = np.unique(labels, return_inverse=True, return_counts=True)
         self._rows = rows
