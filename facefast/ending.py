@@ -31,8 +31,10 @@ def named_metric(config: EvalConfig, results: dict[str, float]) -> tuple[float, 
     )
 
 
-def best_of(state: TrainState) -> dict[str, Any]:
-    """The best checkpoint so far, for status.json."""
+def best_of(state: TrainState) -> dict[str, Any] | None:
+    """The best checkpoint of this phase so far, for status.json; None before its first exam."""
+    if state.best is None:
+        return None
     return {
         "phase": state.settings.name,
         "metric": named_metric(state.recipe.eval, state.results[state.settings.name])[1],

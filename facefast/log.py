@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, Self, TextIO
 
 import torch
 from torch import Tensor
@@ -158,6 +158,12 @@ class RunLog:
         """A line on the terminal that does not break the progress bar."""
         if self._enabled:
             self._bar.write(text)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Flushes and closes; safe to call twice."""

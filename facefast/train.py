@@ -33,23 +33,22 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     plan = resolve(recipe, tuple(stage.facts() for stage in stages), run.world.size)
     state = TrainState(recipe, plan, run)
     saved = find_saved(folder, resume, state)
-    log = open_log(folder, state, saved)
-
-    for number in range(state.phase, len(stages)):
-        stage = stages[number]
-        begin(folder, state, number, stage, source, saved, log)
-        saved = None
-        with open_loader(state, stage) as loader:  #                 sampler -> rows -> augment -> dali -> Batch
-            for batches, num_rows in updates(state, loader):
-                stats = train_step(state, batches, num_rows)  #      model -> logits -> focal -> step
-                log.step(where(state), stats, num_rows, loader.wait_seconds)
-                improved = exam_due(recipe.eval, state) and examine(state, stage, log)
-                stopping = run.agree(run.stop_requested)
-                if improved or stopping or save_due(recipe, state):
-                    save(folder, state, improved)
-                if stopping:
-                    return ending.leave(folder, state, log)
-    return ending.finish(folder, state, stages, log)
+    with open_log(folder, state, saved) as log:
+        for number in range(state.phase, len(stages)):
+            stage = stages[number]
+            begin(folder, state, number, stage, source, saved, log)
+            saved = None
+            with open_loader(state, stage) as loader:  #             sampler -> rows -> augment -> dali -> Batch
+                for batches, num_rows in updates(state, loader):
+                    stats = train_step(state, batches, num_rows)  #  model -> logits -> focal -> step
+                    log.step(where(state), stats, num_rows, loader.wait_seconds)
+                    improved = exam_due(recipe.eval, state) and examine(state, stage, log)
+                    stopping = run.agree(run.stop_requested)
+                    if improved or stopping or save_due(recipe, state):
+                        save(folder, state, improved)
+                    if stopping:
+                        return ending.leave(folder, state, log)
+        return ending.finish(folder, state, stages, log)
 
 
 def open_folder(folder: Path, run: Runtime) -> None:

@@ -209,6 +209,11 @@ def test_the_result_depends_neither_on_threads_nor_on_the_slot_nor_on_the_run() 
             torch.testing.assert_close(graph.run(), expected, rtol=0, atol=0)
 
 
+def whole(sizes: NDArray[np.integer]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Start and extent of whole pictures."""
+    return np.zeros(sizes.shape, np.int32), sizes.astype(np.int32)
+
+
 def test_decoding_a_region_gives_the_pixels_of_the_whole_picture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -224,7 +229,7 @@ def test_decoding_a_region_gives_the_pixels_of_the_whole_picture(
         batch = Encoded(data, numbers, sizes)
         part = pipeline([batch], (10, 10)).run()
         with monkeypatch.context() as patch:
-            patch.setattr(dali, "regions", lambda _, sizes, shape: (np.zeros_like(sizes), sizes))
+            patch.setattr(dali, "regions", lambda _, sizes, shape: whole(sizes))
             whole = pipeline([batch], (10, 10)).run()
         # Beside the end of the buffer the operator takes its exact path, which rounds differently.
         torch.testing.assert_close(part, whole, atol=0.1, rtol=0)

@@ -68,6 +68,11 @@ inline unsigned blocks_for(int64_t items, int64_t per_block) {
 // be partial, and those alone are read element by element.
 
 template <typename T>
+struct alignas(16) Pack {
+  T at[16 / sizeof(T)];
+};
+
+template <typename T>
 struct Chunks {
   static constexpr int kSize = 16 / sizeof(T);
   const T* row;
@@ -84,32 +89,31 @@ struct Chunks {
   __device__ __forceinline__ int first(int chunk) const { return chunk * kSize - head; }
   __device__ __forceinline__ bool whole(int chunk) const { return first(chunk) >= 0 && first(chunk) + kSize <= width; }
 
-  __device__ __forceinline__ void read(int chunk, Acc<T> fill, Acc<T> (&x)[kSize]) const {
+  // The chunk as it lies in memory, `fill` where it has no elements.
+  __device__ __forceinline__ Pack<T> read(int chunk, T fill) const {
     const int begin = first(chunk);
+    Pack<T> pack;
     if (chunk < count && whole(chunk)) {
-      const uint4 raw = *reinterpret_cast<const uint4*>(row + begin);
-      const T* elements = reinterpret_cast<const T*>(&raw);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) x[i] = load(elements[i]);
+      pack = *reinterpret_cast<const Pack<T>*>(row + begin);
     } else {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) x[i] = begin + i >= 0 && begin + i < width ? load(row[begin + i]) : fill;
+      for (int i = 0; i < kSize; ++i) pack.at[i] = begin + i >= 0 && begin + i < width ? row[begin + i] : fill;
     }
+    return pack;
   }
 
   // Writes the chunk to a row of the same width; in one piece if that row is aligned as this one is.
   __device__ __forceinline__ void write(int chunk, const Acc<T> (&x)[kSize], T* out, bool aligned) const {
     const int begin = first(chunk);
-    if (aligned && whole(chunk)) {
-      uint4 raw;
-      T* elements = reinterpret_cast<T*>(&raw);
+    Pack<T> pack;
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) store(elements + i, x[i]);
-      *reinterpret_cast<uint4*>(out + begin) = raw;
+    for (int i = 0; i < kSize; ++i) store(&pack.at[i], x[i]);
+    if (aligned && whole(chunk)) {
+      *reinterpret_cast<Pack<T>*>(out + begin) = pack;
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        if (begin + i >= 0 && begin + i < width) store(out + begin + i, x[i]);
+        if (begin + i >= 0 && begin + i < width) out[begin + i] = pack.at[i];
       }
     }
   }

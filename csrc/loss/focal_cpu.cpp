@@ -120,6 +120,11 @@ void accumulate_rows(const Problem& p, const Columns& c, const RowState& s, cons
   }
 }
 
+Target target_logit(double x, const Focal& focal, int64_t row) {
+  if (!focal.margin.active) return plain_logit(x, focal);
+  return focal.margin.m1 == 1 ? shifted_logit(x, focal, row) : angular_logit(x, focal, row);
+}
+
 // What focal_row takes, for a block of rows; `slope` is d (target's logit) / d x.
 template <typename A>
 void gather_rows(const Problem& p, const RowState& s, const RowBlock& block, RowBatch<A>& batch, double* slope) {

@@ -26,7 +26,8 @@ struct Job {
   Columns c;
   RowState s;
   int segments = 1;
-  void* partial = nullptr;  // SegmentStats [rows, segments], when there are several
+  void* partial = nullptr;    // SegmentStats [rows, segments], when there are several
+  Target* targets = nullptr;  // [rows], from target_kernel, for margins that need the angle itself
 };
 
 __device__ __forceinline__ int64_t label_of(const Problem& p, int64_t row) {
@@ -34,26 +35,29 @@ __device__ __forceinline__ int64_t label_of(const Problem& p, int64_t row) {
                            : static_cast<int64_t>(static_cast<const int32_t*>(p.target)[row]);
 }
 
-__device__ __forceinline__ bool is_class(const Problem& p, int64_t label) {
-  return label >= 0 && label < p.focal.num_classes;
-}
-
 template <typename A>
 __device__ __forceinline__ RowStats<A>& stats_of(const RowState& s, int64_t row) {
   return static_cast<RowStats<A>*>(s.stats)[row];
 }
 
-// Values of a chunk, scaled by row and column where linear_focal_loss normalises.
+// The values of a chunk, scaled by row and column where linear_focal_loss normalises.
 template <typename T>
-__device__ __forceinline__ void read_scaled(const Chunks<T>& chunks, int chunk, Acc<T> row_scale, const Acc<T>* cols,
-                                            Acc<T> fill, Acc<T> (&x)[Chunks<T>::kSize]) {
-  chunks.read(chunk, fill, x);
-  if (cols == nullptr) return;
+__device__ __forceinline__ void unpack(const Chunks<T>& chunks, int chunk, const Pack<T>& pack, Acc<T> row_scale,
+                                       const Acc<T>* cols, Acc<T> (&x)[Chunks<T>::kSize]) {
   const int first = chunks.first(chunk);
 #pragma unroll
   for (int i = 0; i < Chunks<T>::kSize; ++i) {
-    if (first + i >= 0 && first + i < chunks.width) x[i] *= row_scale * cols[first + i];
+    x[i] = load(pack.at[i]);
+    if (cols != nullptr && first + i >= 0 && first + i < chunks.width) x[i] *= row_scale * cols[first + i];
   }
+}
+
+// `fill` in the type of the matrix.
+template <typename T>
+__device__ __forceinline__ T typed(Acc<T> fill) {
+  T value;
+  store(&value, fill);
+  return value;
 }
 
 // -----------------------------------------------------------------------------------------------
@@ -101,12 +105,15 @@ __device__ __forceinline__ SegmentStats<Acc<T>> scan(const Chunks<T>& chunks, in
   A peak = kNone, mass = 0;
   double sum = 0;
   for (int chunk = begin + lane; chunk < end; chunk += kUnroll * kGroup) {
+    Pack<T> packs[kUnroll];
     A x[kUnroll][kSize];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = chunk + u * kGroup;
-      read_scaled(chunks, at < end ? at : chunks.count, row_scale, cols, kNone, x[u]);
+      packs[u] = chunks.read(at < end ? at : chunks.count, typed<T>(kNone));
     }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) unpack(chunks, chunk + u * kGroup, packs[u], row_scale, cols, x[u]);
     A highest = kNone;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -147,30 +154,54 @@ __device__ __forceinline__ SegmentStats<Acc<T>> scan(const Chunks<T>& chunks, in
   return combine<kGroup>(mine, static_cast<A>(scale));
 }
 
-// d loss / d and the loss of a row whose statistics are complete. Labels that are no class give NaN where assertions
-// are compiled out.
+struct Finished {
+  Row row;
+  double slope;  // d (target's logit) / d x
+};
+
+// The terms of a row whose statistics are complete. A label that is no class gives NaN where assertions are compiled out.
 template <typename A>
-__device__ __forceinline__ Row finish_row(const Problem& p, const RowState& s, int64_t row, int64_t label, double sum,
-                                          double* slope) {
-  const RowStats<A> state = stats_of<A>(s, row);
-  const bool valid = is_class(p, label);
+__device__ __forceinline__ Finished finish_row(const Job& job, int64_t row, int64_t label) {
+  const Problem& p = job.p;
+  const RowStats<A> state = stats_of<A>(job.s, row);
+  const bool valid = label >= 0 && label < p.focal.num_classes;
   assert(valid && "facefast: a label is neither a class nor ignore_index");
   double alpha = p.focal.alpha;
   if (p.alpha_by == AlphaBy::kClass && valid) alpha = static_cast<const A*>(p.alpha)[label];
   if (p.alpha_by == AlphaBy::kRow) alpha = static_cast<const A*>(p.alpha)[row];
-  const Target target = target_logit(double(state.own), p.focal, row);
-  *slope = target.slope;
-  const double z = valid ? target.z : kNaN;
-  return focal_row<A>(z, Stats<A>{state.peak, state.mass}, p.focal.scale * sum, alpha, p.focal);
+  Target target = plain_logit(double(state.own), p.focal);
+  if (p.focal.margin.active) {
+    target = job.targets != nullptr ? job.targets[row] : shifted_logit(double(state.own), p.focal, row);
+  }
+  const double z = valid ? target.z : kNaN, sum = job.s.sums == nullptr ? 0 : p.focal.scale * job.s.sums[row];
+  return {focal_row<A>(z, Stats<A>{state.peak, state.mass}, sum, alpha, p.focal), target.slope};
 }
 
 template <typename A>
-__device__ __forceinline__ double finish_loss(const Problem& p, const RowState& s, int64_t row, int64_t label,
-                                              double sum, A* losses) {
-  double slope;
-  const double loss = label == p.focal.ignore_index ? 0 : finish_row<A>(p, s, row, label, sum, &slope).loss;
+__device__ __forceinline__ Partial finish_loss(const Job& job, int64_t row, A* losses) {
+  const Problem& p = job.p;
+  const int64_t label = label_of(p, row);
+  const bool counts = label != p.focal.ignore_index;
+  const double loss = counts ? finish_row<A>(job, row, label).row.loss : 0;
   if (losses != nullptr) losses[row] = static_cast<A>(loss);
-  return loss;
+  return {loss, counts ? 1.0 : 0.0};
+}
+
+// One thread per row: the target's logit where the margin needs trigonometry, which would crowd the other kernels'
+// registers. The target's value comes from the columns at hand, or from what the forward pass left.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) target_kernel(const Job job) {
+  using A = Acc<T>;
+  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (row >= job.p.rows) return;
+  A own = 0;
+  if (job.c.data == nullptr) {
+    own = stats_of<A>(job.s, row).own;
+  } else {
+    const int64_t label = label_of(job.p, row);
+    if (label >= 0 && label < job.c.width) own = load(static_cast<const T*>(job.c.data)[row * job.c.stride + label]);
+  }
+  job.targets[row] = angular_logit(double(own), job.p.focal, row);
 }
 
 // One group of threads per row and segment.
@@ -220,10 +251,7 @@ __global__ void __launch_bounds__(kThreads)
       const A scale = cols == nullptr ? A(1) : row_scale * cols[own];
       state.own = load(chunks.row[own]) * scale;
     }
-    if (then == Then::kLoss) {
-      const double sum = job.s.sums == nullptr ? 0 : job.s.sums[row];
-      total = {finish_loss<A>(p, job.s, row, label, sum, losses), counts ? 1.0 : 0.0};
-    }
+    if (then == Then::kLoss) total = finish_loss<A>(job, row, losses);
   }
   if (then == Then::kLoss) {
     total = block_sum(total);
@@ -251,11 +279,7 @@ template <typename A>
 __global__ void __launch_bounds__(kThreads) loss_kernel(const Job job, A* losses, Partial* partial) {
   const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   Partial total{0, 0};
-  if (row < job.p.rows) {
-    const int64_t label = label_of(job.p, row);
-    const double sum = job.s.sums == nullptr ? 0 : job.s.sums[row];
-    total = {finish_loss<A>(job.p, job.s, row, label, sum, losses), label == job.p.focal.ignore_index ? 0.0 : 1.0};
-  }
+  if (row < job.p.rows) total = finish_loss<A>(job, row, losses);
   total = block_sum(total);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
@@ -272,16 +296,15 @@ struct RowGradient {
 template <typename A>
 __device__ __forceinline__ RowGradient<A> row_gradient(const Problem& p, const RowState& s, const Upstream& up,
                                                        int64_t row, int64_t label) {
-  double slope;
-  const Row terms = finish_row<A>(p, s, row, label, 0, &slope);
+  const Finished finished = finish_row<A>(job, row, label);
   double factor = double(static_cast<const A*>(up.data)[row * up.stride]);
   if (p.reduction == Reduction::kMean) {
     const double count = double(*static_cast<const A*>(up.count));
     factor /= count > 1 ? count : 1;
   }
   const double scaled = factor * p.focal.scale;
-  return {static_cast<A>(terms.others * scaled), static_cast<A>(terms.constant * scaled),
-          static_cast<A>(terms.target * slope * factor), stats_of<A>(s, row).peak};
+  return {static_cast<A>(finished.row.others * scaled), static_cast<A>(finished.row.constant * scaled),
+          static_cast<A>(finished.row.target * finished.slope * factor), stats_of<A>(job.s, row).peak};
 }
 
 template <typename A>
@@ -289,7 +312,7 @@ __global__ void __launch_bounds__(kThreads) row_gradient_kernel(const Job job, c
   const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (row >= job.p.rows) return;
   const int64_t label = label_of(job.p, row);
-  if (label != job.p.focal.ignore_index) out[row] = row_gradient<A>(job.p, job.s, up, row, label);
+  if (label != job.p.focal.ignore_index) out[row] = row_gradient<A>(job, up, row, label);
 }
 
 // One group of threads per row and segment. The row's numbers come from `ready`, or are computed by the group's first
@@ -319,15 +342,15 @@ __global__ void __launch_bounds__(kThreads)
   T* to = out + (inside ? row * out_stride : 0);
   const bool aligned = reinterpret_cast<uintptr_t>(to) % 16 == reinterpret_cast<uintptr_t>(chunks.row) % 16;
 
-  A x[kUnroll][kSize];
+  Pack<T> packs[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int at = begin + lane + u * kGroup;
-    read_scaled(chunks, at < end ? at : chunks.count, row_scale, cols, A(0), x[u]);
+    packs[u] = chunks.read(at < end ? at : chunks.count, typed<T>(0));
   }
 
   RowGradient<A> g{0, 0, 0, 0};
-  if (counts && lane == 0) g = ready != nullptr ? ready[row] : row_gradient<A>(p, job.s, up, row, label);
+  if (counts && lane == 0) g = ready != nullptr ? ready[row] : row_gradient<A>(job, up, row, label);
   if constexpr (kGroup > 32) {
     __shared__ RowGradient<A> shared;
     if (lane == 0) shared = g;
@@ -344,22 +367,22 @@ __global__ void __launch_bounds__(kThreads)
   for (int chunk = begin + lane; chunk < end; chunk += kUnroll * kGroup) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int at = chunk + u * kGroup;
+      const int at = chunk + u * kGroup, first = chunks.first(at);
       if (at >= end) break;
-      const int first = chunks.first(at);
+      A x[kSize];
+      unpack(chunks, at, packs[u], row_scale, cols, x);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        const A other = g.others * exponential(x[u][i], g.peak) + g.constant;
-        const A value = first + i == own ? g.target : other;
-        const bool scaled = cols != nullptr && first + i >= 0 && first + i < chunks.width;
-        x[u][i] = counts ? (scaled ? value * (row_scale * cols[first + i]) : value) : A(0);
+        const A other = g.others * exponential(x[i], g.peak) + g.constant;
+        x[i] = counts ? (first + i == own ? g.target : other) : A(0);
+        if (cols != nullptr && first + i >= 0 && first + i < chunks.width) x[i] *= row_scale * cols[first + i];
       }
-      chunks.write(at, x[u], to, aligned);
+      chunks.write(at, x, to, aligned);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = chunk + (kUnroll + u) * kGroup;
-      read_scaled(chunks, at < end ? at : chunks.count, row_scale, cols, A(0), x[u]);
+      packs[u] = chunks.read(at < end ? at : chunks.count, typed<T>(0));
     }
   }
 }
@@ -400,11 +423,14 @@ __global__ void __launch_bounds__(kThreads)
 // -----------------------------------------------------------------------------------------------
 // Launches.
 
-// Threads per row, by its length in chunks: short rows share a warp, long ones have a block per segment.
-template <typename F>
+// Threads per row, by its length in chunks: short rows share a warp, long ones have a block per segment. Double is for
+// checking gradients and does without the short groups.
+template <typename T, typename F>
 void with_group(int64_t chunks, const F& run) {
-  if (chunks <= 4) return run(std::integral_constant<int, 1>{});
-  if (chunks <= 32) return run(std::integral_constant<int, 8>{});
+  if constexpr (!std::is_same_v<T, double>) {
+    if (chunks <= 4) return run(std::integral_constant<int, 1>{});
+    if (chunks <= 32) return run(std::integral_constant<int, 8>{});
+  }
   if (chunks <= 1024) return run(std::integral_constant<int, 32>{});
   return run(std::integral_constant<int, kThreads>{});
 }
@@ -429,7 +455,7 @@ class CudaBackend : public Backend {
         run_loss<A>(job, losses, loss, count);
         return;
       }
-      with_group(chunks_of<T>(c), [&](auto group) {
+      with_group<T>(chunks_of<T>(c), [&](auto group) {
         const int64_t blocks = blocks_for(p.rows, kThreads / group);
         auto* partial = static_cast<Partial*>(scratch_((blocks + 1) * sizeof(Partial)));
         run_stats<T>(job, Then::kLoss, losses, partial);
@@ -526,7 +552,7 @@ class CudaBackend : public Backend {
     if (job.segments > 1) {
       job.partial = scratch_(job.p.rows * job.segments * int64_t{sizeof(SegmentStats<Acc<T>>)});
     }
-    with_group(chunks_of<T>(job.c), [&](auto group) {
+    with_group<T>(chunks_of<T>(job.c), [&](auto group) {
       const unsigned blocks = blocks_for(job.p.rows * job.segments, kThreads / group);
       queue_.launch(stats_kernel<T, group>, blocks, "forward", job, then, losses, partial);
     });
@@ -542,7 +568,7 @@ class CudaBackend : public Backend {
 
   template <typename T>
   void run_gradient(const Job& job, const Upstream& up, const RowGradient<Acc<T>>* ready, T* out, int64_t stride) {
-    with_group(chunks_of<T>(job.c), [&](auto group) {
+    with_group<T>(chunks_of<T>(job.c), [&](auto group) {
       const unsigned blocks = blocks_for(job.p.rows * job.segments, kThreads / group);
       queue_.launch(gradient_kernel<T, group>, blocks, "backward", job, up, ready, out, stride);
     });

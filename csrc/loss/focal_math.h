@@ -27,11 +27,16 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 // cos(m1 * angle + m2) - m3 on the target's cosine.
+struct MarginNumbers {
+  double m2 = 0, cos_m2 = 1, sin_m2 = 0, m3 = 0;
+};
+
 struct Margin {
   bool active = false;
   bool detached = false;  // the slope is taken as 1 (InsightFace)
-  double m1 = 1, m2 = 0, m3 = 0;
-  const double* rows = nullptr;  // [N, 2] of (m2, m3), instead of the two numbers above
+  double m1 = 1;
+  MarginNumbers all;                    // of every row,
+  const MarginNumbers* rows = nullptr;  // or one for each
 };
 
 // Options of one call that are the same for every row.
@@ -167,35 +172,46 @@ struct Target {
   double slope;  // d z / d x, with the scale
 };
 
-FACEFAST_CORE Target target_logit(double x, const Focal& focal, int64_t row) {
-  const Margin& margin = focal.margin;
-  if (!margin.active) return {focal.scale * x, focal.scale};
-  const double m1 = margin.m1;
-  const double m2 = margin.rows ? margin.rows[2 * row] : margin.m2;
-  const double m3 = margin.rows ? margin.rows[2 * row + 1] : margin.m3;
-  if (m1 == 1 && m2 == 0) return {focal.scale * (x - m3), focal.scale};
-  constexpr double kPi = 3.14159265358979323846, kSinFloor = 1e-3;
+FACEFAST_CORE MarginNumbers margin_numbers(const Margin& margin, int64_t row) {
+  return margin.rows != nullptr ? margin.rows[row] : margin.all;
+}
+
+FACEFAST_CORE Target with_slope(const Focal& focal, double value, double slope) {
+  return {focal.scale * value, focal.scale * (focal.margin.detached ? 1 : slope)};
+}
+
+constexpr double kPi = 3.14159265358979323846;
+constexpr double kSinFloor = 1e-3;  // the slope is infinite at |cos| = 1; facefast/ops/margins.py holds the same number
+
+// m1 = 1: the addition theorem needs no angle, and loses nothing near |c| = 1. |m2| is at most pi.
+FACEFAST_CORE Target shifted_logit(double x, const Focal& focal, int64_t row) {
+  const MarginNumbers m = margin_numbers(focal.margin, row);
   const double c = x < -1 ? -1 : (x > 1 ? 1 : x);  // rounding takes a cosine past 1; NaN stays
   const double sine = ::sqrt((1 - c) * (1 + c));
   const double floored = sine > kSinFloor ? sine : kSinFloor;
-  const double moved = m1 * ::acos(c) + m2;
-  double value, slope;
-  if (moved > kPi) {  // past pi the cosine would rise again; a straight line goes on falling
-    value = c - (m1 == 1 ? m2 * ::sin(m2) : 1 + ::cos((kPi - m2) / m1));
-    slope = 1;
-  } else if (moved < 0) {
-    value = 1;
-    slope = 0;
-  } else if (m1 == 1) {  // the addition theorem loses nothing near |c| = 1, as cos(acos(c) + m2) would
-    const double cos_m = ::cos(m2), sin_m = ::sin(m2);
-    value = c * cos_m - sine * sin_m;
-    slope = (sine * cos_m + c * sin_m) / floored;
-  } else {
-    value = ::cos(moved);
-    slope = m1 * ::sin(moved) / floored;
-  }
-  return {focal.scale * (value - m3), focal.scale * (margin.detached ? 1 : slope)};
+  const bool beyond = m.m2 > 0 && c < -m.cos_m2;  // angle + m2 > pi: a straight line goes on falling
+  const bool below = m.m2 < 0 && c > m.cos_m2;    // angle + m2 < 0: the angle stops at 0
+  double value = c * m.cos_m2 - sine * m.sin_m2;
+  double slope = (sine * m.cos_m2 + c * m.sin_m2) / floored;
+  value = beyond ? c - m.m2 * m.sin_m2 : (below ? 1 : value);
+  slope = beyond ? 1 : (below ? 0 : slope);
+  const bool none = m.m2 == 0;
+  return with_slope(focal, (none ? x : value) - m.m3, none ? 1 : slope);
 }
+
+// Any m1, by the angle.
+FACEFAST_CORE Target angular_logit(double x, const Focal& focal, int64_t row) {
+  const MarginNumbers m = margin_numbers(focal.margin, row);
+  const double m1 = focal.margin.m1;
+  const double c = x < -1 ? -1 : (x > 1 ? 1 : x);
+  const double sine = ::sqrt((1 - c) * (1 + c));
+  const double moved = m1 * ::acos(c) + m.m2;
+  if (moved > kPi) return with_slope(focal, c - 1 - ::cos((kPi - m.m2) / m1) - m.m3, 1);
+  if (moved < 0) return with_slope(focal, 1 - m.m3, 0);
+  return with_slope(focal, ::cos(moved) - m.m3, m1 * ::sin(moved) / (sine > kSinFloor ? sine : kSinFloor));
+}
+
+FACEFAST_CORE Target plain_logit(double x, const Focal& focal) { return {focal.scale * x, focal.scale}; }
 
 // -----------------------------------------------------------------------------------------------
 // What softmax and sigmoid share. With d = target's logit - log(sum of exp of the others), and p

@@ -3,7 +3,7 @@
 // facefast/ops.
 #include <Python.h>
 
-#include <array>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -107,17 +107,16 @@ Problem make_problem(const Tensor& logits, int64_t rows, int64_t classes, const 
 
   Margin& margin = p.focal.margin;
   margin.m1 = options.m1;
-  margin.m2 = options.m2;
-  margin.m3 = options.m3;
+  margin.all = {options.m2, std::cos(options.m2), std::sin(options.m2), options.m3};
   margin.detached = options.detached;
-  margin.active = options.margins || margin.m1 != 1 || margin.m2 != 0 || margin.m3 != 0;
+  margin.active = options.margins || options.m1 != 1 || options.m2 != 0 || options.m3 != 0;
   if (options.margins) {
     const Tensor& margins = *options.margins;
     STD_TORCH_CHECK(margins.scalar_type() == ScalarType::Double && margins.dim() == 2 && margins.size(0) == rows &&
-                        margins.size(1) == 2 && margins.is_contiguous(),
-                    "margins must be contiguous float64 [", rows, ", 2]");
+                        margins.size(1) == 4 && margins.is_contiguous(),
+                    "margins must be contiguous float64 [", rows, ", 4]");
     check_same_device(margins, logits, "margins");
-    margin.rows = static_cast<const double*>(margins.const_data_ptr());
+    margin.rows = static_cast<const MarginNumbers*>(margins.const_data_ptr());
   }
   return p;
 }

@@ -30,7 +30,7 @@ ScalarType acc_of(Type type);
 // The options of the softmax losses, in the order of their schemas.
 struct Options {
   const std::optional<Tensor>& alphas;   // acc [C] or [N, 1]
-  const std::optional<Tensor>& margins;  // float64 [N, 2]
+  const std::optional<Tensor>& margins;  // float64 [N, 4]: m2, cos m2, sin m2, m3
   double gamma, smoothing, scale, alpha;
   int64_t ignore_index;
   double m1, m2, m3;

@@ -114,9 +114,9 @@ def draw(
     Raises:
         ValueError: the template is unknown, or a centred frame is needed and the size of a picture is not.
     """
+    uniforms = _uniforms(rows, seed, epoch) if augment else np.zeros((NUM_UNIFORMS, len(rows)))
     augment = augment or AugmentSpec()
     height, width = image.shape
-    uniforms = _uniforms(rows, seed, epoch) if augment.active else np.zeros((NUM_UNIFORMS, len(rows)))
     # A row's numbers keep their places, so that one strength never changes what another one draws.
     (area, ratio, left, top, shift_x, shift_y, mirror, angle) = uniforms[:8]
     (brightness, contrast, saturation, hue, grey) = uniforms[8:13]

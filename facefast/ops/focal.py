@@ -89,11 +89,11 @@ def kernel_options(
     if margin is not None:
         m1, angle, shift, detached = margin.terms()
         if isinstance(angle, Tensor) or isinstance(shift, Tensor):
-            columns = [
-                torch.as_tensor(m, dtype=torch.float64, device=logits.device).expand(logits.shape[0])
-                for m in (angle, shift)
-            ]
-            rows = torch.stack(columns, dim=1)
+            like = torch.empty((), dtype=torch.float64, device=logits.device)
+            m2_rows, m3_rows = (
+                torch.as_tensor(m).to(like).expand(logits.shape[0]) for m in (angle, shift)
+            )
+            rows = torch.stack((m2_rows, m2_rows.cos(), m2_rows.sin(), m3_rows), dim=1)
         else:
             m2, m3 = float(angle), float(shift)
     numbers = (float(gamma), float(label_smoothing), float(scale), weight, ignore_index)
