@@ -137,9 +137,9 @@ def loss() -> Extension:
     return CppExtension(
         "facefast._C",
         SOURCES["_C"]["cpu"],
-        define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030B0000")],
+        define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
         py_limited_api=True,
-        extra_compile_args=[*CXX_FLAGS, "-std=c++20"],
+        extra_compile_args=[*CXX_FLAGS, "-std=c++20", "-fopenmp-simd"],
     )
 
 

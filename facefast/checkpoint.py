@@ -204,7 +204,9 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
     optimizer.load_state_dict({"state": state, "param_groups": document["param_groups"]})
     for parameter, slots in optimizer.state.items():
         for name, value in slots.items():
-            if value.shape == parameter.shape:  # fused kernels walk both in memory order: channels-last like its parameter
+            if (
+                value.shape == parameter.shape
+            ):  # fused kernels walk both in memory order: channels-last like its parameter
                 slots[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 

@@ -110,7 +110,9 @@ def test_another_recipe_in_the_same_folder_is_refused_with_both_values(
 ) -> None:
     assert run_tiny(drawn, finished, "--phases.finetune.lr=0.5") == 64
     assert "phases.2.lr: 0.02 there, 0.5 now" in capsys.readouterr().err
-    files.write_json(finished / "status.json", {"state": "done", "exit_code": 0, "step": 12, "best": {"phase": "finetune"}})
+    files.write_json(
+        finished / "status.json", {"state": "done", "exit_code": 0, "step": 12, "best": {"phase": "finetune"}}
+    )
 
 
 @pytest.mark.parametrize(

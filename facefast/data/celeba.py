@@ -156,6 +156,11 @@ class _Table:
         """[N, numbers] of `names`; NaN where there is no line, and a warning of what follows."""
         rows = np.fromiter((self.rows.get(_stem(name), -1) for name in names), np.int64, len(names))
         absent = np.flatnonzero(rows < 0)
+        if len(absent) == len(names):
+            raise DataError(
+                f"{self.path} names none of the {len(names)} pictures (first: {names[0]}); its first line is for "
+                f"{self.files[0] if self.files else 'nothing'}, and {self.values.shape[1]} numbers"
+            )
         if len(absent) > 0:
             warnings.warn(
                 f"{self.path} has no line for {len(absent)} of {len(names)} pictures "

@@ -84,7 +84,8 @@ def read_recordio(root: str | os.PathLike[str]) -> FaceIndex:
             stacklevel=2,
         )
         wanted[split] = False
-    bad = np.flatnonzero(wanted & ((labels != np.rint(labels)) | ~(labels >= -1)))
+    countable = np.isfinite(labels) & (labels == np.rint(labels)) & (labels >= -1)
+    bad = np.flatnonzero(wanted & ~countable)
     if len(bad) > 0:
         raise DataError(
             f"{len(bad)} of {np.count_nonzero(wanted)} labels of {file} are no class numbers "
@@ -204,15 +205,16 @@ class _Unpickler(pickle.Unpickler):
     """Builds what a verification set is made of; no other name is looked up, let alone called."""
 
     ALLOWED = frozenset(
-        (f"numpy{module}", name)
-        for module, name in (
-            ("", "dtype"),
-            ("", "ndarray"),
-            (".core.multiarray", "_reconstruct"),
-            (".core.multiarray", "scalar"),
-            ("._core.multiarray", "_reconstruct"),
-            ("._core.multiarray", "scalar"),
-        )
+        {("numpy", "dtype"), ("numpy", "ndarray")}
+        | {
+            (f"numpy.{core}.{name}", function)
+            for core in ("core", "_core")
+            for name, function in (
+                ("multiarray", "_reconstruct"),
+                ("multiarray", "scalar"),
+                ("numeric", "_frombuffer"),
+            )
+        }
     )
 
     def find_class(self, module: str, name: str) -> Any:

@@ -90,9 +90,7 @@ def kernel_options(
         m1, angle, shift, detached = margin.terms()
         if isinstance(angle, Tensor) or isinstance(shift, Tensor):
             like = torch.empty((), dtype=torch.float64, device=logits.device)
-            m2_rows, m3_rows = (
-                torch.as_tensor(m).to(like).expand(logits.shape[0]) for m in (angle, shift)
-            )
+            m2_rows, m3_rows = (torch.as_tensor(m).to(like).expand(logits.shape[0]) for m in (angle, shift))
             rows = torch.stack((m2_rows, m2_rows.cos(), m2_rows.sin(), m3_rows), dim=1)
         else:
             m2, m3 = float(angle), float(shift)
