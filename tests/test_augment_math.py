@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
+import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -249,3 +252,16 @@ def test_a_senseless_matrix_gives_black_and_no_crash(path: ctypes.CDLL, value: f
     picture = smooth_picture(40, 40)
     found = run(path, picture, numbers(np.full((2, 3), value, np.float32)), (16, 16))
     assert found.shape == (16, 16, 3)
+
+
+def test_the_cuda_kernel_compiles_without_spills(tmp_path: Path) -> None:
+    toolkit = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13"
+    nvcc = shutil.which("nvcc", path=f"{toolkit / 'bin'}:{os.environ['PATH']}:/usr/local/cuda/bin")
+    if nvcc is None:
+        pytest.skip("no nvcc here; pip install 'facefast[cuda]' brings one")
+    command = [nvcc, "-c", str(SOURCES / "face_augment.cu"), "-o", str(tmp_path / "kernel.o")]
+    command += ["-O3", "-std=c++20", "-arch=sm_90", "-Werror=all-warnings", "-Xptxas=-v", f"-I{toolkit / 'include'}"]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(kernels) == 6 and set(kernels) == {("0", "0", "0")}  # three types, with blocks and without
+    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 64  # four blocks of 256 threads fit

@@ -236,7 +236,9 @@ def _is_number(text: str) -> bool:
 
 
 def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]
+    """A name without its extension; "1.jpg 0", from a line with more numbers than its header has names, has none."""
+    stem, extension = os.path.splitext(name)
+    return name if " " in extension else stem
 
 
 def _text(values: NDArray[np.float32]) -> str:

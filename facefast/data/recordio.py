@@ -168,7 +168,8 @@ def _keys(file: Path, data: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArr
         offsets = _walk(file, data)
         return np.arange(len(offsets)), offsets
     try:
-        table = np.loadtxt(listing, np.int64, ndmin=2)
+        with warnings.catch_warnings(action="ignore"):  # of an empty file, which is refused below
+            table = np.loadtxt(listing, np.int64, ndmin=2)
     except ValueError as error:
         raise DataError(f"{listing} must have a key and an offset on each line: {error}") from error
     if table.shape[1:] != (2,) or len(table) == 0 or table.min() < 0:
