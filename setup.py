@@ -71,7 +71,9 @@ class Build(BuildExtension):
 
     def get_ext_filename(self, name: str) -> str:
         """`facefast/_dali.so` is loaded by DALI, not imported by Python, so its name carries no ABI tag."""
-        return "facefast/_dali.so" if name.endswith("_dali") else super().get_ext_filename(name)
+        if name.rpartition(".")[2] == "_dali":
+            return name.replace(".", "/") + ".so"
+        return super().get_ext_filename(name)
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """No PyInit symbol is forced: _dali.so has none."""
