@@ -238,6 +238,7 @@ def open_loader(state: TrainState, stage: Stage) -> Loader | CachedLoader:
         channels_last=state.precision.channels_last,
         threads=decode_threads(recipe.threads, run.world),
         max_bad_fraction=recipe.data.max_bad_fraction,
+        max_pixels=recipe.data.max_pixels,
     )
 
 

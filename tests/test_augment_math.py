@@ -26,27 +26,25 @@ FLOAT, HALF, BFLOAT16 = range(3)
 NUMPY = {FLOAT: np.float32, HALF: np.float16, BFLOAT16: np.uint16}
 
 
-@pytest.fixture(scope="module", params=["vector", "portable"])
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The CPU path of this processor, or the one of processors without AVX2."""
-    return build(tmp_path_factory.mktemp("math"), portable=request.param == "portable")
-
-
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """The CPU path of this processor, and the one of processors without AVX2."""
     folder = tmp_path_factory.mktemp("math")
-    return build(folder, portable=False), build(folder, portable=True)
+    return build(folder / "vector.so"), build(folder / "portable.so", "-DFACEFAST_PORTABLE")
 
 
-def build(folder: Path, portable: bool) -> ctypes.CDLL:
-    target = folder / f"math-{portable}.so"
-    if not target.exists():
-        sources = [Path(__file__).with_suffix("").with_name("augment_math.cpp")]
-        sources += [SOURCES / "augment_cpu.cpp", SOURCES / "augment_avx2.cpp"]
-        flags = ["-O2", "-std=c++20", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}"]
-        flags += ["-DFACEFAST_PORTABLE"] if portable else []
-        compiler = os.environ.get("CXX", "c++")
-        subprocess.run([compiler, *flags, *map(str, sources), "-o", str(target)], check=True)
+@pytest.fixture(params=["vector", "portable"])
+def path(request: pytest.FixtureRequest, both: tuple[ctypes.CDLL, ctypes.CDLL]) -> ctypes.CDLL:
+    """One of them after the other."""
+    return both[request.param == "portable"]
+
+
+def build(target: Path, *flags: str) -> ctypes.CDLL:
+    sources = [Path(__file__).with_name("augment_math.cpp")]
+    sources += [SOURCES / "augment_cpu.cpp", SOURCES / "augment_avx2.cpp"]
+    options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}"]
+    compiler = os.environ.get("CXX", "c++")
+    subprocess.run([compiler, *options, *flags, *map(str, sources), "-o", str(target)], check=True)
     return ctypes.CDLL(str(target))
 
 

@@ -3,7 +3,8 @@
 // A gather of bytes is slow on every processor; instead each output pixel loads its taps of a
 // picture row with one 16-byte load (RGB RGB RGB RGB), shuffles them to R R R R G G G G B B B B and
 // lets pmaddwd weigh and add them. Four such registers transpose into R, G and B of eight pixels,
-// where the colour matrix is nine multiply-adds.
+// where the colour matrix is nine multiply-adds. Loads and shuffles are per pixel, so that wider
+// registers (AVX-512) would leave most of the work as it is.
 
 #include "augment_cpu.h"
 
@@ -21,8 +22,7 @@ namespace {
 // even.
 constexpr float kOne = 32767.0f;
 
-// Two rows of 32-bit weights, each below 2^15, become a 4 x int16 per pixel: a and b of pixel i in
-// the low half, c and d in the high one.
+// The weights of eight pixels' taps a, b, c and d, each below 2^15, become four int16 per pixel.
 FACEFAST_AVX2_INLINE void StoreWeights(__m256i a, __m256i b, __m256i c, __m256i d, int64_t* out) {
   const __m256i low = _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa);
   const __m256i high = _mm256_blend_epi16(c, _mm256_slli_epi32(d, 16), 0xaa);
@@ -77,7 +77,7 @@ class Bilinear {
     const __m256i wy = _mm256_cvtps_epi32(_mm256_mul_ps(below, _mm256_set1_ps(kOne)));
     const __m256i w11 = _mm256_cvtps_epi32(_mm256_mul_ps(right, below));
     const __m256i w01 = _mm256_sub_epi32(wx, w11), w10 = _mm256_sub_epi32(wy, w11);
-    const __m256i w00 = _mm256_sub_epi32(_mm256_set1_epi32(32767), _mm256_add_epi32(wx, w10));
+    const __m256i w00 = _mm256_sub_epi32(_mm256_set1_epi32(static_cast<int>(kOne)), _mm256_add_epi32(wx, w10));
     StoreWeights(w00, w01, w10, w11, weights_ + at);
   }
 

@@ -149,13 +149,15 @@ def _portray(spec: DrawnSpec, identity: int, picture: int) -> tuple[Identity, Sh
 
 
 def _attributes(who: Identity, shot: Shot) -> dict[str, bool]:
-    hair = {name: who.hair_name == name for name in ("Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair")}
     return {
         "Bald": who.is_bald,
         "Bangs": shot.bangs,
-        **hair,
+        "Black_Hair": who.hair_name == "Black_Hair",
+        "Blond_Hair": who.hair_name == "Blond_Hair",
         "Blurry": shot.blur > 1.2,
+        "Brown_Hair": who.hair_name == "Brown_Hair",
         "Eyeglasses": shot.glasses or shot.sunglasses,
+        "Gray_Hair": who.hair_name == "Gray_Hair",
         "Male": who.male > 0,
         "Mouth_Slightly_Open": shot.mouth_open > 1.5,
         "Mustache": shot.moustache > 0,
