@@ -1,6 +1,7 @@
 """How fast photographs become augmented batches: our loader, DALI's stock operators, torchvision, and decoding alone.
 
     python benchmarks/bench_input.py [--data ../shared/data/celeba-mini] [--sizes 112 224] [--rounds 9] [--quick]
+    python -m pytest benchmarks/bench_input.py --benchmark-enable
 
 Every contender starts from row numbers or file names and ends with a float32 tensor [B, 3, H, W], on the same files
 and the same two threads (or worker processes). They take turns, one stretch of batches each per round, so that whatever
@@ -14,10 +15,12 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import nvidia.dali as nvdali
+import pytest
 import torch
 from nvidia.dali import fn, types
 from PIL import Image
@@ -33,6 +36,7 @@ from facefast.data.dali import regions
 from facefast.data.sampler import EpochSampler
 from facefast.recipe import AugmentSpec, ImageSpec
 
+SHARED = Path(__file__).parents[2] / "shared/data/celeba-mini"
 BATCH = 128
 THREADS = 2
 # Every kind of augmentation at an ordinary strength.
@@ -242,7 +246,7 @@ def report(size: int, rates: dict[str, list[float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data/celeba-mini", help="a set that read_index knows")
+    parser.add_argument("--data", default=SHARED, help="a set that read_index knows")
     parser.add_argument("--sizes", type=int, nargs="+", default=[112, 224])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batches", type=int, default=16, help="timed batches per turn")
@@ -252,6 +256,16 @@ def main() -> None:
     index = read_index(options.data).scanned()
     for size in options.sizes:
         report(size, measure(contenders(index, ImageSpec(size)), rounds, batches))
+
+
+@pytest.mark.parametrize("size", [112, 224])
+def test_input_beside_its_peers(size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same as the command, for `make bench`."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not here; run the command with --data")
+    rates = measure(contenders(read_index(SHARED).scanned(), ImageSpec(size)), rounds=9, batches=16)
+    with capsys.disabled():
+        report(size, rates)
 
 
 if __name__ == "__main__":

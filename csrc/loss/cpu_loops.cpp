@@ -94,18 +94,24 @@ FACEFAST_INLINE void write_loop(const Acc<T>* x, int64_t n, T* out) {
   for (int64_t j = 0; j < n; ++j) store(out + j, x[j]);
 }
 
-template <typename T>
-FACEFAST_INLINE double dot_loop(const T* a, const T* b, int64_t n) {
+template <typename T, typename U>
+FACEFAST_INLINE double dot_loop(const T* a, const U* b, int64_t n) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) sum += double(load(a[j])) * double(load(b[j]));
   return sum;
 }
 
-template <typename T>
-FACEFAST_INLINE void subtract_loop(const T* x, int64_t n, Acc<T> factor, T* y) {
+template <typename T, typename U>
+FACEFAST_INLINE void subtract_loop(const T* x, int64_t n, Acc<T> factor, const U* y, T* out) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) store(y + j, load(y[j]) - factor * load(x[j]));
+  for (int64_t j = 0; j < n; ++j) store(out + j, load(y[j]) - factor * load(x[j]));
+}
+
+template <typename T>
+FACEFAST_INLINE void add_loop(const T* x, int64_t n, Acc<T>* total) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) total[j] += load(x[j]);
 }
 
 template <typename T>
@@ -197,7 +203,14 @@ FACEFAST_ACC_LOOPS(double)
   FACEFAST_CLONES void read_block(const T* x, int64_t n, Acc<T>* out) { read_loop(x, n, out); }                       \
   FACEFAST_CLONES void write_block(const Acc<T>* x, int64_t n, T* out) { write_loop(x, n, out); }                     \
   FACEFAST_CLONES double dot_block(const T* a, const T* b, int64_t n) { return dot_loop(a, b, n); }                   \
-  FACEFAST_CLONES void subtract_block(const T* x, int64_t n, Acc<T> factor, T* y) { subtract_loop(x, n, factor, y); } \
+  FACEFAST_CLONES double dot_wide_block(const T* a, const Acc<T>* b, int64_t n) { return dot_loop(a, b, n); }         \
+  FACEFAST_CLONES void subtract_block(const T* x, int64_t n, Acc<T> factor, const T* y, T* out) {                     \
+    subtract_loop(x, n, factor, y, out);                                                                              \
+  }                                                                                                                   \
+  FACEFAST_CLONES void subtract_wide_block(const T* x, int64_t n, Acc<T> factor, const Acc<T>* y, T* out) {           \
+    subtract_loop(x, n, factor, y, out);                                                                              \
+  }                                                                                                                   \
+  FACEFAST_CLONES void add_block(const T* x, int64_t n, Acc<T>* total) { add_loop(x, n, total); }                     \
   FACEFAST_CLONES void narrow_stats(const T* x, int64_t stride, int64_t width, const int64_t* label, int64_t rows,    \
                                     double scale, Acc<T>* peak, Acc<T>* mass) {                                       \
     narrow_stats_loop(x, stride, width, label, rows, scale, peak, mass);                                              \

@@ -47,8 +47,12 @@ FACEFAST_ACC_LOOPS(double)
   void read_block(const T* x, int64_t n, Acc<T>* out);                                                              \
   void write_block(const Acc<T>* x, int64_t n, T* out);                                                             \
   double dot_block(const T* a, const T* b, int64_t n);                                                              \
-  /* y -= factor * x */                                                                                             \
-  void subtract_block(const T* x, int64_t n, Acc<T> factor, T* y);                                                  \
+  double dot_wide_block(const T* a, const Acc<T>* b, int64_t n);                                                    \
+  /* out = y - factor * x */                                                                                        \
+  void subtract_block(const T* x, int64_t n, Acc<T> factor, const T* y, T* out);                                    \
+  void subtract_wide_block(const T* x, int64_t n, Acc<T> factor, const Acc<T>* y, T* out);                          \
+  /* total += x */                                                                                                  \
+  void add_block(const T* x, int64_t n, Acc<T>* total);                                                             \
   /* The statistics of `rows` rows of at most kNarrow classes; label -1 is no class. */                             \
   void narrow_stats(const T* x, int64_t stride, int64_t width, const int64_t* label, int64_t rows, double scale,    \
                     Acc<T>* peak, Acc<T>* mass);                                                                    \

@@ -84,10 +84,14 @@ class Backend {
   virtual void row_gradients(const Problem&, const RowState&, const Upstream&, void* rows) = 0;
   virtual void overwrite(const Problem&, const Columns&, const void* rows) = 0;
 
-  // Normalisation: inverse[i] = 1 / max(norm of row i, 1e-12); project takes from grad_i its part
-  // along x_i.
+  // total (acc) += x, n numbers.
+  virtual void add(Type, const void* x, int64_t n, void* total) = 0;
+
+  // Normalisation: inverse[i] = 1 / max(norm of row i, 1e-12). project writes grad_i without its part along x_i, or
+  // just grad_i where inverse is null; `grad` is acc if `wide`, else of the type of x, and may then be `out` itself.
   virtual void inverse_norms(Type, const void* x, int64_t rows, int64_t dim, void* inverse) = 0;
-  virtual void project(Type, const void* x, int64_t rows, int64_t dim, const void* inverse, void* grad) = 0;
+  virtual void project(Type, const void* x, int64_t rows, int64_t dim, const void* inverse, const void* grad, void* out,
+                       bool wide) = 0;
 
   virtual void sigmoid_forward(const Sigmoid&, void* loss, void* count) = 0;
   virtual void sigmoid_backward(const Sigmoid&, const Upstream&, void* grad) = 0;

@@ -356,23 +356,37 @@ class CpuBackend : public Backend {
         for (int64_t row = begin; row < begin + n; ++row) {
           const T* v = static_cast<const T*>(x) + row * dim;
           const double norm = std::sqrt(dot_block(v, v, dim));
-          static_cast<Acc<T>*>(inverse)[row] = static_cast<Acc<T>>(1 / std::max(norm, 1e-12));
+          static_cast<Acc<T>*>(inverse)[row] = static_cast<Acc<T>>(1 / std::max(norm, kNormFloor));
         }
       });
     });
   }
 
-  void project(Type type, const void* x, int64_t rows, int64_t dim, const void* inverse, void* grad) override {
+  void project(Type type, const void* x, int64_t rows, int64_t dim, const void* inverse, const void* grad, void* out,
+               bool wide) override {
     with_type(type, [&](auto value) {
       using T = decltype(value);
+      using A = Acc<T>;
       Blocks(rows, dim).each([&](int64_t, int64_t begin, int64_t n) {
         for (int64_t row = begin; row < begin + n; ++row) {
-          const T* v = static_cast<const T*>(x) + row * dim;
-          T* g = static_cast<T*>(grad) + row * dim;
-          const double scale = double(static_cast<const Acc<T>*>(inverse)[row]);
-          if (scale >= 0.999e12) continue;  // the norm was floored: a constant, without a derivative
-          subtract_block(v, dim, static_cast<Acc<T>>(dot_block(v, g, dim) * scale * scale), g);
+          const T *v = static_cast<const T*>(x) + row * dim, *g = static_cast<const T*>(grad) + row * dim;
+          const A* wide_g = static_cast<const A*>(grad) + row * dim;
+          double scale = inverse == nullptr ? 0 : double(static_cast<const A*>(inverse)[row]);
+          if (scale >= kFlooredNorm) scale = 0;
+          const double dot = scale == 0 ? 0 : (wide ? dot_wide_block(v, wide_g, dim) : dot_block(v, g, dim));
+          const A along = static_cast<A>(dot * scale * scale);
+          T* to = static_cast<T*>(out) + row * dim;
+          wide ? subtract_wide_block(v, dim, along, wide_g, to) : subtract_block(v, dim, along, g, to);
         }
+      });
+    });
+  }
+
+  void add(Type type, const void* x, int64_t n, void* total) override {
+    with_type(type, [&](auto value) {
+      using T = decltype(value);
+      torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
+        add_block(static_cast<const T*>(x) + begin, end - begin, static_cast<Acc<T>*>(total) + begin);
       });
     });
   }

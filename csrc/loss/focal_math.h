@@ -47,6 +47,10 @@ struct Focal {
   Margin margin;
 };
 
+// A row shorter than kNormFloor is divided by it, as torch.nn.functional.normalize does: a constant without a
+// derivative.
+constexpr double kNormFloor = 1e-12, kFlooredNorm = 0.999 / kNormFloor;
+
 // -----------------------------------------------------------------------------------------------
 // Elementary functions: the device's own accurate ones; on the host, polynomials that the compiler
 // can vectorise.

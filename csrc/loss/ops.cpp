@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "tensors.h"
+#include "linear_focal.h"
 
 #if defined(FACEFAST_WITH_CUDA)
 #include "focal_cuda.h"
@@ -57,12 +57,12 @@ Type type_of(const Tensor& matrix, const char* name) {
 
 ScalarType acc_of(Type type) { return type == Type::kDouble ? ScalarType::Double : ScalarType::Float; }
 
-namespace {
-
 void check_same_device(const Tensor& a, const Tensor& b, const char* name) {
   STD_TORCH_CHECK(a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index(), name,
                   " is on another device than the logits");
 }
+
+namespace {
 
 Reduction reduction_of(int64_t reduction) {
   STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction is ", reduction, "; it must be 0 none, 1 mean or 2 sum");
@@ -133,6 +133,19 @@ Upstream make_upstream(Tensor& grad, const Tensor& count, Type type, int64_t siz
   return {grad.const_data_ptr(), grad.dim() == 1 ? grad.stride(0) : 1, count.const_data_ptr()};
 }
 
+Tensor empty_loss(const Tensor& like, const Problem& p) {
+  return p.reduction == Reduction::kNone ? empty(like, {p.rows}, acc_of(p.type)) : empty(like, {}, acc_of(p.type));
+}
+
+RowState forward_state(const Tensor& like, const Tensor& stats, const Problem& p, std::optional<Tensor>& sums) {
+  RowState state{stats.data_ptr()};
+  if (p.focal.smoothing > 0) {
+    sums = empty(like, {p.rows}, ScalarType::Double);
+    state.sums = static_cast<double*>(sums->data_ptr());
+  }
+  return state;
+}
+
 struct Device::Gpu {
 #if defined(FACEFAST_WITH_CUDA)
   torch::stable::accelerator::DeviceGuard guard;
@@ -143,7 +156,7 @@ struct Device::Gpu {
   explicit Gpu(const Tensor& tensor) : guard(tensor.get_device_index()), like(tensor) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    backend = cuda_backend(stream, [this](int64_t bytes) {
+    backend = cuda_backend(tensor.get_device_index(), stream, [this](int64_t bytes) {
       scratch.push_back(empty(like, {bytes}, ScalarType::Byte));
       return scratch.back().mutable_data_ptr();
     });
@@ -177,11 +190,6 @@ Columns columns_of(const Tensor& logits) {
   return columns;
 }
 
-Tensor empty_loss(const Tensor& logits, int64_t rows, const Problem& p) {
-  const ScalarType acc = acc_of(p.type);
-  return p.reduction == Reduction::kNone ? empty(logits, {rows}, acc) : empty(logits, {}, acc);
-}
-
 std::tuple<Tensor, Tensor, Tensor> focal_forward(const Tensor& logits, const Tensor& target,
                                                  const std::optional<Tensor>& alphas,
                                                  const std::optional<Tensor>& margins, double gamma, double smoothing,
@@ -192,13 +200,9 @@ std::tuple<Tensor, Tensor, Tensor> focal_forward(const Tensor& logits, const Ten
   const Options options{alphas, margins, gamma, smoothing, scale, alpha, ignore_index, m1, m2, m3, detached, reduction};
   const Problem p = make_problem(logits, rows, columns.width, target, options);
   const ScalarType acc = acc_of(p.type);
-  Tensor loss = empty_loss(logits, rows, p), stats = empty(logits, {rows, 3}, acc), count = empty(logits, {}, acc);
-  RowState state{stats.mutable_data_ptr()};
+  Tensor loss = empty_loss(logits, p), stats = empty(logits, {rows, 3}, acc), count = empty(logits, {}, acc);
   std::optional<Tensor> sums;
-  if (smoothing > 0) {
-    sums = empty(logits, {rows}, ScalarType::Double);
-    state.sums = static_cast<double*>(sums->mutable_data_ptr());
-  }
+  const RowState state = forward_state(logits, stats, p, sums);
   Device(logits)->forward(p, columns, state, loss.mutable_data_ptr(), count.mutable_data_ptr());
   return {loss, stats, count};
 }
@@ -266,6 +270,29 @@ Tensor sigmoid_focal_backward(const Tensor& grad, const Tensor& logits, const Te
   return out;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_focal_forward(
+    const Tensor& x, const Tensor& weight, const Tensor& target, const std::optional<Tensor>& alphas,
+    const std::optional<Tensor>& margins, double gamma, double smoothing, double scale, double alpha,
+    int64_t ignore_index, double m1, double m2, double m3, bool detached, int64_t reduction, bool normalize,
+    int64_t chunk) {
+  const Options options{alphas, margins, gamma, smoothing, scale, alpha, ignore_index, m1, m2, m3, detached, reduction};
+  LinearForward f = linear_forward(x, weight, target, options, normalize, chunk);
+  return {f.loss, f.stats, f.count, f.row_scale, f.col_scale};
+}
+
+std::tuple<Tensor, Tensor> linear_focal_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                 const Tensor& target, const std::optional<Tensor>& alphas,
+                                                 const std::optional<Tensor>& margins, const Tensor& stats,
+                                                 const Tensor& count, const Tensor& row_scale, const Tensor& col_scale,
+                                                 double gamma, double smoothing, double scale, double alpha,
+                                                 int64_t ignore_index, double m1, double m2, double m3, bool detached,
+                                                 int64_t reduction, bool, int64_t chunk, bool need_x,
+                                                 bool need_weight) {
+  const Options options{alphas, margins, gamma, smoothing, scale, alpha, ignore_index, m1, m2, m3, detached, reduction};
+  return linear_backward(grad, x, weight, target, options, stats, count, row_scale, col_scale, chunk, need_x,
+                         need_weight);
+}
+
 // What every softmax loss takes after its tensors.
 #define FACEFAST_NUMBERS                                                                           \
   "float gamma, float smoothing, float scale, float alpha, int ignore_index, float m1, float m2, " \
@@ -281,6 +308,13 @@ STABLE_TORCH_LIBRARY(facefast, m) {
       "Tensor stats, "
       "Tensor count, " FACEFAST_NUMBERS ") -> Tensor");
   m.def(
+      "linear_focal_forward(Tensor x, Tensor weight, Tensor target, Tensor? alphas, Tensor? margins, " FACEFAST_NUMBERS
+      ", bool normalize, int chunk) -> (Tensor loss, Tensor stats, Tensor count, Tensor row_scale, Tensor col_scale)");
+  m.def(
+      "linear_focal_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor? alphas, Tensor? margins, "
+      "Tensor stats, Tensor count, Tensor row_scale, Tensor col_scale, " FACEFAST_NUMBERS
+      ", bool normalize, int chunk, bool need_x, bool need_weight) -> (Tensor x_grad, Tensor weight_grad)");
+  m.def(
       "sigmoid_focal_forward(Tensor logits, Tensor target, Tensor? alphas, float gamma, float "
       "alpha, int reduction) "
       "-> (Tensor loss, Tensor count)");
@@ -293,6 +327,8 @@ STABLE_TORCH_LIBRARY(facefast, m) {
 void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("focal_forward", TORCH_BOX(&focal_forward));
   m.impl("focal_backward", TORCH_BOX(&focal_backward));
+  m.impl("linear_focal_forward", TORCH_BOX(&linear_focal_forward));
+  m.impl("linear_focal_backward", TORCH_BOX(&linear_focal_backward));
   m.impl("sigmoid_focal_forward", TORCH_BOX(&sigmoid_focal_forward));
   m.impl("sigmoid_focal_backward", TORCH_BOX(&sigmoid_focal_backward));
 }

@@ -14,7 +14,7 @@
 #include "focal.h"
 
 // Raised with every change of a schema; facefast/ops/native.py holds the same number.
-#define FACEFAST_KERNEL_VERSION 2
+#define FACEFAST_KERNEL_VERSION 3
 
 namespace facefast {
 
@@ -43,6 +43,13 @@ Problem make_problem(const Tensor& logits, int64_t rows, int64_t classes, const 
 
 // `grad` may be replaced by a contiguous copy, and must live as long as the result.
 Upstream make_upstream(Tensor& grad, const Tensor& count, Type type, int64_t size, Reduction reduction);
+
+void check_same_device(const Tensor& a, const Tensor& b, const char* name);
+
+Tensor empty_loss(const Tensor& like, const Problem& problem);
+
+// The row state of a forward pass; `sums` keeps its scratch memory alive.
+RowState forward_state(const Tensor& like, const Tensor& stats, const Problem& problem, std::optional<Tensor>& sums);
 
 // The back end of a tensor's device, ready to launch on its current stream. Scratch memory that it
 // asks for lives as long as this object.

@@ -2,9 +2,9 @@
 
 from facefast.ops import reference
 from facefast.ops.focal import focal_loss
+from facefast.ops.linear_focal import linear_focal_loss
 from facefast.ops.margins import AdaFace, Arc, Combined, Cos, Margin
 from facefast.ops.native import FallbackWarning, backend
-from facefast.ops.reference import linear_focal_loss
 from facefast.ops.sigmoid import sigmoid_focal_loss
 
 __all__ = [

@@ -14,7 +14,9 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def check_focal(
-    logits: Tensor,
+    like: Tensor,
+    rows: int,
+    classes: int,
     target: Tensor,
     gamma: float,
     alpha: float | Tensor | None,
@@ -23,30 +25,36 @@ def check_focal(
     scale: float,
     reduction: str,
 ) -> None:
-    """Arguments of `focal_loss` but the labels' values.
+    """Arguments of the softmax losses but the labels' values; `like` has the dtype and device of the logits.
 
     Raises:
         ValueError: a dtype, shape, device or number is wrong; the message names it, its value and what is allowed.
     """
-    check_logits(logits)
-    if logits.dim() != 2 or logits.shape[1] < 1:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be [N, C] with C at least 1")
-    check_rows(target, logits.shape[0], logits.device)
+    if classes < 1:
+        raise ValueError(f"there are {classes} classes; at least 1 is needed")
+    check_rows(target, rows, like.device)
     check_numbers(gamma, scale, label_smoothing, reduction)
-    if isinstance(alpha, Tensor):
-        rows, classes = logits.shape
-        if alpha.shape != (classes,) and alpha.shape != (rows, 1):
-            raise ValueError(
-                f"alpha has shape {tuple(alpha.shape)}; it must be a number, [C] = [{classes}] (one weight per class) "
-                f"or [N, 1] = [{rows}, 1] (one per row)"
-            )
-    check_alpha(alpha, logits)
+    if isinstance(alpha, Tensor) and alpha.shape != (classes,) and alpha.shape != (rows, 1):
+        raise ValueError(
+            f"alpha has shape {tuple(alpha.shape)}; it must be a number, [C] = [{classes}] (one weight per class) or "
+            f"[N, 1] = [{rows}, 1] (one per row)"
+        )
+    check_alpha(alpha, like)
     if margin is not None:
         for name, m in zip(("angular", "additive"), margin.terms()[1:3], strict=True):
-            if isinstance(m, Tensor) and m.dim() == 1 and m.shape[0] != logits.shape[0]:
-                raise ValueError(
-                    f"the {name} margin has {m.shape[0]} rows and logits {logits.shape[0]}; they must agree"
-                )
+            if isinstance(m, Tensor) and m.dim() == 1 and m.shape[0] != rows:
+                raise ValueError(f"the {name} margin has {m.shape[0]} rows and the logits {rows}; they must agree")
+
+
+def check_matrix(logits: Tensor) -> None:
+    """Logits [N, C] of a dtype that the kernels know.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    check_logits(logits)
+    if logits.dim() != 2:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be [N, C]")
 
 
 def check_logits(logits: Tensor, name: str = "logits") -> None:
@@ -164,17 +172,19 @@ def check_sigmoid(
         )
 
 
-def check_linear(x: Tensor, weight: Tensor) -> None:
+def check_linear(x: Tensor, weight: Tensor, chunk: int = 0) -> None:
     """Operands of `linear_focal_loss`.
 
     Raises:
         ValueError: their shapes, dtypes or devices do not fit.
     """
     check_logits(x, "x")
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or weight.shape[0] < 1:
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be [N, D] and [C, D], C >= 1"
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be [N, D] and [C, D]"
         )
+    if chunk < 0:
+        raise ValueError(f"chunk is {chunk}; it must be at least 0 classes (0 chooses)")
     if x.dtype != weight.dtype or x.device != weight.device:
         raise ValueError(f"x is {x.dtype} on {x.device} and weight {weight.dtype} on {weight.device}; they must agree")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from facefast.ops import native, reference
-from facefast.ops.arguments import check_focal
+from facefast.ops.arguments import check_focal, check_matrix
 from facefast.ops.margins import Margin
 
 REDUCTION = {"none": 0, "mean": 1, "sum": 2}
@@ -48,7 +48,9 @@ def focal_loss(
         IndexError: a label is no class (on the CPU; on a GPU it is a device-side assertion).
         RuntimeError: the loss is differentiated twice.
     """
-    check_focal(logits, target, gamma, alpha, label_smoothing, margin, scale, reduction)
+    check_matrix(logits)
+    rows, classes = logits.shape
+    check_focal(logits, rows, classes, target, gamma, alpha, label_smoothing, margin, scale, reduction)
     if not native.covers(logits):
         return reference.focal_loss(
             logits,

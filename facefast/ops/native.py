@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KERNEL_VERSION = 2
+KERNEL_VERSION = 3
 """The same number as in csrc/loss/tensors.h; raised with every change of a schema."""
 
 _REBUILD = "rebuild with: python setup.py build_ext --inplace"
@@ -96,7 +96,9 @@ def _differentiable(library: torch.library.Library, name: str, tensors: int, gra
                 return (None,) * gradients + none
             wanted = ctx.needs_input_grad[:gradients] if gradients > 1 else ()
             result = run_backward(grad, *ctx.saved_tensors, *ctx.numbers, *wanted)
-            return (*result, *none) if gradients > 1 else (result, *none)
+            if gradients == 1:
+                return (result, *none)
+            return (*(g if want else None for g, want in zip(result, wanted, strict=True)), *none)
 
     class Backward(torch.autograd.Function):
         @staticmethod
@@ -106,9 +108,7 @@ def _differentiable(library: torch.library.Library, name: str, tensors: int, gra
 
         @staticmethod
         def backward(ctx: Any, *_: Any) -> Any:
-            raise RuntimeError(
-                f"facefast: {name}_loss has no second derivative; facefast.ops.reference.{name}_loss has one"
-            )
+            raise RuntimeError(f"facefast: {name}_loss has no second derivative; detach its gradient")
 
     def run_forward(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(arg.requires_grad for arg in args[:gradients]):
@@ -156,7 +156,28 @@ def _register(library: torch.library.Library) -> None:
     def _(grad: Tensor, logits: Tensor, *rest: Any) -> Any:
         return logits.new_empty(logits.shape)
 
+    @torch.library.register_fake("facefast::linear_focal_forward", lib=library)
+    def _(x: Tensor, weight: Tensor, *rest: Any) -> Any:
+        rows, classes = x.shape[0], weight.shape[0]
+        reduction, normalize = rest[-3], rest[-2]
+        return (
+            reduced(x, (rows,), reduction),
+            x.new_empty((rows, 3), dtype=acc(x)),
+            x.new_empty((), dtype=acc(x)),
+            x.new_empty((rows if normalize else 0,), dtype=acc(x)),
+            x.new_empty((classes if normalize else 0,), dtype=acc(x)),
+        )
+
+    @torch.library.register_fake("facefast::linear_focal_backward", lib=library)
+    def _(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Any:
+        need_x, need_weight = rest[-2:]
+        return (
+            x.new_empty((x.shape[0] if need_x else 0, x.shape[1])),
+            x.new_empty((weight.shape[0] if need_weight else 0, x.shape[1])),
+        )
+
     _differentiable(library, "focal", tensors=4, gradients=1)
+    _differentiable(library, "linear_focal", tensors=5, gradients=2)
     _differentiable(library, "sigmoid_focal", tensors=3, gradients=1)
 
 

@@ -18,6 +18,7 @@ from facefast.ops.arguments import (
     check_focal,
     check_labels,
     check_linear,
+    check_matrix,
     check_sigmoid,
     row_alpha,
 )
@@ -37,8 +38,9 @@ def focal_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """See `facefast.ops.focal_loss`."""
-    check_focal(logits, target, gamma, alpha, label_smoothing, margin, scale, reduction)
-    num_classes = logits.shape[1]
+    check_matrix(logits)
+    num_rows, num_classes = logits.shape
+    check_focal(logits, num_rows, num_classes, target, gamma, alpha, label_smoothing, margin, scale, reduction)
     check_labels(target, num_classes, ignore_index)
     counts = target != ignore_index
     label = torch.where(counts, target, 0).long()
@@ -54,6 +56,7 @@ def focal_loss(
     alone = mass == 0
     lse_others = scale * peak[:, 0].double() + mass.masked_fill(alone, 1.0).log()
     d = torch.where(alone, z + math.inf, z - lse_others)
+    d = torch.where(z == math.inf, z - z, d)  # an infinite logit is a fault, not a perfect score
 
     cross_entropy = -F.logsigmoid(d)
     loss = cross_entropy

@@ -1,0 +1,145 @@
+// linear_focal_loss: the logits x W^T exist one chunk of classes at a time, in a buffer that stays in the cache.
+// Forward adds each chunk to the softmax statistics; backward computes it again, overwrites it with its gradient, and
+// multiplies that into the gradients of x and W. Every sum is taken in a fixed order.
+#include "linear_focal.h"
+
+#include <algorithm>
+#include <array>
+
+namespace facefast {
+namespace {
+
+constexpr int64_t kCpuChunkBytes = 2 << 20;   // a chunk of logits: a core's share of the cache
+constexpr int64_t kGpuChunkBytes = 32 << 20;  // well within the L2 cache
+constexpr int64_t kChunkStep = 64;            // classes; whole tiles for the matrix products
+
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // the operator's return value, to be released
+}
+
+// The chunks of classes and what each one needs.
+struct Chunks {
+  const Tensor &x, &weight, &row_scale, &col_scale;
+  int64_t rows, classes, dim, width;
+  Type type;
+  Tensor buffer;  // [rows, width]
+
+  Chunks(const Tensor& x, const Tensor& weight, const Tensor& row_scale, const Tensor& col_scale, int64_t wish)
+      : x(x),
+        weight(weight),
+        row_scale(row_scale),
+        col_scale(col_scale),
+        rows(x.size(0)),
+        classes(weight.size(0)),
+        dim(x.size(1)),
+        width(width_for(x, classes, wish)),
+        type(type_of(x, "x")),
+        buffer(empty(x, {rows, width}, x.scalar_type())) {}
+
+  static int64_t width_for(const Tensor& x, int64_t classes, int64_t wish) {
+    const int64_t row_bytes = std::max<int64_t>(1, x.size(0)) * static_cast<int64_t>(x.element_size());
+    const int64_t fits = (x.is_cuda() ? kGpuChunkBytes : kCpuChunkBytes) / row_bytes / kChunkStep * kChunkStep;
+    return std::min(classes, wish > 0 ? wish : std::max(fits, 4 * kChunkStep));
+  }
+
+  // Calls run(columns, logits [rows, n], weights [n, dim]) for each chunk, with its logits computed.
+  template <typename F>
+  void each(const F& run) {
+    for (int64_t first = 0; first < classes; first += width) {
+      const int64_t n = std::min(width, classes - first);
+      Tensor all = weight;
+      Tensor weights = torch::stable::narrow(all, 0, first, n), logits = torch::stable::narrow(buffer, 1, 0, n);
+      multiply(x, torch::stable::transpose(weights, 0, 1), logits);
+      Columns columns;
+      columns.data = logits.data_ptr();
+      columns.stride = width;
+      columns.first = first;
+      columns.width = n;
+      if (row_scale.numel() > 0 || col_scale.numel() > 0) {
+        columns.row_scale = row_scale.data_ptr();
+        columns.col_scale = static_cast<const char*>(col_scale.data_ptr()) + first * col_scale.element_size();
+      }
+      run(columns, logits, weights);
+    }
+  }
+};
+
+void check_operands(const Tensor& x, const Tensor& weight) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && x.is_contiguous() &&
+                      weight.is_contiguous() && x.scalar_type() == weight.scalar_type(),
+                  "x and weight must be contiguous [N, D] and [C, D] of one type");
+  check_same_device(weight, x, "weight");
+}
+
+}  // namespace
+
+LinearForward linear_forward(const Tensor& x, const Tensor& weight, const Tensor& target, const Options& options,
+                             bool normalize, int64_t chunk) {
+  check_operands(x, weight);
+  const int64_t rows = x.size(0), classes = weight.size(0), dim = x.size(1);
+  const Problem p = make_problem(x, rows, classes, target, options);
+  const ScalarType acc = acc_of(p.type);
+  LinearForward result{empty_loss(x, p), empty(x, {rows, 3}, acc), empty(x, {}, acc),
+                       empty(x, {normalize ? rows : 0}, acc), empty(x, {normalize ? classes : 0}, acc)};
+  Device device(x);
+  if (normalize) {
+    device->inverse_norms(p.type, x.data_ptr(), rows, dim, result.row_scale.data_ptr());
+    device->inverse_norms(p.type, weight.data_ptr(), classes, dim, result.col_scale.data_ptr());
+  }
+  std::optional<Tensor> sums;
+  const RowState state = forward_state(x, result.stats, p, sums);
+  Chunks(x, weight, result.row_scale, result.col_scale, chunk)
+      .each([&](const Columns& columns, const Tensor&, const Tensor&) { device->accumulate(p, columns, state); });
+  device->finish(p, state, result.loss.data_ptr(), result.count.data_ptr());
+  return result;
+}
+
+std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                           const Tensor& target, const Options& options, const Tensor& stats,
+                                           const Tensor& count, const Tensor& row_scale, const Tensor& col_scale,
+                                           int64_t chunk, bool need_x, bool need_weight) {
+  check_operands(x, weight);
+  const int64_t rows = x.size(0), classes = weight.size(0), dim = x.size(1);
+  const Problem p = make_problem(x, rows, classes, target, options);
+  const ScalarType type = x.scalar_type(), acc = acc_of(p.type);
+  const bool normalize = row_scale.numel() > 0 || col_scale.numel() > 0;
+  STD_TORCH_CHECK(
+      stats.numel() == 3 * rows && (!normalize || (row_scale.numel() == rows && col_scale.numel() == classes)),
+      "stats and norms are not those of the forward pass");
+  Tensor upstream = grad;
+  Tensor x_grad = empty(x, {need_x ? rows : 0, dim}, type),
+         weight_grad = empty(x, {need_weight ? classes : 0, dim}, type);
+  Tensor total = empty(x, {need_x ? rows : 0, dim}, acc), part = empty(x, {need_x ? rows : 0, dim}, type);
+  torch::stable::zero_(total);
+
+  Device device(x);
+  Tensor gradients = empty(x, {rows, device->row_gradient_bytes(p.type)}, ScalarType::Byte);
+  device->row_gradients(p, RowState{stats.data_ptr()}, make_upstream(upstream, count, p.type, rows, p.reduction),
+                        gradients.data_ptr());
+  Chunks chunks(x, weight, row_scale, col_scale, chunk);
+  chunks.each([&](const Columns& columns, const Tensor& logits, const Tensor& weights) {
+    device->overwrite(p, columns, gradients.data_ptr());
+    if (need_weight) {
+      Tensor out = torch::stable::narrow(weight_grad, 0, columns.first, columns.width);
+      multiply(torch::stable::transpose(logits, 0, 1), x, out);
+      if (normalize) {
+        device->project(p.type, weights.data_ptr(), columns.width, dim, columns.col_scale, out.data_ptr(),
+                        out.data_ptr(), false);
+      }
+    }
+    if (need_x) {
+      multiply(logits, weights, part);
+      device->add(p.type, part.data_ptr(), rows * dim, total.data_ptr());
+    }
+  });
+  if (need_x) {
+    device->project(p.type, x.data_ptr(), rows, dim, normalize ? row_scale.data_ptr() : nullptr, total.data_ptr(),
+                    x_grad.data_ptr(), true);
+  }
+  return {x_grad, weight_grad};
+}
+
+}  // namespace facefast

@@ -1,0 +1,25 @@
+// linear_focal_loss on any back end, for ops.cpp.
+#pragma once
+
+#include <tuple>
+
+#include "tensors.h"
+
+namespace facefast {
+
+// The scales are 1 / norm of each row of x and of weight; empty where nothing is normalised.
+struct LinearForward {
+  Tensor loss, stats, count, row_scale, col_scale;
+};
+
+// `chunk` classes at a time; 0 chooses by the cache.
+LinearForward linear_forward(const Tensor& x, const Tensor& weight, const Tensor& target, const Options& options,
+                             bool normalize, int64_t chunk);
+
+// Gradients of x and weight; one that is not needed is empty.
+std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                           const Tensor& target, const Options& options, const Tensor& stats,
+                                           const Tensor& count, const Tensor& row_scale, const Tensor& col_scale,
+                                           int64_t chunk, bool need_x, bool need_weight);
+
+}  // namespace facefast
