@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from facefast import files, report, runtime
 from facefast.checkpoint import FOLDER
 from facefast.evaluate import embed_rows
@@ -68,8 +70,9 @@ def finish(folder: Path, state: TrainState, stages: tuple[Stage, ...], log: RunL
     """The summary on the terminal, the projector, report.html and the final status."""
     recipe, run = state.recipe, state.run
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
-    bound = verdict(log.speeds, run.allreduce_seconds(trained))
-    test = stages[-1].exam.test
+    train, test = stages[-1].train, stages[-1].exam.test
+    decoded = int(3 * np.mean(train.widths.astype(np.float64) * train.heights))  # bytes: at most what travels
+    bound = verdict(log.speeds, run.allreduce_seconds(trained), run.transfer_seconds(decoded))
     if recipe.projector and test is not None:
         embeddings, seen = embed_rows(state.evaluated, test, run, state.precision, batch_size=recipe.eval.batch_size)
         names = [test.class_names[label] for label in test.labels[seen.numpy()]]

@@ -37,6 +37,7 @@ def embed_rows(
     threads: int = 0,
     mirror: bool = True,
     max_bad_fraction: float = 0.01,
+    max_pixels: int = DataConfig.max_pixels,
 ) -> tuple[Tensor, Tensor]:
     """Embeddings of every readable row, the same on every rank.
 
@@ -61,6 +62,7 @@ def embed_rows(
             channels_last=precision.channels_last,
             threads=decode_threads(threads, run.world),
             max_bad_fraction=max_bad_fraction,
+            max_pixels=max_pixels,
         ) as loader,
     ):
         for batch in loader:
@@ -93,6 +95,7 @@ def evaluate(
     *,
     threads: int = 0,
     max_bad_fraction: float = 0.01,
+    max_pixels: int = DataConfig.max_pixels,
 ) -> dict[str, float]:
     """Every number the exam has, the same on every rank.
 
@@ -111,6 +114,7 @@ def evaluate(
             batch_size=config.batch_size,
             threads=threads,
             max_bad_fraction=max_bad_fraction,
+            max_pixels=max_pixels,
         )
 
     was_training = model.training
@@ -241,7 +245,16 @@ def main(arguments: list[str] | None = None) -> int:
             model = checkpoint.load_model(given.model, run.device)
             precision = Precision.choose(_recipe_of(given.model), run.device)
             exam = find_exam(given, model, threads)
-            results = evaluate(model, exam, given.eval, run, precision, threads=threads)
+            results = evaluate(
+                model,
+                exam,
+                given.eval,
+                run,
+                precision,
+                threads=threads,
+                max_bad_fraction=given.data.max_bad_fraction,
+                max_pixels=given.data.max_pixels,
+            )
             if run.is_main and given.json:
                 print(json.dumps(results))
             elif run.is_main:

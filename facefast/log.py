@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TextIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
@@ -144,10 +146,10 @@ class RunLog:
             if value is not None:
                 self._board.add_scalar(f"{split}/{name}", value, at.step)
 
-    def pictures(self, name: str, pictures: Tensor) -> None:
-        """A batch as TensorBoard pictures: uint8 [B, 3, H, W], RGB."""
+    def pictures(self, name: str, pictures: NDArray[np.uint8], step: int) -> None:
+        """A batch as TensorBoard pictures: uint8 [B, H, W, 3], RGB."""
         if self._enabled:
-            self._board.add_images(name, pictures)
+            self._board.add_images(name, pictures, step, dataformats="NHWC")
 
     def embeddings(self, embeddings: Tensor, names: list[str], step: int) -> None:
         """[N, D] embeddings with a name each, for TensorBoard's projector."""
@@ -195,30 +197,38 @@ def _human(name: str, value: float) -> str:
     return f"{value:.4f}" if name == "loss" else f"{value:.2%}"
 
 
-def verdict(speeds: list[Speed], allreduce_seconds: float) -> dict[str, Any]:
+def verdict(speeds: list[Speed], allreduce_seconds: float, transfer_seconds: float = 0.0) -> dict[str, Any]:
     """What bounded the run, and what would change that.
 
     Args:
         speeds: `RunLog.speeds`.
         allreduce_seconds: measured time of one all-reduce of the gradients, 0 with one process.
+        transfer_seconds: measured time of one picture's way to the device, 0 on the CPU.
 
     Returns:
-        {"bound_by", "advice", "images_per_second", "data_wait_fraction", "allreduce_fraction"}.
+        {"bound_by", "advice", "images_per_second", "data_wait_fraction", "transfer_fraction", "allreduce_fraction"}.
     """
     seconds = max(sum(speed.seconds for speed in speeds), 1e-9)
     wait = sum(speed.waited for speed in speeds) / seconds
     allreduce = min(1.0, allreduce_seconds * sum(speed.updates for speed in speeds) / seconds)
+    pictures = sum(speed.pictures for speed in speeds)
+    transfer = min(1.0, transfer_seconds * pictures / seconds)
     advice = {
-        "decode and transfer": "raise --threads, decode on a GPU, or store pictures nearer to image.size",
+        "decode": "raise --threads, decode on a GPU, or store pictures nearer to image.size",
+        "transfer": "store pictures nearer to image.size, or use a machine with a faster way to its GPU",
         "all-reduce": "raise the batch size or phases.K.accumulate, or use a faster network",
         "compute": "use precision bf16 where the hardware has it, --compile, a smaller backbone or image.size",
     }
-    bound = "decode and transfer" if wait > 0.1 else "all-reduce" if allreduce > 0.3 else "compute"
+    if wait > 0.1:  # the step waits for pictures: for their bytes' way, where that alone explains most of it
+        bound = "transfer" if transfer > wait / 2 else "decode"
+    else:
+        bound = "all-reduce" if allreduce > 0.3 else "compute"
     return {
         "bound_by": bound,
         "advice": advice[bound],
-        "images_per_second": sum(speed.pictures for speed in speeds) / seconds,
+        "images_per_second": pictures / seconds,
         "data_wait_fraction": wait,
+        "transfer_fraction": transfer,
         "allreduce_fraction": allreduce,
     }
 

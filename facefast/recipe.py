@@ -304,6 +304,9 @@ class Recipe:
     """step-N checkpoints kept (best and last are always kept)."""
     log_every: int = 10
     """Steps between metric lines."""
+    pictures: int = 16
+    """Augmented training pictures shown in TensorBoard at the start of each phase; 0 keeps photographs out of the run
+    folder."""
     projector: bool = False
     """Write test embeddings for TensorBoard's projector at the end."""
 
@@ -311,6 +314,8 @@ class Recipe:
         names = [phase.name for phase in self.phases]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"phases are named {names}; a run needs at least one and different names")
+        if self.pictures < 0:
+            raise ValueError(f"pictures is {self.pictures}; it must be at least 0")
         if self.keep < 1 or self.save_every < 0 or self.log_every < 1 or not 0 <= self.ema < 1:
             raise ValueError(
                 f"keep {self.keep} and log_every {self.log_every} must be at least 1, save_every "

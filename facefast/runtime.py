@@ -139,6 +139,17 @@ class Runtime:
             times.append(time.perf_counter() - start)
         return sorted(times)[1]
 
+    def transfer_seconds(self, num_bytes: int) -> float:
+        """Measured time of `num_bytes` from pinned memory to the device; 0 on the CPU."""
+        if self.device.type == "cpu" or num_bytes == 0:
+            return 0.0
+        values, times = torch.zeros(num_bytes, dtype=torch.uint8).pin_memory(), []
+        for _ in range(4):
+            start = time.perf_counter()
+            values.to(self.device)[:1].cpu()
+            times.append(time.perf_counter() - start)
+        return sorted(times)[1]
+
 
 @contextlib.contextmanager
 def start(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Runtime]:

@@ -5,6 +5,7 @@ torchrun [...] -m facefast.train [RECIPE] [--data.root DIR] [--out RUN] [--phase
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from facefast import checkpoint, cli, ending, files, runtime
-from facefast.data import Batch, Loader, make_loader, make_sampler
+from facefast.data import Batch, Loader, Sampler, make_loader, make_sampler, oracle
 from facefast.evaluate import embed_rows, evaluate
 from facefast.log import Position, RunLog, environment
 from facefast.models import FaceModel, Source, build_model, load_source
@@ -39,6 +40,7 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
             begin(folder, state, number, stage, source, saved, log)
             saved = None
             with open_loader(state, stage) as loader:  #             sampler -> rows -> augment -> dali -> Batch
+                show_pictures(state, stage, loader.sampler, log)
                 for batches, num_rows in updates(state, loader):
                     stats = train_step(state, batches, num_rows)  #  model -> logits -> focal -> step
                     log.step(where(state), stats, num_rows, loader.wait_seconds)
@@ -207,6 +209,7 @@ def embed_training_rows(
         threads=state.recipe.threads,
         mirror=mirror,
         max_bad_fraction=state.recipe.data.max_bad_fraction,
+        max_pixels=state.recipe.data.max_pixels,
     )
 
 
@@ -240,6 +243,18 @@ def open_loader(state: TrainState, stage: Stage) -> Loader | CachedLoader:
         max_bad_fraction=recipe.data.max_bad_fraction,
         max_pixels=recipe.data.max_pixels,
     )
+
+
+def show_pictures(state: TrainState, stage: Stage, sampler: Sampler, log: RunLog) -> None:
+    """The phase's first pictures as training sees them, in TensorBoard."""
+    recipe, epoch = state.recipe, int(state.epoch)
+    if recipe.pictures == 0 or not state.run.is_main:
+        return
+    rows = sampler.batch(epoch, 0)[: recipe.pictures]
+    seed = recipe.seed + 1000 * state.phase
+    with contextlib.suppress(ValueError):  # a picture that turned bad is the loader's to count
+        images = oracle.render(stage.train, rows[rows >= 0], recipe.image, state.settings.augment, seed, epoch)
+        log.pictures(f"{state.settings.name}/pictures", oracle.to_picture(images, recipe.image), state.step)
 
 
 def updates(state: TrainState, loader: Loader | CachedLoader) -> Iterator[tuple[list[Batch], int]]:
@@ -298,6 +313,7 @@ def examine(state: TrainState, stage: Stage, log: RunLog) -> bool:
         state.precision,
         threads=recipe.threads,
         max_bad_fraction=recipe.data.max_bad_fraction,
+        max_pixels=recipe.data.max_pixels,
     )
     state.set_modes()
     value, name = ending.named_metric(recipe.eval, results)
