@@ -98,7 +98,7 @@ class Build(BuildExtension):
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
         codes.append(f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}")
         macros = [f"-D{name}={value}" for name, value in ext.define_macros]
-        includes = [f"-I{folder}" for folder in [*ext.include_dirs, CU13 / "include"]]
+        includes = [f"-I{folder}" for folder in [NVCC.parents[1] / "include", *ext.include_dirs, CU13 / "include"]]
         flags = ["-O3", "-std=c++20", "--compiler-options=-fPIC,-fvisibility=hidden", "-Werror=all-warnings"]
         report = ["-Xptxas=-v,-warn-spills"] if os.environ.get("FACEFAST_PTXAS_REPORT") else []
         command = [NVCC, "-c", ROOT / source, "-o", target, *flags, *codes, *macros, *includes, *report]
