@@ -408,7 +408,7 @@ class CpuBackend : public Backend {
     double sum = 0;
     for (const double part : partial) sum += part;
     if (p.reduction == Reduction::kMean) sum /= std::max(1.0, rows);
-    if (losses == nullptr) *static_cast<A*>(loss) = static_cast<A>(sum);
+    if (p.reduction != Reduction::kNone) *static_cast<A*>(loss) = static_cast<A>(sum);
     *static_cast<A*>(count) = static_cast<A>(rows);
   }
 };
