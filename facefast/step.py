@@ -43,7 +43,9 @@ class Precision(NamedTuple):
         """The recipe's precision and memory format, with "auto" being the fast one for `device`."""
         name = recipe.precision
         if name == "auto":
-            name = "bf16" if device.type == "cuda" or cpu_has_bf16() else "fp32"
+            # On a CPU bfloat16 doubles a ResNet's speed, but depthwise convolutions lose a fifth to it.
+            cpu_gains = cpu_has_bf16() and recipe.model.backbone != "mobilefacenet"
+            name = "bf16" if device.type == "cuda" or cpu_gains else "fp32"
         return cls(name, DTYPES[name], recipe.channels_last)
 
     def autocast(self, device: torch.device) -> torch.autocast:

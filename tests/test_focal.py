@@ -45,8 +45,8 @@ def compare(x: Tensor, y: Tensor, exact: Softmax, **options: Any) -> None:
         true_loss, true_grad = softmax_focal(x[row].tolist(), int(y[row]), exact)
         # With smoothing the gradient is a difference that may cancel: its error is relative to what was subtracted.
         floor = exact.scale * exact.smoothing / x.shape[1]
-        found = [(loss[row].item(), true_loss, 0.0), *((g, t, floor) for g, t in zip(grad[row].tolist(), true_grad))]
-        for value, truth, base in found:
+        pairs = zip(grad[row].tolist(), true_grad, strict=True)
+        for value, truth, base in [(loss[row].item(), true_loss, 0.0), *((g, t, floor) for g, t in pairs)]:
             size = max(abs(truth), base)
             if size > smallest:
                 assert abs(value - truth) <= limit * size, (row, exact, value, float(truth))
@@ -72,7 +72,6 @@ def test_margins_are_exact_over_the_whole_range_of_cosines(name: str, gamma: flo
     x = torch.rand(len(own), 5, dtype=dtype, generator=torch.Generator().manual_seed(2)) - 0.5
     y = torch.arange(len(own)) % 5
     x[torch.arange(len(own)), y] = own
-    # acos and the sine near |cos| = 1 turn an input's last bit into several: the scale multiplies them into the exponent.
     for scale in (1.0, 8.0):
         compare(x, y, Softmax(gamma=gamma, scale=scale, **terms), margin=margin)
 
@@ -205,7 +204,8 @@ def test_an_ignore_index_among_the_classes_is_still_ignored() -> None:
 def test_one_class_has_no_loss_and_no_gradient() -> None:
     for gamma in GAMMAS:
         loss, grad = run(torch.randn(5, 1), torch.zeros(5, dtype=torch.int64), gamma=gamma)
-        assert (loss == 0).all() and (grad == 0).all()
+        assert (loss == 0).all()
+        assert (grad == 0).all()
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
