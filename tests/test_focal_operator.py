@@ -226,11 +226,13 @@ def test_one_graph_serves_every_batch_size(name: str) -> None:
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend=count)
+    first = 0
     for rows in (6, 9, 31):
         x, y = torch.randn(rows, 8), torch.arange(rows) % 5
         results = [derive(partial(function, y=y), x) for function in (eager, compiled)]
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert graphs == 1
+        first = first or graphs  # the first call may take two attempts: torch tries scalar defaults as tensors
+    assert graphs == first > 0
     torch.compiler.reset()
 
 

@@ -128,6 +128,22 @@ def check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
         raise IndexError(label_message(int(target[row]), row, num_classes, ignore_index))
 
 
+def check_probabilities(target: Tensor) -> None:
+    """On the CPU, outside a compiled graph: every target of a sigmoid loss lies in [0, 1] or is NaN.
+
+    Raises:
+        IndexError: one does not; the message holds the target and its place among all elements.
+    """
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = ((target < 0) | (target > 1)).flatten()
+    if bool(bad.any()):
+        place = int(bad.nonzero()[0, 0])
+        raise IndexError(
+            f"target {float(target.flatten()[place])} of element {place} is outside [0, 1]; NaN marks an unknown target"
+        )
+
+
 def label_message(label: int, row: int, num_classes: int, ignore_index: int) -> str:
     """What is said of a label that is no class."""
     return (

@@ -19,6 +19,7 @@ from facefast.ops.arguments import (
     check_labels,
     check_linear,
     check_matrix,
+    check_probabilities,
     check_sigmoid,
     row_alpha,
 )
@@ -106,6 +107,7 @@ def sigmoid_focal_loss(
     check_sigmoid(logits, target, gamma, alpha, mask, reduction)
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     t = target.to(x.dtype)
+    check_probabilities(t if mask is None else t.masked_fill(~mask, torch.nan))
     counts = ~t.isnan() if mask is None else mask & ~t.isnan()
     x, t = torch.where(counts, x, 0.0), torch.where(counts, t, 0.0)
     log_p, log_q = F.logsigmoid(x), F.logsigmoid(-x)
