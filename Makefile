@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A GPU without a CUDA compiler gets one from the package index; FACEFAST_CUDA=1 asks for it anywhere.
 EXTRAS := $(shell if [ "$(FACEFAST_CUDA)" = 1 ] || { [ "$(FACEFAST_CUDA)" != 0 ] && command -v nvidia-smi >/dev/null && ! command -v nvcc >/dev/null; }; then echo dev,cuda; else echo dev; fi)
-NATIVE := setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc' -o -name '*.json')
+NATIVE := setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' -o -name '*.json')
 
 .PHONY: help setup train test lint format bench clean
 help:  ## this list
@@ -35,12 +35,12 @@ lint: setup  ## ruff, mypy, clang-format: checks only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 format: setup  ## rewrites the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc')
+	$(BIN)/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 bench: setup  ## every benchmark, peers interleaved; rows go to benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-enable $(ARGS)

@@ -1,4 +1,4 @@
-"""Linear layer and focal loss in one, for heads with very many classes; `train` calls it for cosine heads."""
+"""Linear layer and focal loss in one, for heads with so many classes that their logits do not fit."""
 
 from __future__ import annotations
 

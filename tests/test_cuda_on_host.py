@@ -1,0 +1,96 @@
+"""The losses' CUDA kernels without a GPU: their code run on the host, and what the compiler said of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_on_host
+import pytest
+import torch
+
+from facefast import _C
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90")
+THREADS, REGISTER_FILE = 256, 65536
+# Tests of things that differ on a GPU: a wrong label is an assertion there, the order of a sum depends on how a row
+# lies in memory, and there are no threads to set. The last ones would take minutes.
+NOT_HERE = (
+    "label_that_is_no_class",
+    "linear_loss_checks_labels",
+    "sigmoid_target_outside",
+    "strides_and_alignment",
+    "number_of_threads",
+    "more_than_two_to_the_31",
+    "every_option",
+    "has_no_kernels",
+    "missing_module",
+)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """facefast._C with the CUDA kernels as its CPU kernels."""
+    return cuda_on_host.build(tmp_path_factory.mktemp("cuda_on_host"))
+
+
+def run(*arguments: str, **environment: str) -> str:
+    command = [sys.executable, str(Path(cuda_on_host.__file__)), *arguments]
+    done = subprocess.run(
+        command, cwd=cuda_on_host.ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ("focal", "focal_operator", "focal_peers", "sigmoid_focal", "linear_focal"))
+def test_the_kernels_pass_the_losses_own_tests(name: str, library: Path) -> None:
+    """60-digit arithmetic, derivatives, peers' cases: all of it with the CUDA code computing."""
+    chosen = " and ".join(f"not {words}" for words in NOT_HERE)
+    printed = run(str(library), f"tests/test_{name}.py", "-q", "-k", chosen)
+    passed = re.search(r"(\d+) passed", printed)
+    assert passed and int(passed[1]) >= 20, printed
+
+
+def test_no_result_depends_on_the_order_of_the_blocks(library: Path) -> None:
+    """Short rows, rows of a block and rows divided among several blocks; no sum may wait for who comes first."""
+    first, turned = (run(str(library), "--digest", **order) for order in ({}, {"FACEFAST_BLOCK_ORDER": "backwards"}))
+    assert first == turned
+    assert len(set(first.split())) == 2 * len(cuda_on_host.DIGESTED)
+
+
+def report() -> list[tuple[str, str, int, int]]:
+    """Kernel, architecture, registers a thread and spilled bytes, of every kernel that was compiled."""
+    rows = []
+    for source in cuda_on_host.CUDA_SOURCES:
+        text = (cuda_on_host.ROOT / "build" / "ptxas" / f"{Path(source).stem}.txt").read_text()
+        for part in text.split("Compiling entry function")[1:]:
+            name, arch = re.match(r" '(\w+)' for '(sm_\d+)'", part).groups()
+            spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+            rows.append((name, arch, int(re.search(r"Used (\d+) registers", part)[1]), sum(map(int, spills.groups()))))
+    return rows
+
+
+@pytest.mark.skipif(not _C.cuda, reason="built without CUDA; FACEFAST_CUDA=1, as .ci/run sets it, runs this")
+def test_every_kernel_fits_its_registers_on_every_architecture() -> None:
+    """No spills, and as many blocks on a multiprocessor as its kernel asks for."""
+    kernels = report()
+    for arch in ARCHS:
+        names = {name for name, its, *_ in kernels if its == arch}
+        for kind in ("stats_kernel", "gradient_kernel", "loss_kernel", "sigmoid_forward_kernel", "norm_kernel"):
+            assert any(kind in name for name in names), (arch, kind)
+    assert [kernel for kernel in kernels if kernel[3]] == []
+    # The streaming kernels (the last flag of their names is kFull = false): 4 and 3 blocks of 256 threads.
+    for name, arch, registers, _ in kernels:
+        blocks = 4 if "stats_kernel" in name and "ELb0E" in name else 3 if "ELb0E" in name else 2
+        assert registers * THREADS * blocks <= REGISTER_FILE, (name, arch, registers)
+
+
+@pytest.mark.skipif(not _C.cuda, reason="built without CUDA; FACEFAST_CUDA=1, as .ci/run sets it, runs this")
+def test_the_operators_are_registered_for_cuda_as_well() -> None:
+    for name in ("focal", "sigmoid_focal", "linear_focal"):
+        for way in ("forward", "backward"):
+            assert "\nCUDA: registered" in torch._C._dispatch_dump(f"facefast::{name}_{way}")
