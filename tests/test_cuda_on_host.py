@@ -46,7 +46,7 @@ def run(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ("focal", "focal_operator", "focal_peers", "sigmoid_focal", "linear_focal"))
+@pytest.mark.parametrize("name", ("focal", "focal_operator", "focal_peers", "cross_entropy_peers", "sigmoid_focal", "linear_focal"))
 def test_the_kernels_pass_the_losses_own_tests(name: str, library: Path) -> None:
     """60-digit arithmetic, derivatives, peers' cases: all of it with the CUDA code computing."""
     chosen = " and ".join(f"not {words}" for words in NOT_HERE)

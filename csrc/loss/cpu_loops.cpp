@@ -104,8 +104,9 @@ FACEFAST_INLINE double dot_loop(const T* a, const U* b, int64_t n) {
 
 template <typename T, typename U>
 FACEFAST_INLINE void subtract_loop(const T* x, int64_t n, Acc<T> factor, const U* y, T* out) {
+  const bool none = factor == Acc<T>(0);  // the x of an ignored row may be NaN
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) store(out + j, load(y[j]) - factor * load(x[j]));
+  for (int64_t j = 0; j < n; ++j) store(out + j, none ? Acc<T>(load(y[j])) : load(y[j]) - factor * load(x[j]));
 }
 
 template <typename T>

@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kThreads)
   const double length = scale == 0 || scale >= kFlooredNorm ? 0 : dot(v, g, dim);
   const Acc<T> along = static_cast<Acc<T>>(length * scale * scale);
   for (int64_t j = threadIdx.x % 32; j < dim; j += 32) {
-    const Acc<T> value = load(g[j]) - along * load(v[j]);
-    store(out + row * dim + j, value);
+    const Acc<T> value = load(g[j]);  // alone where nothing is projected: the x of an ignored row may be NaN
+    store(out + row * dim + j, along == Acc<T>(0) ? value : value - along * load(v[j]));
   }
 }
 

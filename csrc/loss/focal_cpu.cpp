@@ -356,7 +356,7 @@ class CpuBackend : public Backend {
         for (int64_t row = begin; row < begin + n; ++row) {
           const T* v = static_cast<const T*>(x) + row * dim;
           const double norm = std::sqrt(dot_block(v, v, dim));
-          static_cast<Acc<T>*>(inverse)[row] = static_cast<Acc<T>>(1 / std::max(norm, kNormFloor));
+          static_cast<Acc<T>*>(inverse)[row] = static_cast<Acc<T>>(1 / (norm > kNormFloor ? norm : kNormFloor));
         }
       });
     });

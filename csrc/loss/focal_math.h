@@ -322,9 +322,11 @@ FACEFAST_CORE Element<T> sigmoid_soft(T x, T target, T gamma) {
   const T ce = target * (up ? q : q - x) + (T(1) - target) * (up ? x + q : q);
   const T part = up ? (T(1) - target) + target * e : e * (T(1) - target) + target;  // u = part * inverse
   const T power = gamma == T(0) ? T(1) : exp_(gamma * (log_(part) - q));
-  const T p = up ? inverse : e * inverse;
-  const T slope = (T(1) - T(2) * target) * e * inverse / part;  // d log u / d x
-  return {power * ce, power * (gamma * slope * ce + (p - target))};
+  const T small = e * inverse;
+  const T excess = up ? (T(1) - target) - small : small - target;  // p - target, from exact differences
+  const T slope = (T(1) - T(2) * target) * small / part;           // d log u / d x
+  const T bent = e == T(0) ? T(0) : gamma * slope * ce;            // not 0 * inf
+  return {power * ce, power * (bent + excess)};
 }
 
 template <typename T>

@@ -240,9 +240,9 @@ Sigmoid make_sigmoid(const Tensor& logits, const Tensor& target, const std::opti
   p.target = target.const_data_ptr();
   if (alphas) {
     p.columns = alphas->numel();
-    STD_TORCH_CHECK(
-        alphas->scalar_type() == acc_of(p.type) && alphas->is_contiguous() && p.columns > 0 && p.size % p.columns == 0,
-        "alphas must be contiguous, one per column, in the precision of the loss");
+    STD_TORCH_CHECK(alphas->scalar_type() == acc_of(p.type) && alphas->is_contiguous() &&
+                        (p.columns > 0 ? p.size % p.columns == 0 : p.size == 0),
+                    "alphas must be contiguous, one per column, in the precision of the loss");
     check_same_device(*alphas, logits, "alphas");
     p.alphas = alphas->const_data_ptr();
   }

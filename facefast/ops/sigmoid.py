@@ -45,7 +45,7 @@ def sigmoid_focal_loss(
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     target = target.to(acc).contiguous()
     if mask is not None:
-        target = torch.where(mask, target, torch.nan)
+        target = torch.where(mask, target, torch.nan).contiguous()
     alphas, weight = None, -1.0
     if isinstance(alpha, Tensor):
         alphas = alpha.to(acc).contiguous()
