@@ -1,11 +1,12 @@
 """How fast photographs become augmented batches: our loader, DALI's stock operators, torchvision, and decoding alone.
 
-    python benchmarks/bench_input.py [--data ../shared/data/celeba-mini] [--sizes 112 224] [--rounds 9] [--quick]
+    python benchmarks/bench_input.py [--data ../shared/data/celeba-mini | --data drawn] [--sizes 112 224] [--rounds 9]
+        [--device cuda] [--quick]
     python -m pytest benchmarks/bench_input.py --benchmark-enable
 
-Every contender starts from row numbers or file names and ends with a float32 tensor [B, 3, H, W], on the same files
-and the same two threads (or worker processes). They take turns, one stretch of batches each per round, so that whatever
-else the machine does hits all of them; ratios are formed within a round.
+Every contender starts from row numbers or file names and ends with a float32 tensor [B, 3, H, W] on the device, on the
+same files and the same two threads (or worker processes). They take turns, one stretch of batches each per round, so
+that whatever else the machine does hits all of them; ratios are formed within a round.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
-from facefast.data import FaceIndex, make_loader, read_index
+from facefast.data import FaceIndex, make_loader, read_index, synthetic
 from facefast.data.augment import draw
 from facefast.data.dali import regions
 from facefast.data.sampler import EpochSampler
+from facefast.prepare import DRAWN_ROOT
 from facefast.recipe import AugmentSpec, ImageSpec
 
 SHARED = Path(__file__).parents[2] / "shared/data/celeba-mini"
@@ -57,7 +59,7 @@ AUGMENT = AugmentSpec(
 Batches = Iterator[Tensor]
 
 
-def ours(index: FaceIndex, image: ImageSpec) -> Batches:
+def ours(index: FaceIndex, image: ImageSpec, device: str) -> Batches:
     """The loader as training uses it: sampler, native reading, draws, decoding, the fused operator."""
     loader = make_loader(
         index,
@@ -67,6 +69,7 @@ def ours(index: FaceIndex, image: ImageSpec) -> Batches:
         augment=AUGMENT,
         threads=THREADS,
         channels_last=False,
+        device=device,
     )
     for epoch in itertools.count():
         loader.set_epoch(epoch)
@@ -82,15 +85,19 @@ def _run(graph: nvdali.Pipeline) -> Batches:
         yield torch.from_dlpack(batch.as_tensor())
 
 
-def _graph() -> nvdali.Pipeline:
-    return nvdali.Pipeline(batch_size=BATCH, num_threads=THREADS, device_id=None, seed=0)
+def _graph(device: str) -> nvdali.Pipeline:
+    return nvdali.Pipeline(batch_size=BATCH, num_threads=THREADS, device_id=0 if device == "cuda" else None, seed=0)
+
+
+def _decoder(device: str) -> str:
+    return "mixed" if device == "cuda" else "cpu"
 
 
 def _paths(index: FaceIndex) -> list[str]:
     return [index.path(row) for row in range(len(index))]
 
 
-def stock(index: FaceIndex, image: ImageSpec, *, region: bool) -> Batches:
+def stock(index: FaceIndex, image: ImageSpec, device: str, *, region: bool) -> Batches:
     """DALI's own operators on the very same numbers, in the fastest arrangement found.
 
     Files are read by DALI's reader; warp_affine does the matrix, coord_transform the colours (10 % faster than
@@ -113,16 +120,18 @@ def stock(index: FaceIndex, image: ImageSpec, *, region: bool) -> Batches:
                 fed = (*fed, [files[row] for row in chosen], start, shape)
             yield (matrix, *fed)
 
-    graph = _graph()
+    graph = _graph(device)
     with graph:
         matrix, mix, shift, corner, extent, *rest = fn.external_source(
             source=feed(), num_outputs=8 if region else 5, batch=True
         )
         if region:
-            pictures = fn.decoders.image_slice(rest[0], start=rest[1], shape=rest[2], axes=(1, 0))
+            pictures = fn.decoders.image_slice(
+                rest[0], device=_decoder(device), start=rest[1], shape=rest[2], axes=(1, 0)
+            )
         else:
             data, _ = fn.readers.file(files=_paths(index))
-            pictures = fn.decoders.image(data, output_type=types.RGB)
+            pictures = fn.decoders.image(data, device=_decoder(device), output_type=types.RGB)
         warped = fn.warp_affine(pictures, matrix, size=image.shape, fill_value=0)
         colored = fn.coord_transform(warped, M=mix, T=shift, dtype=types.FLOAT)
         erased = fn.erase(colored, anchor=corner, shape=extent, axis_names="WH", fill_value=0)
@@ -130,12 +139,12 @@ def stock(index: FaceIndex, image: ImageSpec, *, region: bool) -> Batches:
     return _run(graph)
 
 
-def decode_only(index: FaceIndex) -> Batches:
+def decode_only(index: FaceIndex, device: str) -> Batches:
     """DALI's reader and decoder and nothing else; every batch is given out as an empty tensor."""
-    graph = _graph()
+    graph = _graph(device)
     with graph:
         data, _ = fn.readers.file(files=_paths(index))
-        graph.set_outputs(fn.decoders.image(data, output_type=types.RGB))
+        graph.set_outputs(fn.decoders.image(data, device=_decoder(device), output_type=types.RGB))
     graph.build()
     while True:
         graph.run()
@@ -191,15 +200,15 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def contenders(index: FaceIndex, image: ImageSpec) -> dict[str, Batches]:
+def contenders(index: FaceIndex, image: ImageSpec, device: str = "cpu") -> dict[str, Batches]:
     """Everything that takes turns at one size."""
     return {
-        "facefast": ours(index, image),
-        "DALI stock": stock(index, image, region=False),
-        "DALI stock, region": stock(index, image, region=True),
-        "torchvision, tensors": with_torchvision(index, image, pil=False),
-        "torchvision, PIL": with_torchvision(index, image, pil=True),
-        "decode alone": decode_only(index),
+        "facefast": ours(index, image, device),
+        "DALI stock": stock(index, image, device, region=False),
+        "DALI stock, region": stock(index, image, device, region=True),
+        "torchvision, tensors": (b.to(device) for b in with_torchvision(index, image, pil=False)),
+        "torchvision, PIL": (b.to(device) for b in with_torchvision(index, image, pil=True)),
+        "decode alone": decode_only(index, device),
     }
 
 
@@ -217,14 +226,16 @@ def measure(all_batches: dict[str, Batches], rounds: int, batches: int) -> dict[
             began = time.perf_counter()
             for _ in range(batches):
                 next(stream)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             rates[name].append(batches * BATCH / (time.perf_counter() - began))
             time.sleep(0.5)  # its queues fill up again
     return rates
 
 
-def report(size: int, rates: dict[str, list[float]]) -> None:
+def report(size: int, rates: dict[str, list[float]], device: str = "cpu") -> None:
     """Prints the table of one size and records its rows."""
-    print(f"\n{size} px, batches of {BATCH}, {THREADS} threads, {len(rates['facefast'])} rounds")
+    print(f"\n{size} px on {device}, batches of {BATCH}, {THREADS} threads, {len(rates['facefast'])} rounds")
     print(f"{'':22}{'images/s':>10}{'lowest':>9}{'highest':>9}{'facefast is':>13}")
     for name, values in rates.items():
         ratio = statistics.median(a / b for a, b in zip(rates["facefast"], values, strict=True))
@@ -236,6 +247,7 @@ def report(size: int, rates: dict[str, list[float]]) -> None:
             size=size,
             batch=BATCH,
             threads=THREADS,
+            device=device,
             images_per_second=round(median, 1),
             lowest=round(min(values), 1),
             highest=round(max(values), 1),
@@ -246,16 +258,18 @@ def report(size: int, rates: dict[str, list[float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=SHARED, help="a set that read_index knows")
+    parser.add_argument("--data", default=SHARED, help="a set that read_index knows, or drawn: faces drawn for this")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=[112, 224])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batches", type=int, default=16, help="timed batches per turn")
     parser.add_argument("--quick", action="store_true", help="3 rounds of 4 batches")
     options = parser.parse_args()
     rounds, batches = (3, 4) if options.quick else (options.rounds, options.batches)
-    index = read_index(options.data).scanned()
+    root = synthetic.write(DRAWN_ROOT, synthetic.DrawnSpec()) if options.data == "drawn" else options.data
+    index = read_index(root).scanned()
     for size in options.sizes:
-        report(size, measure(contenders(index, ImageSpec(size)), rounds, batches))
+        report(size, measure(contenders(index, ImageSpec(size), options.device), rounds, batches), options.device)
 
 
 @pytest.mark.parametrize("size", [112, 224])

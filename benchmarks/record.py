@@ -1,4 +1,5 @@
-"""Writes a measurement to benchmarks/results/NAME.jsonl with what it takes to judge it: machine, versions, commit."""
+"""Writes a measurement to benchmarks/results/NAME.jsonl ($OUT/NAME.jsonl where OUT is set) with what it takes to
+judge it: machine, versions, commit."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy", "pillow", "timm")
 
 

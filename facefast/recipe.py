@@ -237,7 +237,8 @@ class Phase:
     warmup: float = 0.0
     """Linear warm-up, as a part of the phase's steps."""
     trainable: tuple[str, ...] = ("all",)
-    """Stages that learn: all, head, or stage names as `build_model(...).stages()` lists them."""
+    """Stages that learn: all, last:K (the head and the K - 1 stages before it), or names as `build_model(...).stages()`
+    lists them."""
     batchnorm: Literal["train", "frozen"] = "train"
     """frozen keeps the source's BatchNorm statistics."""
     clip_grad: float = 0.0

@@ -34,7 +34,7 @@ STRONG = AugmentSpec(
     grey=0.05,
     erase=0.2,
 )
-COSINE_SOFTMAX = LossConfig(margin="cos", margin_size=0.1, scale=32)
+COSINE_SOFTMAX = LossConfig(margin="cos", margin_size=0.1, scale=24)
 
 
 def drawn(source: str = "none") -> Recipe:
@@ -89,10 +89,11 @@ def finetune(source: str = "none") -> Recipe:
                 name="finetune",
                 start="source",
                 head_start="class_mean",
-                epochs=2,
+                epochs=4,
                 batch_size=64,
-                lr=0.003,
+                lr=0.01,
                 warmup=0.1,
+                trainable=("last:3",),
                 batchnorm="frozen",
                 loss=COSINE_SOFTMAX,
                 augment=AugmentSpec(flip=0.5),

@@ -71,7 +71,7 @@ class TrainState:
         self.phase = 0
         self.phase_step = 0  # updates done in this phase
         self.best: float | None = None  # the named metric's best value in this phase
-        self.results: dict[str, dict[str, float]] = {}  # last exam of each phase
+        self.results: dict[str, dict[str, float]] = {}  # the best exam of each phase: that of its best checkpoint
 
     def enter(self, number: int, model: FaceModel, embeddings: Tensor | None = None) -> None:
         """Begins phase `number` with `model`: what learns, how fast, and the network as DDP and the compiler want

@@ -320,7 +320,7 @@ def examine(state: TrainState, stage: Stage, log: RunLog) -> bool:
     improved = state.best is None or value > state.best
     if improved:
         state.best = value
-    state.results[state.settings.name] = results
+        state.results[state.settings.name] = results
     log.exam(where(state), results, name, improved)
     return improved
 

@@ -3,6 +3,7 @@ cache."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -19,22 +20,27 @@ from facefast.runtime import Runtime
 
 
 def freeze_stages(model: FaceModel, trainable: tuple[str, ...]) -> None:
-    """Leaves only the named stages learning; "all" is every stage.
+    """Leaves only the named stages learning; "all" is every stage, "last:3" the head and the two stages before it.
 
     Raises:
         ValueError: a name that the model does not have.
     """
     stages = model.stages()
-    unknown = [name for name in trainable if name != "all" and name not in stages]
-    if unknown:
-        raise ValueError(
-            f"trainable names {', '.join(unknown)}, which {model.config.backbone} does not have; "
-            f"its stages are: all, {', '.join(stages)}"
-        )
+    learning: set[str] = set()
+    for name in trainable:
+        last = re.fullmatch(r"last:([1-9]\d*)", name)
+        if last and int(last[1]) <= len(stages):
+            learning |= set(list(stages)[-int(last[1]) :])
+        elif name == "all" or name in stages:
+            learning |= set(stages) if name == "all" else {name}
+        else:
+            raise ValueError(
+                f"trainable names {name}, which {model.config.backbone} does not have; it has all, "
+                f"last:1 to last:{len(stages)}, {', '.join(stages)}"
+            )
     for name, modules in stages.items():
-        learns = "all" in trainable or name in trainable
         for module in modules:
-            module.requires_grad_(learns)
+            module.requires_grad_(name in learning)
 
 
 def freeze_batchnorm(model: nn.Module, *, everywhere: bool) -> None:
@@ -74,7 +80,7 @@ def parameter_groups(model: FaceModel, phase: Phase) -> list[dict[str, Any]]:
 
 def caches_features(phase: Phase) -> bool:
     """Whether the backbone sees the same pictures in the same state every epoch, so that once is enough."""
-    return phase.trainable == ("head",) and not phase.augment.active
+    return phase.trainable in (("head",), ("last:1",)) and not phase.augment.active
 
 
 def class_means(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:

@@ -1,0 +1,149 @@
+"""How fast the focal loss is, forward and backward, beside torch (eager row operations, torch.compile of them) and,
+on a GPU, beside Liger and apex where they are importable.
+
+    python benchmarks/bench_focal.py [--device cuda --dtype bfloat16] [--shapes 256x1000 ...] [--rounds 15]
+    python -m pytest benchmarks/bench_focal.py --benchmark-enable
+
+Every contender gives the loss of each row, then the gradient for a random upstream gradient. They take turns; compared
+are the medians over the rounds. GB/s counts the bytes that have to move (logits read twice, gradient written once),
+beside the bandwidth of a plain copy measured in the same rounds; on a GPU every run starts from a cold cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from record import record
+from timing import interleaved, ratio, summary
+from torch import Tensor
+
+from facefast.ops import focal_loss
+
+SHAPES = {
+    "cpu": ((4096, 2), (4096, 40), (256, 1000), (256, 10177), (128, 100_000)),
+    "cuda": ((4096, 2), (4096, 40), (32768, 1000), (32768, 1001), (8192, 10177), (1024, 100_000), (128, 1_000_000)),
+}
+THREADS = 2
+GAMMA = 2.0
+# Of N * C numbers of the matrix: what a contender has to move.
+MOVED = {"copy": 2, "facefast forward": 1, "facefast backward": 2}
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def eager(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy and row operations: what a user of torch writes."""
+    return _focal(F.cross_entropy(logits, target, reduction="none").float())
+
+
+def native(logits: Tensor, target: Tensor) -> Tensor:
+    """Ours."""
+    return focal_loss(logits, target, gamma=GAMMA, reduction="none")
+
+
+def _focal(cross_entropy: Tensor) -> Tensor:
+    return (-torch.expm1(-cross_entropy)) ** GAMMA * cross_entropy
+
+
+def peers(device: str) -> dict[str, Loss]:
+    """torch's two ways, and the cross entropies of other libraries that are here, each with the same row operations."""
+    found: dict[str, Loss] = {"eager": eager, "torch.compile": torch.compile(eager)}
+    if device == "cuda":
+        try:
+            liger = importlib.import_module("liger_kernel.transformers.functional").liger_cross_entropy
+            # Liger writes the gradient over its input: it gets a copy, or the next run would read gradients.
+            found["liger"] = lambda x, y: _focal(liger(x.clone(), y, reduction="none").float())
+        except ImportError:
+            print("liger_kernel is not importable: left out")
+        try:
+            apex = importlib.import_module("apex.contrib.xentropy").SoftmaxCrossEntropyLoss.apply
+            found["apex"] = lambda x, y: _focal(apex(x, y, 0.0, -100, x.dtype == torch.float16).float())
+        except ImportError:
+            print("apex is not importable: left out")
+    return found
+
+
+def both_ways(loss: Loss, logits: Tensor, target: Tensor, upstream: Tensor) -> None:
+    """Forward and backward; the gradient is fresh memory each time, as in training."""
+    logits.grad = None
+    loss(logits, target).backward(upstream)
+
+
+def measure(rows: int, classes: int, rounds: int, device: str, dtype: torch.dtype) -> dict[str, list[float]]:
+    """Seconds per forward and backward of each contender, one number per round."""
+    torch._dynamo.reset()
+    logits = torch.randn(rows, classes, device=device).to(dtype).requires_grad_()
+    target, upstream = torch.randint(0, classes, (rows,), device=device), torch.rand(rows, device=device)
+    source, copied = torch.randn(rows, classes, device=device).to(dtype), torch.empty_like(logits, requires_grad=False)
+    runs: dict[str, Callable[[], object]] = {
+        name: lambda f=f: both_ways(f, logits, target, upstream)
+        for name, f in {"facefast": native, **peers(device)}.items()
+    }
+    numbers = (GAMMA, 0.0, 1.0, 1.0, -100, 1.0, 0.0, 0.0, False, 0)
+    ops, plain = torch.ops.facefast, logits.detach()
+    _, stats, count = ops.focal_forward(plain, target, None, None, *numbers)
+    runs["facefast forward"] = lambda: ops.focal_forward(plain, target, None, None, *numbers)
+    runs["facefast backward"] = lambda: ops.focal_backward(upstream, plain, target, None, None, stats, count, *numbers)
+    runs["copy"] = lambda: copied.copy_(source)
+    return interleaved(runs, rounds, device)
+
+
+def report(rows: int, classes: int, device: str, dtype: torch.dtype, seconds: dict[str, list[float]]) -> None:
+    """Prints a table and records a row for each contender."""
+    size = rows * classes * dtype.itemsize
+    kind = str(dtype).removeprefix("torch.")
+    print(f"\n{rows} x {classes} {kind} on {device}, {len(seconds['copy'])} rounds")
+    print(f"{'':18}{'ms':>9}{'lowest':>9}{'highest':>9}{'GB/s':>8}{'facefast is':>13}")
+    for name, times in seconds.items():
+        shown = summary(times)
+        bandwidth = MOVED.get(name, 3) * size / statistics.median(times) / 1e9
+        times_ours = ratio(times, seconds["facefast"])
+        print(
+            f"{name:18}{shown['milliseconds']:9.3f}{shown['lowest']:9.3f}{shown['highest']:9.3f}{bandwidth:8.1f}"
+            + ("" if name in MOVED else f"{times_ours:12.2f}x")
+        )
+        record(
+            "focal",
+            contender=name,
+            rows=rows,
+            classes=classes,
+            dtype=kind,
+            device=device,
+            threads=THREADS if device == "cpu" else None,
+            **shown,
+            gigabytes_per_second=round(bandwidth, 1),
+            facefast_ratio=None if name in MOVED else round(times_ours, 3),
+        )
+
+
+@pytest.mark.parametrize(("rows", "classes"), SHAPES["cpu"])
+def test_focal_beside_torch(rows: int, classes: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same as the command, for `make bench`."""
+    torch.set_num_threads(THREADS)
+    seconds = measure(rows, classes, 15, "cpu", torch.float32)
+    with capsys.disabled():
+        report(rows, classes, "cpu", torch.float32, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--shapes", nargs="+", help="ROWSxCLASSES")
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    dtype = getattr(torch, arguments.dtype)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes or ()]
+    for rows, classes in shapes or SHAPES[arguments.device]:
+        seconds = measure(rows, classes, arguments.rounds, arguments.device, dtype)
+        report(rows, classes, arguments.device, dtype, seconds)
+
+
+if __name__ == "__main__":
+    main()

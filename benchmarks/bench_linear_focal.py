@@ -1,0 +1,145 @@
+"""A head with very many classes: what a training step of it costs in time and memory, beside torch.
+
+    python benchmarks/bench_linear_focal.py [--device cuda --dtype bfloat16] [--shapes 256x128x10177 ...]
+    python -m pytest benchmarks/bench_linear_focal.py --benchmark-enable
+
+Embeddings x [N, D] and class directions W [C, D] to the ArcFace focal loss and both gradients. Contenders:
+  insightface    cosines, clamp, arccos, + margin, cos, * scale, cross entropy, row operations: as public code has it
+  torch.compile  the same, compiled
+  facefast       cosines by F.linear, then one focal_loss with the margin in it
+  fused          linear_focal_loss: the cosines are never in memory as a whole
+Memory is the greatest sum of tensors alive beyond x, W and what was there before, on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from record import record
+from timing import interleaved, ratio, summary
+from torch import Tensor
+
+from facefast.ops import Arc, focal_loss, linear_focal_loss
+
+SHAPES = {"cpu": ((256, 128, 10177), (256, 128, 100_000)), "cuda": ((4096, 512, 100_000), (4096, 512, 1_000_000))}
+THREADS = 2
+GAMMA, MARGIN, SCALE = 2.0, 0.3, 32.0
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def insightface(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """ArcFace by the angle, in float32, then cross entropy and row operations."""
+    cosine = F.linear(F.normalize(x), F.normalize(weight)).float().clamp(-1 + 1e-6, 1 - 1e-6)
+    rows = torch.arange(len(target), device=target.device)
+    angle = cosine.arccos()
+    moved = angle.index_put((rows, target), angle[rows, target] + MARGIN)
+    cross_entropy = F.cross_entropy(moved.cos() * SCALE, target, reduction="none")
+    return ((-torch.expm1(-cross_entropy)) ** GAMMA * cross_entropy).mean()
+
+
+def separate(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Ours with the cosines in memory."""
+    cosine = F.linear(F.normalize(x), F.normalize(weight))
+    return focal_loss(cosine, target, gamma=GAMMA, margin=Arc(MARGIN), scale=SCALE)
+
+
+def fused(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Ours without them."""
+    return linear_focal_loss(x, weight, target, normalize=True, gamma=GAMMA, margin=Arc(MARGIN), scale=SCALE)
+
+
+def contenders(matrix_bytes: int) -> dict[str, Loss]:
+    """Those whose memory the machine has: torch's keep some ten matrices [N, C] in float32."""
+    found: dict[str, Loss] = {"facefast": separate, "fused": fused}
+    if matrix_bytes < 2 << 30:
+        found |= {"insightface": insightface, "torch.compile": torch.compile(insightface)}
+    return found
+
+
+def measure(
+    rows: int, dim: int, classes: int, rounds: int, device: str, dtype: torch.dtype
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds per forward and backward, one number per round; and on a GPU the peak memory in MiB."""
+    torch._dynamo.reset()
+    x, weight = (torch.randn(n, dim, device=device).to(dtype).requires_grad_() for n in (rows, classes))
+    target = torch.randint(0, classes, (rows,), device=device)
+
+    def step(loss: Loss) -> None:
+        x.grad = weight.grad = None
+        loss(x, weight, target).backward()
+
+    runs = {name: lambda f=f: step(f) for name, f in contenders(rows * classes * dtype.itemsize).items()}
+    peaks = {}
+    if device == "cuda":
+        for name, run in runs.items():
+            run()
+            x.grad = weight.grad = None
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return interleaved(runs, rounds, device), peaks
+
+
+def report(
+    shape: tuple[int, int, int],
+    device: str,
+    dtype: torch.dtype,
+    seconds: dict[str, list[float]],
+    peaks: dict[str, float],
+) -> None:
+    """Prints a table and records a row for each contender."""
+    rows, dim, classes = shape
+    kind = str(dtype).removeprefix("torch.")
+    print(f"\nhead {rows} x {dim} to {classes} classes, {kind} on {device}, {len(seconds['facefast'])} rounds")
+    print(f"{'':14}{'ms':>10}{'lowest':>10}{'highest':>10}{'MiB':>9}{'facefast is':>13}")
+    for name, times in seconds.items():
+        shown, times_ours = summary(times), ratio(times, seconds["facefast"])
+        print(
+            f"{name:14}{shown['milliseconds']:10.3f}{shown['lowest']:10.3f}{shown['highest']:10.3f}"
+            f"{peaks.get(name, float('nan')):9.0f}{times_ours:12.2f}x"
+        )
+        record(
+            "linear_focal",
+            contender=name,
+            rows=rows,
+            dim=dim,
+            classes=classes,
+            dtype=kind,
+            device=device,
+            threads=THREADS if device == "cpu" else None,
+            **shown,
+            peak_mebibytes=round(peaks[name], 1) if name in peaks else None,
+            facefast_ratio=round(times_ours, 3),
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES["cpu"])
+def test_heads_beside_torch(shape: tuple[int, int, int], capsys: pytest.CaptureFixture[str]) -> None:
+    """The same as the command, for `make bench`."""
+    torch.set_num_threads(THREADS)
+    measured = measure(*shape, 7, "cpu", torch.float32)
+    with capsys.disabled():
+        report(shape, "cpu", torch.float32, *measured)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--shapes", nargs="+", help="ROWSxDIMxCLASSES")
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    dtype = getattr(torch, arguments.dtype)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes or ()]
+    for shape in shapes or SHAPES[arguments.device]:
+        report(shape, arguments.device, dtype, *measure(*shape, arguments.rounds, arguments.device, dtype))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Contenders timed in turns, one burst each per round, on the CPU or on a GPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+BURST = 0.03  # seconds of work in a turn
+FLUSH = 256 << 20  # bytes written between runs on a GPU: more than its cache
+
+
+def interleaved(
+    runs: dict[str, Callable[[], object]], rounds: int, device: str = "cpu", burst: float = BURST
+) -> dict[str, list[float]]:
+    """Seconds per run of each contender, one number per round; on a GPU by its own clock, from a cold cache."""
+    clock = _on_gpu if device == "cuda" else _on_cpu
+    repeats = {}
+    for name, run in runs.items():
+        for _ in range(3):
+            run()
+        repeats[name] = max(1, min(200, round(burst / clock(run, 1))))
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        for name in list(runs) if number % 2 else list(reversed(runs)):
+            seconds[name].append(clock(runs[name], repeats[name]))
+    return seconds
+
+
+def _on_cpu(run: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
+
+
+def _on_gpu(run: Callable[[], object], repeats: int) -> float:
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1000
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median, lowest and highest in milliseconds, for `record`."""
+    return {
+        "milliseconds": round(1e3 * statistics.median(times), 4),
+        "lowest": round(1e3 * min(times), 4),
+        "highest": round(1e3 * max(times), 4),
+        "rounds": len(times),
+    }
+
+
+def ratio(times: list[float], ours: list[float]) -> float:
+    """How many times faster ours is: the median over the rounds."""
+    return statistics.median(t / o for t, o in zip(times, ours, strict=True))
