@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,16 @@ def named_metric(config: EvalConfig, results: dict[str, float]) -> tuple[float, 
     """The value and the name of the number that chooses the best checkpoint.
 
     Raises:
-        ValueError: the exam did not give that number.
+        ValueError: the exam did not give that number, or had too few pairs for it.
     """
     wishes = (config.metric,) if config.metric != "auto" else ("top1", "verification_accuracy")
     for name in wishes:
         for candidate in (name, f"known_{name}"):
+            if math.isnan(results.get(candidate, 0)):  # no later exam would ever count as better
+                raise ValueError(
+                    f"eval.metric is {config.metric}, for which the exam has too few pairs; "
+                    f"raise eval.pairs, which is {config.pairs}, or choose another metric"
+                )
             if candidate in results:
                 return results[candidate], candidate
     raise ValueError(
@@ -61,9 +68,10 @@ def leave(folder: Path, state: TrainState, log: RunLog) -> int:
 
 
 def fail(folder: Path | None, code: int, error: str) -> None:
-    """Leaves the reason in the run folder, where there is one by now."""
+    """Leaves the reason in the run folder, where there is one by now and it can be written."""
     if folder is not None and folder.is_dir():
-        write_status(folder, "failed", code, error=error)
+        with contextlib.suppress(OSError):  # a full disk: the exit code must still be that of the first error
+            write_status(folder, "failed", code, error=error)
 
 
 def finish(folder: Path, state: TrainState, stages: tuple[Stage, ...], log: RunLog) -> int:

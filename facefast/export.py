@@ -5,7 +5,10 @@ Every export is read back and compared with the model before the command succeed
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +20,12 @@ from torch import Tensor, nn
 
 from facefast import checkpoint, cli, files
 from facefast.models import FaceModel
+from facefast.runtime import StorageError
 
 LEAST_COSINE = 0.9999
 """Between the embeddings of the model and of its export."""
+PACKAGE = ("model.json", "model.safetensors", "recipe.json", "manifest.json")
+"""The files of an exported folder."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +52,44 @@ class Embedder(nn.Module):
         return nn.functional.normalize(self.model.encode(images).float(), dim=1)
 
 
-def export(model: FaceModel, to: str, out: Path) -> None:
+def export(model: FaceModel, to: str, out: Path, recipe: dict[str, Any] | None = None) -> None:
     """Writes `model` (in evaluation mode, on the CPU) to `out` and checks what was written.
 
+    Args:
+        to: onnx, torch or safetensors.
+        recipe: the JSON form of the recipe that the model was trained with, for the safetensors folder.
+
     Raises:
-        ValueError: a package for the format is missing, or the export's embeddings differ.
+        ValueError: a package for the format is missing, the folder holds something else, or the export's embeddings
+            differ.
+        StorageError: `out` cannot be written.
     """
+    if to not in ("onnx", "torch", "safetensors"):
+        raise ValueError(f"there is no export to {to!r}; it must be onnx, torch or safetensors")
+    try:
+        with _quiet():
+            _export(model, to, out, recipe)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StorageError(f"cannot write {out}: {error}; choose another OUT") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves out torch's warnings about its own exporter, on which nobody who exports a model can act."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        yield
+
+
+def _export(model: FaceModel, to: str, out: Path, recipe: dict[str, Any] | None) -> None:
     embedder = Embedder(model).eval()
     height, width = model.image.shape
     images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     batch: dict[str, dict[int, Any]] = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "safetensors":
-        write_package(model, out)
+        write_package(model, out, recipe)
         found = Embedder(checkpoint.load_model(out))(images)
     elif to == "torch":
         program = torch.export.export(embedder, (images,), dynamic_shapes=batch)
@@ -93,19 +124,45 @@ def _to_onnx(embedder: Embedder, images: Tensor, batch: dict[str, dict[int, Any]
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def write_package(model: FaceModel, out: Path) -> None:
-    """A folder of model.json, model.safetensors and manifest.json."""
+def write_package(model: FaceModel, out: Path, recipe: dict[str, Any] | None = None) -> None:
+    """A folder of model.json, model.safetensors, manifest.json and, for `evaluate`, the recipe.
+
+    Without the recipe `evaluate` could not tell the pictures that the model was trained on from those kept for testing.
+
+    Raises:
+        ValueError: the folder holds something else, which the manifest would take for a part of the model.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    others = sorted(file.name for file in out.iterdir() if file.name not in PACKAGE)
+    if others:
+        raise ValueError(f"{out} holds {others[0]}, which is no part of a model; choose an empty folder")
+    (out / "recipe.json").unlink(missing_ok=True)  # of another model, where this one has none
+    if recipe is not None:
+        files.write_json(out / "recipe.json", _without_paths(recipe))
     files.write_json(out / "model.json", model.to_config())
     safetensors.torch.save_file(checkpoint.savable(model.state_dict()), out / "model.safetensors")
     checkpoint.write_manifest(out, step=0)
+
+
+def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that does not tell where its owner's photographs and weights lie."""
+    source = Path(recipe["model"]["source"]).name
+    return recipe | {"data": recipe["data"] | {"root": ""}, "model": recipe["model"] | {"source": source}}
+
+
+def _recipe_of(model: Path) -> dict[str, Any] | None:
+    """The recipe beside a model; a source model's weights file has none."""
+    if not model.is_dir():
+        return None
+    path = checkpoint.find_model(model) / "recipe.json"
+    return dict(files.read_json(path)) if path.exists() else None
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with cli.exit_codes() as outcome:
         given = tyro.cli(ExportArguments, args=arguments, prog="facefast.export")
-        export(checkpoint.load_model(given.model), given.to, given.out)
+        export(checkpoint.load_model(given.model), given.to, given.out, _recipe_of(given.model))
         print(f"{given.out}: {given.to}, checked against {given.model}")
     return outcome.code
 

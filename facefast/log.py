@@ -66,14 +66,15 @@ class RunLog:
         self._loader_waited = 0.0
         if enabled:
             self._file: TextIO = _open_from(folder / "metrics.jsonl", first_step)
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            purge = first_step + 1 if first_step else 0  # a new start keeps nothing of a run that was here before
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1)
 
     def _restart(self) -> None:
         self._sums: Tensor | None = None
         self._updates = self._pictures = 0
         self._waited = 0.0
-        self._since = time.perf_counter()
+        self._since = self._stepped = time.perf_counter()
 
     def step(self, at: Position, stats: Tensor, pictures: int, loader_waited: float) -> None:
         """Takes one update; writes a line, and reads the device for it, when one is due.
@@ -94,6 +95,7 @@ class RunLog:
         self._sums = stats if self._sums is None else self._sums + stats
         self._updates += 1
         self._pictures += pictures
+        self._stepped = time.perf_counter()
         if at.step % self._every and not at.last:
             return
         loss_sum, correct, rows, skipped = self._sums.tolist()
@@ -126,13 +128,14 @@ class RunLog:
             )
 
     def exam(self, at: Position, results: dict[str, float], metric: str, improved: bool) -> None:
-        """Logs an exam and says its headline numbers."""
+        """Logs an exam and says its headline numbers; the time since the last update does not count as training."""
         self._write(at, "eval", results)
         shown = [name for name in HEADLINES if name in results]
         numbers = ", ".join(f"{name} {_human(name, results[name])}" for name in shown)
         best = f"  (best {metric} so far)" if improved else ""
         self.say(f"{at.phase} epoch {at.epoch:.3g}: {numbers}{best}")
-        self._since = time.perf_counter()
+        self._since += time.perf_counter() - self._stepped
+        self._stepped = time.perf_counter()
 
     def _write(self, at: Position, split: str, fields: Mapping[str, float]) -> None:
         """One JSON object in metrics.jsonl and its scalars in TensorBoard."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 
 from facefast import checkpoint, cli, runtime
 from facefast.data import FaceIndex, oracle
-from facefast.data.index import FAULTS
+from facefast.data.index import FAULTS, printable
 from facefast.evaluate import embed_rows
 from facefast.models import FaceModel
-from facefast.recipe import Phase, Recipe
+from facefast.recipe import ModelConfig, Phase, Recipe
 from facefast.step import Precision
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -78,7 +79,11 @@ class Detector:
         if not weights.is_file():
             raise ValueError(f"the detector {weights} is not there; --detect takes YuNet's .onnx file")
         self._cv2 = cv2
-        self._yunet = cv2.FaceDetectorYN.create(str(weights), "", (self.LONG_SIDE, self.LONG_SIDE))
+        try:  # OpenCV takes any network and finds out what it is when it sees the first picture
+            self._yunet = cv2.FaceDetectorYN.create(str(weights), "", (self.LONG_SIDE, self.LONG_SIDE))
+            self.landmarks(np.zeros((64, 64, 3), np.uint8))
+        except cv2.error as error:
+            raise ValueError(f"{weights} is no YuNet detector; --detect takes YuNet's .onnx file") from error
 
     def landmarks(self, picture: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[5, 2] in pixels of `picture` (uint8 [H, W, 3], RGB), left before right as seen; NaN without a face."""
@@ -102,21 +107,30 @@ def index_of(paths: list[Path], detector: Detector | None) -> FaceIndex:
         return index
     points = np.full((len(index), 5, 2), np.nan, np.float32)
     for row in np.flatnonzero(index.faults == 0).tolist():
-        points[row] = detector.landmarks(oracle.decode(index.path(row)))
+        with contextlib.suppress(ValueError):  # a header can be sound and the rest not: `predict` says so
+            points[row] = detector.landmarks(oracle.decode(index.path(row)))
     return dataclasses.replace(index, landmarks=points)
 
 
 def predict(model: FaceModel, index: FaceIndex, run: runtime.Runtime, top: int = 1) -> Iterator[dict[str, Any]]:
-    """One answer a row: path, and names with probabilities, or the fault that kept the picture from being read."""
+    """One answer a row: path, and names with probabilities, or what kept the picture from being read.
+
+    An index with landmarks comes from a detector: a picture without them shows no face, and nobody is named.
+    """
     sound = np.flatnonzero(index.faults == 0)
-    precision = Precision.choose(Recipe(phases=(Phase(start="scratch"),)), run.device)
+    recipe = Recipe(model=ModelConfig(backbone=model.config.backbone), phases=(Phase(start="scratch"),))
+    precision = Precision.choose(recipe, run.device)
     answers: dict[int, dict[str, Any]] = {}
     if len(sound):
         part = index.select(sound)
-        embeddings, seen = embed_rows(model, part, run, precision, batch_size=64, max_bad_fraction=1.0)
+        batch_size = min(64, len(part))  # a batch that few pictures cannot fill would be padded, and computed, in full
+        embeddings, seen = embed_rows(model, part, run, precision, batch_size=batch_size, max_bad_fraction=1.0)
         for place, row in enumerate(sound.tolist()):
             if not seen[place]:
                 answers[row] = {"fault": "it could not be decoded"}
+                continue
+            if part.landmarks is not None and not np.isfinite(part.landmarks[place]).all():
+                answers[row] = {"fault": "no face was found"}
                 continue
             unit = torch.nn.functional.normalize(embeddings[place], dim=0)
             answers[row] = {"embedding": unit.numpy()}
@@ -124,7 +138,8 @@ def predict(model: FaceModel, index: FaceIndex, run: runtime.Runtime, top: int =
                 with torch.inference_mode():
                     logits = model.classify(embeddings[place : place + 1].to(run.device)).float() * model.scale
                 best = torch.softmax(logits[0].cpu(), 0).topk(min(top, model.num_classes))
-                answers[row]["names"] = [model.class_names[k] for k in best.indices.tolist()]
+                names = model.class_names or tuple(map(str, range(model.num_classes)))
+                answers[row]["names"] = [names[k] for k in best.indices.tolist()]
                 answers[row]["probabilities"] = [round(p, 6) for p in best.values.tolist()]
     for row in range(len(index)):
         fault = {"fault": FAULTS[index.faults[row]]}
@@ -139,28 +154,45 @@ def main(arguments: list[str] | None = None) -> int:
             model = checkpoint.load_model(given.model, run.device)
             if not model.num_classes and given.embeddings is None:
                 raise ValueError(f"{given.model} knows no identities; ask for --embeddings OUT.npz")
+            if given.top < 1:
+                raise ValueError(f"--top is {given.top}; it must be at least 1")
+            if given.detect and model.image.template == "none":
+                raise ValueError(f"{given.model} takes pictures that are not aligned; --detect would change nothing")
             detector = Detector(given.detect) if given.detect else None
             answers = list(predict(model, index_of(find_images(given.images), detector), run, given.top))
         embedded = [answer for answer in answers if "embedding" in answer]
         if given.embeddings is not None:
-            np.savez(
-                given.embeddings,
-                paths=np.array([answer["path"] for answer in embedded]),
-                embeddings=np.array([answer["embedding"] for answer in embedded], np.float32),
-            )
+            write_embeddings(given.embeddings, embedded)
         for answer in answers:
             answer.pop("embedding", None)
             print(json.dumps(answer) if given.json else _line(answer))
         if not embedded:
-            raise runtime.DataError(f"none of {len(answers)} pictures could be read")
+            raise runtime.DataError(f"none of {len(answers)} pictures could be embedded")
     return outcome.code
 
 
+def write_embeddings(path: Path, answers: list[dict[str, Any]]) -> None:
+    """Paths [N] and embeddings [N, D] to an .npz.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        np.savez(
+            path,
+            paths=np.array([answer["path"] for answer in answers]),
+            embeddings=np.array([answer["embedding"] for answer in answers], np.float32),
+        )
+    except OSError as error:
+        raise runtime.StorageError(f"cannot write {path}: {error}; choose another --embeddings") from error
+
+
 def _line(answer: dict[str, Any]) -> str:
+    path = printable(os.fsencode(answer["path"]))
     if "fault" in answer:
-        return f"{answer['path']}  not read: {answer['fault']}"
+        return f"{path}  not read: {answer['fault']}"
     pairs = zip(answer.get("names", []), answer.get("probabilities", []), strict=True)
-    return "  ".join([answer["path"], *(f"{name} {probability:.1%}" for name, probability in pairs)])
+    return "  ".join([path, *(f"{name} {probability:.1%}" for name, probability in pairs)])
 
 
 if __name__ == "__main__":

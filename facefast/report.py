@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ pre { background: #f6f6f6; padding: 1rem; overflow: auto }
 
 
 def table(results: dict[str, dict[str, float]]) -> list[str]:
-    """The phases' last exams as lines of text."""
+    """The phases' exams as lines of text."""
     header, rows = _cells(results)
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     return [
@@ -46,7 +47,7 @@ def table(results: dict[str, dict[str, float]]) -> list[str]:
 def _cells(results: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
     columns = [(key, title) for key, title in COLUMNS if any(key in found for found in results.values())]
     rows = [
-        [phase, *(f"{found[key]:.2%}" if key in found else "-" for key, _ in columns)]
+        [phase, *(f"{found[key]:.2%}" if math.isfinite(found.get(key, math.nan)) else "-" for key, _ in columns)]
         for phase, found in results.items()
     ]
     return ["phase", *(title for _, title in columns)], rows
@@ -55,8 +56,8 @@ def _cells(results: dict[str, dict[str, float]]) -> tuple[list[str], list[list[s
 def write(folder: Path) -> Path:
     """Writes `report.html` from recipe.json, plan.json, environment.json, status.json and metrics.jsonl."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    exams = {line["phase"]: line for line in lines if line["split"] == "eval"}
     status = files.read_json(folder / "status.json")
+    exams = _best_exams([line for line in lines if line["split"] == "eval"], status)
     header, rows = _cells({phase: {k: v for k, v in e.items() if v is not None} for phase, e in exams.items()})
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     head = "".join(f"<th>{html.escape(title)}</th>" for title in header)
@@ -79,11 +80,22 @@ def write(folder: Path) -> Path:
     return path
 
 
+def _best_exams(exams: list[dict[str, Any]], status: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The exam of each phase's best checkpoint: the first of those with the greatest value."""
+    metric = (status.get("best") or {}).get("metric", "")
+    found: dict[str, dict[str, Any]] = {}
+    for exam in exams:
+        before = found.get(exam["phase"])
+        if before is None or (exam.get(metric) or -math.inf) > (before.get(metric) or -math.inf):
+            found[exam["phase"]] = exam
+    return found
+
+
 def _sentence(status: dict[str, Any]) -> str:
-    best = status.get("best") or {}
+    best = status.get("best")
+    named = f"{best['metric']} {best['value']:.2%} in phase {best['phase']}" if best else "none"
     return (
-        f"State: {status['state']} at step {status.get('step')}. Best checkpoint: {best.get('metric')} "
-        f"{best.get('value', float('nan')):.2%} in phase {best.get('phase')}. "
+        f"State: {status['state']} at step {status.get('step')}. Best checkpoint: {named}. "
         f"Bound by {status.get('bound_by')}; {status.get('advice')}."
     )
 

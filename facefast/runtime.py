@@ -126,6 +126,12 @@ class Runtime:
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def share_buffers(self, module: torch.nn.Module) -> None:
+        """Rank 0's buffers of `module`, such as BatchNorm statistics, on every rank."""
+        if self.control is not None:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
     def allreduce_seconds(self, numbers: int) -> float:
         """Measured time of one all-reduce of `numbers` float32 values; 0 with one process."""
         if self.control is None:

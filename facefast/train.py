@@ -305,6 +305,7 @@ def save_due(recipe: Recipe, state: TrainState) -> bool:
 def examine(state: TrainState, stage: Stage, log: RunLog) -> bool:
     """Measures the model on all ranks and logs it; returns whether it is the phase's best so far."""
     recipe = state.recipe
+    state.run.share_buffers(state.evaluated)  # every rank examines the model that rank 0 saves
     results = evaluate(
         state.evaluated,
         stage.exam,

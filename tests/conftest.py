@@ -13,6 +13,8 @@ import torch
 
 # One thread: waiting at barriers for a core that another process holds makes small operators ten times slower.
 torch.set_num_threads(1)
+# The same for commands that a test calls: `runtime.start` shares the cores among the local processes.
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(os.cpu_count())}
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"

@@ -24,7 +24,7 @@ CHOSEN = {
     "focal_peers": "not compiled",
     "cross_entropy_peers": "every_width or first_and_the_last",
     "sigmoid_focal": "exact or half or mask or infinite",
-    "linear_focal": "float32_is_close or floor or own_upstream or any_column or chunks_wider or one_class",
+    "linear_focal": "float32_is_close or floor or own_upstream or chunks_wider or one_class",
 }
 
 

@@ -77,3 +77,28 @@ def test_lamb_takes_the_step_that_its_paper_defines() -> None:
     update = first / (second.sqrt() + 1e-6) + 0.01 * start
     expected = start - 0.1 * (math.sqrt(5) / update.norm()) * update
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=0)
+
+
+def test_lamb_follows_its_paper_through_many_steps_rates_and_a_weight_of_zeros() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(3, 2, generator=generator, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)]
+    parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    decays = (0.1, 0.0)
+    optimizer = Lamb([{"params": [p], "weight_decay": d} for p, d in zip(parameters, decays, strict=True)], lr=0.1)
+    first, second = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
+    for step in range(1, 7):
+        rate = 0.1 / step
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for k, (weight, decay) in enumerate(zip(weights, decays, strict=True)):
+            gradient = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            parameters[k].grad = gradient.clone()
+            first[k] = 0.9 * first[k] + 0.1 * gradient
+            second[k] = 0.999 * second[k] + 0.001 * gradient**2
+            update = first[k] / (1 - 0.9**step) / ((second[k] / (1 - 0.999**step)).sqrt() + 1e-6) + decay * weight
+            trust = weight.norm() / update.norm() if weight.norm() > 0 else 1.0  # else zeros could never move
+            weights[k] = weight - rate * trust * update
+        optimizer.step()
+    for parameter, weight in zip(parameters, weights, strict=True):
+        # The step count is float32, and with it the bias corrections.
+        torch.testing.assert_close(parameter.detach(), weight, rtol=1e-5, atol=0)

@@ -1,0 +1,65 @@
+"""A few drawn people and models that never trained: enough for every command that takes a MODEL."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from facefast import checkpoint
+from facefast.data import synthetic
+from facefast.models import FaceModel, build_model
+from facefast.recipe import DataConfig, EvalConfig, ImageSpec, ModelConfig, Phase, Recipe, to_json
+
+NAMES = ("1", "2", "3", "4")
+"""The people of `draw`, as the CelebA reader names them."""
+SIZE = 32
+
+
+def draw(folder: Path) -> Path:
+    """Four people with four pictures each, in CelebA's layout."""
+    spec = synthetic.DrawnSpec(identities=(4, 0, 0), pictures=4, seed=3)
+    return synthetic.write(folder, spec, processes=1, progress=False)
+
+
+def make_model(
+    backbone: str = "mobilefacenet", classes: tuple[str, ...] = NAMES, template: str = "arcface"
+) -> FaceModel:
+    """Random weights in evaluation mode, whose BatchNorm has seen pictures: two pictures give two embeddings."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = ModelConfig(backbone=backbone, embedding=16)
+        model = build_model(config, len(classes), ImageSpec(size=SIZE, template=template), classes)
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.momentum = None
+        with torch.no_grad():
+            model.encode(torch.randn(16, 3, SIZE, SIZE))
+    return model.eval()
+
+
+def make_recipe(root: Path, model: FaceModel) -> Recipe:
+    """As if `model` had been trained on two of four pictures of each person."""
+    return Recipe(
+        data=DataConfig(root=str(root), format="celeba", test_fraction=0.5),
+        image=model.image,
+        model=dataclasses.replace(model.config, source="none"),
+        phases=(Phase(start="scratch"),),
+        eval=EvalConfig(pairs=12, folds=2),
+        seed=7,
+        precision="fp32",
+    )
+
+
+def save_run(folder: Path, model: FaceModel, root: Path) -> Path:
+    """A run folder with one checkpoint of `model`."""
+    checkpoint.save(
+        folder,
+        1,
+        tensors={"model": model.state_dict()},
+        documents={"model": model.to_config(), "recipe": to_json(make_recipe(root, model))},
+        best=True,
+        keep=1,
+    )
+    return folder
