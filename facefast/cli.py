@@ -40,7 +40,7 @@ def train_arguments(arguments: list[str]) -> tuple[Recipe, Path, str]:
     Raises:
         ValueError: an unknown recipe, or values that contradict each other.
     """
-    name, rest = (arguments[0], arguments[1:]) if arguments and arguments[0][0] != "-" else ("", arguments)
+    name, rest = (arguments[0], arguments[1:]) if arguments and arguments[0][:1] != "-" else ("", arguments)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--data.root", dest="root", default="")
     early.add_argument("--data.format", dest="format", default="auto")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ def embed_rows(
     """
     found: Tensor | None = None
     seen = torch.zeros(len(index))
+    batch_size = min(batch_size, math.ceil(len(index) / run.world.size))  # what few pictures cannot fill is padded
     model.eval()
     with (
         torch.inference_mode(),
@@ -226,7 +228,8 @@ def find_exam(arguments: EvaluateArguments, model: FaceModel, threads: int) -> E
     everybody = index.select(index.labels >= 0).compact()
     config = arguments.eval
     pairs = PairSet.random(everybody, config.pairs, config.folds, arguments.seed)
-    return Exam(test=None, verification=everybody, pairs=pairs, held_out=True)
+    known = set(model.class_names) & set(everybody.class_names)
+    return Exam(test=None, verification=everybody, pairs=pairs, held_out=not known)
 
 
 def _recipe_of(model: Path) -> Recipe:

@@ -55,9 +55,13 @@ class Speed(NamedTuple):
 
 
 class RunLog:
-    """Writes one run's metrics; on a rank other than 0 it only counts."""
+    """Writes one run's metrics; on a rank other than 0 it only counts.
 
-    def __init__(self, folder: Path, *, enabled: bool, total_steps: int, first_step: int, every: int) -> None:
+    `first_step` is that of the checkpoint a run goes on from, None for a new start, which keeps nothing of a run that
+    was in the folder before.
+    """
+
+    def __init__(self, folder: Path, *, enabled: bool, total_steps: int, first_step: int | None, every: int) -> None:
         self._enabled = enabled
         self._every = every
         self._lost = 0
@@ -66,9 +70,9 @@ class RunLog:
         self._loader_waited = 0.0
         if enabled:
             self._file: TextIO = _open_from(folder / "metrics.jsonl", first_step)
-            purge = first_step + 1 if first_step else 0  # a new start keeps nothing of a run that was here before
+            purge = 0 if first_step is None else first_step + 1
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1)
+            self._bar = tqdm(total=total_steps, initial=first_step or 0, unit="step", dynamic_ncols=True, mininterval=1)
 
     def _restart(self) -> None:
         self._sums: Tensor | None = None
@@ -179,11 +183,11 @@ class RunLog:
             self._enabled = False
 
 
-def _open_from(path: Path, first_step: int) -> TextIO:
+def _open_from(path: Path, first_step: int | None) -> TextIO:
     """metrics.jsonl without the lines a run wrote after the checkpoint it resumes from, and without a torn last
     line."""
     kept = []
-    if path.exists() and first_step > 0:
+    if path.exists() and first_step is not None:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 if json.loads(line)["step"] <= first_step:

@@ -123,8 +123,7 @@ def predict(model: FaceModel, index: FaceIndex, run: runtime.Runtime, top: int =
     answers: dict[int, dict[str, Any]] = {}
     if len(sound):
         part = index.select(sound)
-        batch_size = min(64, len(part))  # a batch that few pictures cannot fill would be padded, and computed, in full
-        embeddings, seen = embed_rows(model, part, run, precision, batch_size=batch_size, max_bad_fraction=1.0)
+        embeddings, seen = embed_rows(model, part, run, precision, batch_size=64, max_bad_fraction=1.0)
         for place, row in enumerate(sound.tolist()):
             if not seen[place]:
                 answers[row] = {"fault": "it could not be decoded"}

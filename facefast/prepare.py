@@ -103,7 +103,7 @@ def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> Stage:
         people, verification = people.split_identities(recipe.data.verify_fraction, recipe.seed)
         people = people.compact()
     train, test = people.split_per_identity(recipe.data.test_fraction, recipe.seed)
-    if verification is None and len(test):
+    if verification is None and _can_be_paired(test):
         verification, held_out = test, False
     return Stage(
         train=train,
@@ -116,6 +116,12 @@ def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> Stage:
             held_out=held_out,
         ),
     )
+
+
+def _can_be_paired(index: FaceIndex) -> bool:
+    """Whether there are two pictures of one identity, and another identity."""
+    counts = np.bincount(index.labels[index.labels >= 0])
+    return bool((counts > 1).any() and (counts > 0).sum() > 1)
 
 
 def _part(index: FaceIndex, split: str) -> FaceIndex:

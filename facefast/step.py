@@ -62,7 +62,8 @@ class TrainState:
     scaler: GradScaler
     average: AveragedModel | None
     embeddings: Tensor | None
-    """[N, D] of the training rows where a frozen backbone needs to see each picture only once."""
+    """[N, D] of the training rows where a frozen backbone needs to see each picture only once; NaN for unreadable
+    ones."""
 
     def __init__(self, recipe: Recipe, plan: Plan, run: Runtime) -> None:
         self.recipe, self.plan, self.run = recipe, plan, run

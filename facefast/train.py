@@ -122,7 +122,7 @@ def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
         folder,
         enabled=run.is_main,
         total_steps=plan.total_steps,
-        first_step=state.step,
+        first_step=None if saved is None else state.step,
         every=recipe.log_every,
     )
     height, width = recipe.image.shape
@@ -167,7 +167,8 @@ def begin(
         model.head.start_from(means, float(embeddings[seen].norm(dim=1).mean()))
     cached = None
     if caches_features(phase):
-        cached, _ = embed_training_rows(state, model, stage, mirror=False)
+        cached, seen = embed_training_rows(state, model, stage, mirror=False)
+        cached[~seen] = torch.nan
     state.enter(number, model, cached)
     if saved:
         state.load(saved)

@@ -123,7 +123,8 @@ class CachedLoader:
     def __init__(self, embeddings: Tensor, labels: NDArray[np.int32], sampler: Sampler, run: Runtime) -> None:
         self.sampler = sampler
         self._run = run
-        self._embeddings = embeddings.to(run.device)  # [N, D] by row of the training index
+        self._embeddings = embeddings.to(run.device)  # [N, D] by row of the training index; NaN could not be read
+        self._readable = self._embeddings.isfinite().all(1)
         self._labels = torch.tensor(labels, dtype=torch.long).to(run.device)
         self._epoch = self._start_step = 0
 
@@ -137,8 +138,9 @@ class CachedLoader:
             local = self.sampler.local(self._epoch, step, world.rank, world.size)
             rows = torch.from_numpy(local).to(self._run.device)
             some = rows.clamp(min=0)
+            rows = rows.where(self._readable[some], -1)
             labels = self._labels[some].masked_fill(rows < 0, -100)
-            yield Batch(self._embeddings[some], labels, rows)
+            yield Batch(self._embeddings[some].nan_to_num(0.0), labels, rows)
 
     def __enter__(self) -> Self:
         return self

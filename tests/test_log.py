@@ -37,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def open_log(folder: Path, *, first_step: int = 0, every: int = 1, enabled: bool = True) -> RunLog:
+def open_log(folder: Path, *, first_step: int | None = None, every: int = 1, enabled: bool = True) -> RunLog:
     return RunLog(folder, enabled=enabled, total_steps=100, first_step=first_step, every=every)
 
 
@@ -175,6 +175,15 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_no_later_or_torn
     expected = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60)]  # each step once, in TensorBoard as well
     assert scalars(tmp_path, "train/loss") == expected
     assert [line["loss"] for line in lines(tmp_path) if line["split"] == "train"] == [loss for _, loss in expected]
+
+
+def test_a_run_that_was_stopped_before_its_first_update_keeps_what_it_knew_then(tmp_path: Path) -> None:
+    with open_log(tmp_path) as run_log:
+        run_log.exam(at(0), {"top1": 0.25}, "top1", True)
+    with open_log(tmp_path, first_step=0) as run_log:
+        run_log.step(at(1), stats(loss_sum=8), 8, 0.0)
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1]
+    assert scalars(tmp_path, "eval/top1") == [(0, 0.25)]
 
 
 def test_a_run_that_starts_anew_keeps_nothing_of_the_one_before(tmp_path: Path) -> None:

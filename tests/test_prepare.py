@@ -86,6 +86,13 @@ def test_pictures_of_nobody_in_particular_are_left_out() -> None:
     assert b"4.jpg" not in files(stage.train) | files(stage.exam.test)
 
 
+def test_few_pictures_a_person_make_a_test_set_but_no_pairs() -> None:
+    """A folder with four photographs a person trains; one test picture of each has nothing to pair with."""
+    stage = divide(people(0, 0, 0, pictures=4), recipe(test_fraction=0.2), PHASE)
+    assert stage.exam.test is not None and len(stage.exam.test) == 3
+    assert stage.exam.verification is None and stage.exam.pairs is None
+
+
 def test_without_test_pictures_there_is_no_exam() -> None:
     exam = divide(people(0, 0), recipe(test_fraction=0.0), PHASE).exam
     assert (exam.test, exam.verification, exam.pairs) == (None, None, None)
