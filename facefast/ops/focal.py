@@ -66,8 +66,7 @@ def focal_loss(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     options = kernel_options(logits, gamma, alpha, label_smoothing, ignore_index, margin, scale, reduction)
-    loss: Tensor = torch.ops.facefast.focal_forward.default(logits, target.contiguous(), *options)[0]
-    return loss
+    return native.forward("focal", logits, target.contiguous(), *options)
 
 
 def kernel_options(

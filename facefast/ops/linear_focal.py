@@ -77,7 +77,5 @@ def linear_focal_loss(
             reduction=reduction,
         )
     options = kernel_options(x, gamma, alpha, label_smoothing, ignore_index, margin, scale, reduction)
-    loss: Tensor = torch.ops.facefast.linear_focal_forward.default(
-        x.contiguous(), weight.contiguous(), target.contiguous(), *options, normalize, chunk
-    )[0]
-    return loss
+    x, weight, target = x.contiguous(), weight.contiguous(), target.contiguous()
+    return native.forward("linear_focal", x, weight, target, *options, normalize, chunk)

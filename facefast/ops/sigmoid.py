@@ -51,7 +51,5 @@ def sigmoid_focal_loss(
         alphas = alpha.to(acc).contiguous()
     elif alpha is not None:
         weight = float(alpha)
-    loss: Tensor = torch.ops.facefast.sigmoid_focal_forward.default(
-        logits.contiguous(), target, alphas, float(gamma), weight, REDUCTION[reduction]
-    )[0]
-    return loss
+    numbers = (float(gamma), weight, REDUCTION[reduction])
+    return native.forward("sigmoid_focal", logits.contiguous(), target, alphas, *numbers)
