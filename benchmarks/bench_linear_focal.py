@@ -101,7 +101,7 @@ def report(
         shown, times_ours = summary(times), ratio(times, seconds["facefast"])
         print(
             f"{name:14}{shown['milliseconds']:10.3f}{shown['lowest']:10.3f}{shown['highest']:10.3f}"
-            f"{peaks.get(name, float('nan')):9.0f}{times_ours:12.2f}x"
+            f"{format(peaks[name], '.0f') if name in peaks else '-':>9}{times_ours:12.2f}x"
         )
         record(
             "linear_focal",
