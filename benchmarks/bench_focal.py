@@ -11,7 +11,6 @@ beside the bandwidth of a plain copy measured in the same rounds; on a GPU every
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import statistics
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from record import record
-from timing import interleaved, ratio, summary
+from timing import interleaved, options, ratio, summary
 from torch import Tensor
 
 from facefast.ops import focal_loss
@@ -131,18 +130,10 @@ def test_focal_beside_torch(rows: int, classes: int, capsys: pytest.CaptureFixtu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--shapes", nargs="+", help="ROWSxCLASSES")
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
+    shapes, rounds, device, dtype = options(__doc__, SHAPES, "ROWSxCLASSES", 15)
     torch.set_num_threads(THREADS)
-    dtype = getattr(torch, arguments.dtype)
-    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes or ()]
-    for rows, classes in shapes or SHAPES[arguments.device]:
-        seconds = measure(rows, classes, arguments.rounds, arguments.device, dtype)
-        report(rows, classes, arguments.device, dtype, seconds)
+    for rows, classes in shapes:
+        report(rows, classes, device, dtype, measure(rows, classes, rounds, device, dtype))
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ Memory is the greatest sum of tensors alive beyond x, W and what was there befor
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from record import record
-from timing import interleaved, ratio, summary
+from timing import interleaved, options, ratio, summary
 from torch import Tensor
 
 from facefast.ops import Arc, focal_loss, linear_focal_loss
@@ -128,17 +127,10 @@ def test_heads_beside_torch(shape: tuple[int, int, int], capsys: pytest.CaptureF
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--shapes", nargs="+", help="ROWSxDIMxCLASSES")
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
+    shapes, rounds, device, dtype = options(__doc__, SHAPES, "ROWSxDIMxCLASSES", 9)
     torch.set_num_threads(THREADS)
-    dtype = getattr(torch, arguments.dtype)
-    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes or ()]
-    for shape in shapes or SHAPES[arguments.device]:
-        report(shape, arguments.device, dtype, *measure(*shape, arguments.rounds, arguments.device, dtype))
+    for shape in shapes:
+        report(shape, device, dtype, *measure(*shape, rounds, device, dtype))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -61,3 +62,17 @@ def summary(times: list[float]) -> dict[str, float]:
 def ratio(times: list[float], ours: list[float]) -> float:
     """How many times faster ours is: the median over the rounds."""
     return statistics.median(t / o for t, o in zip(times, ours, strict=True))
+
+
+def options(
+    description: str | None, shapes: dict[str, tuple[tuple[int, ...], ...]], form: str, rounds: int
+) -> tuple[list[tuple[int, ...]], int, str, torch.dtype]:
+    """The command line of a loss benchmark: shapes, rounds, device and dtype; by default the device's own shapes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--shapes", nargs="+", help=form)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    given = parser.parse_args()
+    wished = [tuple(map(int, shape.split("x"))) for shape in given.shapes or ()]
+    return wished or list(shapes[given.device]), given.rounds, given.device, getattr(torch, given.dtype)

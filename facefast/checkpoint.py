@@ -222,6 +222,18 @@ def find_model(path: Path) -> Path:
     raise ValueError(f"{path} holds no model: give a run folder, a checkpoint folder, a package or a weights file")
 
 
+def read_recipe(model: Path) -> dict[str, Any] | None:
+    """The JSON form of the recipe that MODEL was trained with; None for a source model's weights file.
+
+    Raises:
+        ValueError: there is no model there.
+    """
+    if not model.is_dir():
+        return None
+    path = find_model(model) / "recipe.json"
+    return dict(files.read_json(path)) if path.exists() else None
+
+
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> FaceModel:
     """A model in evaluation mode from a run folder, a checkpoint folder, a package, or a source model's weights file.
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from facefast import checkpoint, cli, files, metrics, runtime
+from facefast import checkpoint, cli, metrics, runtime
 from facefast.data import FaceIndex, PairSet, make_loader, read_bin, read_lfw
 from facefast.models import FaceModel
 from facefast.prepare import Exam, check_budget, divide, read_photographs
@@ -218,11 +218,11 @@ def find_exam(arguments: EvaluateArguments, model: FaceModel, threads: int) -> E
         return Exam(test=None, verification=index, pairs=pairs, held_out=True)
     if not arguments.data.root:
         raise ValueError("evaluate needs photographs: --data.root DIR, or --bin SET")
-    recipe = _recipe_of(arguments.model)
-    recipe = dataclasses.replace(recipe, data=arguments.data, eval=arguments.eval, seed=arguments.seed)
+    trained = _recipe_of(arguments.model)
+    recipe = dataclasses.replace(trained, data=arguments.data, eval=arguments.eval, seed=arguments.seed)
     index = read_photographs(recipe, threads)
     if set(model.class_names) & set(index.class_names):
-        exam = divide(index, _recipe_of(arguments.model), _recipe_of(arguments.model).phases[-1]).exam
+        exam = divide(index, trained, trained.phases[-1]).exam
         if exam.test is not None and exam.test.class_names == model.class_names:
             return exam
     everybody = index.select(index.labels >= 0).compact()
@@ -234,9 +234,8 @@ def find_exam(arguments: EvaluateArguments, model: FaceModel, threads: int) -> E
 
 def _recipe_of(model: Path) -> Recipe:
     """The recipe a model was trained with; a plain one for a source model's weights."""
-    if model.is_dir() and (path := checkpoint.find_model(model) / "recipe.json").exists():
-        return from_json(Recipe, files.read_json(path))
-    return Recipe(phases=(Phase(start="scratch"),))
+    saved = checkpoint.read_recipe(model)
+    return Recipe(phases=(Phase(start="scratch"),)) if saved is None else from_json(Recipe, saved)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -150,19 +150,11 @@ def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe | {"data": recipe["data"] | {"root": ""}, "model": recipe["model"] | {"source": source}}
 
 
-def _recipe_of(model: Path) -> dict[str, Any] | None:
-    """The recipe beside a model; a source model's weights file has none."""
-    if not model.is_dir():
-        return None
-    path = checkpoint.find_model(model) / "recipe.json"
-    return dict(files.read_json(path)) if path.exists() else None
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with cli.exit_codes() as outcome:
         given = tyro.cli(ExportArguments, args=arguments, prog="facefast.export")
-        export(checkpoint.load_model(given.model), given.to, given.out, _recipe_of(given.model))
+        export(checkpoint.load_model(given.model), given.to, given.out, checkpoint.read_recipe(given.model))
         print(f"{given.out}: {given.to}, checked against {given.model}")
     return outcome.code
 

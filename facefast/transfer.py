@@ -29,10 +29,12 @@ def freeze_stages(model: FaceModel, trainable: tuple[str, ...]) -> None:
     learning: set[str] = set()
     for name in trainable:
         last = re.fullmatch(r"last:([1-9]\d*)", name)
-        if last and int(last[1]) <= len(stages):
+        if name == "all":
+            learning |= set(stages)
+        elif name in stages:
+            learning.add(name)
+        elif last and int(last[1]) <= len(stages):
             learning |= set(list(stages)[-int(last[1]) :])
-        elif name == "all" or name in stages:
-            learning |= set(stages) if name == "all" else {name}
         else:
             raise ValueError(
                 f"trainable names {name}, which {model.config.backbone} does not have; it has all, "

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import cuda_on_host
+import ptxas
 import pytest
 import torch
 
@@ -58,29 +59,17 @@ def test_no_result_depends_on_the_order_of_the_blocks(library: Path) -> None:
     assert len(set(first.split())) == 2 * len(cuda_on_host.DIGESTED)
 
 
-def report() -> list[tuple[str, str, int, int]]:
-    """Kernel, architecture, registers a thread and spilled bytes, of every kernel that was compiled."""
-    rows = []
-    for source in cuda_on_host.CUDA_SOURCES:
-        text = (cuda_on_host.ROOT / "build" / "ptxas" / f"{Path(source).stem}.txt").read_text()
-        for part in text.split("Compiling entry function")[1:]:
-            name, arch = re.match(r" '(\w+)' for '(sm_\d+)'", part).groups()
-            spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
-            rows.append((name, arch, int(re.search(r"Used (\d+) registers", part)[1]), sum(map(int, spills.groups()))))
-    return rows
-
-
 @pytest.mark.skipif(not _C.cuda, reason="built without CUDA; FACEFAST_CUDA=1, as .ci/run sets it, runs this")
 def test_every_kernel_fits_its_registers_on_every_architecture() -> None:
     """No spills, and as many blocks on a multiprocessor as its kernel asks for."""
-    kernels = report()
+    kernels = [kernel for source in cuda_on_host.CUDA_SOURCES for kernel in ptxas.kernels(source)]
     for arch in ARCHS:
-        names = {name for name, its, *_ in kernels if its == arch}
+        names = {kernel.name for kernel in kernels if kernel.arch == arch}
         for kind in ("stats_kernel", "gradient_kernel", "loss_kernel", "sigmoid_forward_kernel", "norm_kernel"):
             assert any(kind in name for name in names), (arch, kind)
-    assert [kernel for kernel in kernels if kernel[3]] == []
+    assert [kernel for kernel in kernels if kernel.spills] == []
     # The streaming kernels (the last flag of their names is kFull = false): 4 and 3 blocks of 256 threads.
-    for name, arch, registers, _ in kernels:
+    for name, arch, registers, *_ in kernels:
         blocks = 4 if "stats_kernel" in name and "ELb0E" in name else 3 if "ELb0E" in name else 2
         assert registers * THREADS * blocks <= REGISTER_FILE, (name, arch, registers)
 
