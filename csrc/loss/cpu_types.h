@@ -23,17 +23,6 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-template <typename T>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-template <typename T>
-using Acc = typename AccOf<T>::type;
-
 FACEFAST_INLINE float load(float x) { return x; }
 FACEFAST_INLINE double load(double x) { return x; }
 FACEFAST_INLINE float load(BFloat16 x) { return float_of(static_cast<int32_t>(uint32_t{x.bits} << 16)); }

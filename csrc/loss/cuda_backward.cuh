@@ -87,11 +87,7 @@ __global__ void __launch_bounds__(kThreads, kFull ? 2 : 3)
   const Exponential<T> exponential(p.focal.scale);
   for (int chunk = begin + lane; chunk < end; chunk += kUnroll * kGroup) {
     Pack<T> packs[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int at = chunk + u * kGroup;
-      packs[u] = chunks.read(at < end ? at : chunks.count, none);
-    }
+    chunks.read(packs, chunk, kGroup, end, none);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = chunk + u * kGroup, first = chunks.first(at);

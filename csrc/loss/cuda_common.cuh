@@ -16,17 +16,6 @@ namespace facefast {
 
 constexpr int kThreads = 256;  // in every block
 
-template <typename T>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-template <typename T>
-using Acc = typename AccOf<T>::type;
-
 __device__ __forceinline__ float load(float x) { return x; }
 __device__ __forceinline__ double load(double x) { return x; }
 __device__ __forceinline__ float load(__half x) { return __half2float(x); }
@@ -45,16 +34,7 @@ inline void check(cudaError_t error, const char* what) {
 // Calls run(T{}) with the type of the matrix.
 template <typename F>
 void with_type(Type type, const F& run) {
-  switch (type) {
-    case Type::kFloat:
-      return run(float{});
-    case Type::kDouble:
-      return run(double{});
-    case Type::kHalf:
-      return run(__half{});
-    case Type::kBFloat16:
-      return run(__nv_bfloat16{});
-  }
+  dispatch<__half, __nv_bfloat16>(type, run);
 }
 
 inline unsigned blocks_for(int64_t items, int64_t per_block) {
@@ -100,6 +80,16 @@ struct Chunks {
       for (int i = 0; i < kSize; ++i) pack.at[i] = begin + i >= 0 && begin + i < width ? row[begin + i] : fill;
     }
     return pack;
+  }
+
+  // Every `stride`-th chunk from `chunk` on, those from `end` on filled.
+  template <int kCount>
+  __device__ __forceinline__ void read(Pack<T> (&packs)[kCount], int chunk, int stride, int end, T fill) const {
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      const int at = chunk + u * stride;
+      packs[u] = read(at < end ? at : count, fill);
+    }
   }
 
   // Writes the chunk to a row of the same width; in one piece if that row is aligned as this one is.

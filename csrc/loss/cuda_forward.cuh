@@ -112,11 +112,7 @@ __device__ __forceinline__ SegmentStats<Acc<T>> scan(const Chunks<T>& chunks, in
     // The values stay packed and are unpacked twice: that is cheaper than the registers that would hold them.
     Pack<T> packs[kUnroll];
     A x[kSize], highest = peak;
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int at = chunk + u * kGroup;
-      packs[u] = chunks.read(at < end ? at : chunks.count, none);
-    }
+    chunks.read(packs, chunk, kGroup, end, none);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = chunk + u * kGroup, inside = own - chunks.first(at);

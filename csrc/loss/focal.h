@@ -9,6 +9,21 @@
 namespace facefast {
 
 enum class Type { kFloat, kDouble, kHalf, kBFloat16 };
+// Calls run(T{}) with the C++ type; each back end has its own 16-bit ones.
+template <typename Half, typename BFloat16, typename F>
+void dispatch(Type type, const F& run) {
+  switch (type) {
+    case Type::kFloat:
+      return run(float{});
+    case Type::kDouble:
+      return run(double{});
+    case Type::kHalf:
+      return run(Half{});
+    case Type::kBFloat16:
+      return run(BFloat16{});
+  }
+}
+
 enum class AlphaBy { kNone, kClass, kRow };
 
 // Statistics, losses, alpha and upstream gradients are float, or double where the matrix is double

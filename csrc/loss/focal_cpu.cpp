@@ -243,16 +243,7 @@ void advise_huge_pages(void* data, int64_t bytes) {
 // Calls run(T{}) with the type of the matrix.
 template <typename F>
 void with_type(Type type, const F& run) {
-  switch (type) {
-    case Type::kFloat:
-      return run(float{});
-    case Type::kDouble:
-      return run(double{});
-    case Type::kHalf:
-      return run(Half{});
-    case Type::kBFloat16:
-      return run(BFloat16{});
-  }
+  dispatch<Half, BFloat16>(type, run);
 }
 
 template <typename F>

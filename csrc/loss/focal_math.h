@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define FACEFAST_CORE __host__ __device__ __forceinline__
@@ -23,6 +24,10 @@ namespace facefast {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// What a matrix of T is summed in: float, or double where it is double.
+template <typename T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
