@@ -245,7 +245,7 @@ def test_a_layer_for_other_pictures_leaves_the_contract_open() -> None:
         assert (layout.backbone, layout.image, layout.fixed) == (name, None, frozenset())
 
 
-@pytest.mark.parametrize("name", ["iresnet18", "iresnet34", "iresnet50", "iresnet100"])
+@pytest.mark.parametrize("name", ["iresnet18", "iresnet34", "iresnet50", "iresnet100", "iresnet200"])
 def test_an_iresnet_is_recognised_by_its_depth(name: str) -> None:
     layout = recognise(state_of(name))
     assert layout is not None

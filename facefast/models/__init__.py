@@ -1,9 +1,13 @@
 """Networks, heads and source weights."""
 
+from facefast.models.backbones import NAMES
 from facefast.models.face import FaceModel, Prediction, build_model, model_from_source
+from facefast.models.heads import AttributeSpec
 from facefast.models.source import Report, Source, apply_source, load_source
 
 __all__ = [
+    "NAMES",
+    "AttributeSpec",
     "FaceModel",
     "Prediction",
     "Report",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from facefast.models import iresnet, mobilefacenet
+from facefast.models import adaface, inception_resnet, insightface_mbf, iresnet, mobilefacenet, vggface, vggface2
 
 # torchvision and timm are imported where one of their models is built: they take seconds to load.
 TIMM = "timm/"
@@ -21,7 +21,19 @@ RESNET_STAGES = {
     "stage3": ("layer3",),
     "stage4": ("layer4",),
 }
-NAMES = ("mobilefacenet", *iresnet.DEPTHS, *RESNETS)
+NAMES = (
+    "mobilefacenet",
+    "mobilefacenet_half",
+    "insightface_mbf",
+    *iresnet.DEPTHS,
+    *adaface.DEPTHS,
+    "vggface",
+    *vggface2.NAMES,
+    "inception_resnet_v1",
+    *RESNETS,
+)
+DROPPING = ("mobilefacenet", "mobilefacenet_half", "insightface_mbf", *iresnet.DEPTHS, *adaface.DEPTHS)
+"""Backbones of ours that have stochastic depth."""
 
 
 class Backbone(NamedTuple):
@@ -36,32 +48,69 @@ class Backbone(NamedTuple):
     """Whether it ends in an embedding layer of its own."""
 
 
-def build_backbone(name: str, shape: tuple[int, int], embedding: int = 0) -> Backbone:
+def build_backbone(name: str, shape: tuple[int, int], embedding: int = 0, drop_path: float = 0.0) -> Backbone:
     """Builds a backbone with random weights.
 
     Args:
         name: one of `NAMES`, or timm/NAME for any model that timm knows.
         shape: (height, width) of the pictures.
         embedding: size of the embedding layer of backbones that have one; 0 is their usual size. The others end in
-            pooled features, whose size is given.
+            features, whose size is given.
+        drop_path: stochastic depth of the last residual block, see `residual.drop_paths`; without effect on the names
+            of a state dict.
 
     Raises:
-        ValueError: an unknown name, or a model that cannot take pictures of this shape.
+        ValueError: an unknown name, a model that cannot take pictures of this shape, or `drop_path` for one that has no
+            stochastic depth.
     """
-    if name == "mobilefacenet":
-        size = embedding or 128
-        network = mobilefacenet.MobileFaceNet(shape, size)
-        return Backbone(network, size, mobilefacenet.STAGES, embeds=True)
-    if name in iresnet.DEPTHS:
-        size = embedding or 512
-        return Backbone(iresnet.IResNet(iresnet.DEPTHS[name], shape, size), size, iresnet.STAGES, embeds=True)
+    if name.startswith(TIMM):
+        return _build_timm(name, shape, drop_path)
+    if name not in NAMES:
+        raise ValueError(
+            f"backbone {name!r} is unknown; it must be one of {', '.join(NAMES)} or timm/NAME with "
+            "a name that timm.list_models() gives"
+        )
+    if drop_path and name not in DROPPING:
+        raise _no_drop_path(name, drop_path)
     if name in RESNETS:
         return _build_resnet(name)
-    if name.startswith(TIMM):
-        return _build_timm(name, shape)
-    raise ValueError(
-        f"backbone {name!r} is unknown; it must be one of {', '.join(NAMES)} or timm/NAME with "
-        "a name that timm.list_models() gives"
+    if name == "vggface":
+        return Backbone(vggface.VGGFace(shape), vggface.DESCRIPTOR, vggface.STAGES, embeds=False)
+    if name in vggface2.NAMES:
+        network = vggface2.VGGFace2Net(squeeze=name == "vggface2_senet50")
+        return Backbone(network, vggface2.FEATURES, vggface2.STAGES, embeds=False)
+    return _build_embedding(name, shape, embedding or (128 if name.startswith("mobilefacenet") else 512), drop_path)
+
+
+def _build_embedding(name: str, shape: tuple[int, int], size: int, drop_path: float) -> Backbone:
+    """The backbones that end in an embedding layer of their own."""
+    network: nn.Module
+    stages: Mapping[str, Sequence[str]]
+    if name == "mobilefacenet":
+        network, stages = mobilefacenet.MobileFaceNet(shape, size, drop_path=drop_path), mobilefacenet.STAGES
+    elif name == "mobilefacenet_half":
+        network = mobilefacenet.MobileFaceNet(
+            shape, size, width=0.5, activation=mobilefacenet.relu, drop_path=drop_path
+        )
+        stages = mobilefacenet.STAGES
+    elif name == "insightface_mbf":
+        network = insightface_mbf.InsightFaceMobileFaceNet(shape, size, drop_path)
+        stages = insightface_mbf.STAGES
+    elif name in iresnet.DEPTHS:
+        network, stages = iresnet.IResNet(iresnet.DEPTHS[name], shape, size, drop_path), iresnet.STAGES
+    elif name in adaface.DEPTHS:
+        depths = adaface.DEPTHS[name]
+        network, stages = adaface.AdaFaceIR(depths, shape, size, drop_path), adaface.stages(depths)
+    else:
+        assert name == "inception_resnet_v1"
+        network, stages = inception_resnet.InceptionResNetV1(shape, size), inception_resnet.STAGES
+    return Backbone(network, size, stages, embeds=True)
+
+
+def _no_drop_path(name: str, drop_path: float) -> ValueError:
+    return ValueError(
+        f"model.drop_path {drop_path} has no effect on {name}; choose one of {', '.join(DROPPING)} or a timm model "
+        "with residual blocks, or leave model.drop_path out"
     )
 
 
@@ -75,7 +124,7 @@ def _build_resnet(name: str) -> Backbone:
     return Backbone(network, classifier.in_features, RESNET_STAGES, embeds=False)
 
 
-def _build_timm(name: str, shape: tuple[int, int]) -> Backbone:
+def _build_timm(name: str, shape: tuple[int, int], drop_path: float) -> Backbone:
     import timm
 
     model = name.removeprefix(TIMM)
@@ -85,7 +134,16 @@ def _build_timm(name: str, shape: tuple[int, int]) -> Backbone:
             f"timm has no model {model!r}"
             + (f"; close to it: {', '.join(close)}" if close else "; see timm.list_models()")
         )
-    network: nn.Module = timm.create_model(model, pretrained=False, num_classes=0)
+    # Models without stochastic depth know no such argument, or take it and leave it alone.
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    try:
+        network: nn.Module = timm.create_model(model, pretrained=False, num_classes=0, **options)
+    except TypeError as error:
+        if not drop_path:
+            raise
+        raise _no_drop_path(name, drop_path) from error
+    if drop_path and not any(getattr(module, "drop_prob", None) for module in network.modules()):
+        raise _no_drop_path(name, drop_path)
     resize = getattr(network, "set_input_size", None)  # transformers with a position table
     if resize is not None:
         resize(img_size=shape)

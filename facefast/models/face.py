@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from facefast.models.backbones import build_backbone
-from facefast.models.heads import HEADS, CosineHead, LinearHead, unit
+from facefast.models.heads import HEADS, AttributeHeads, AttributeSpec, CosineHead, LinearHead, unit
 from facefast.models.source import Report, Source, apply_source, load_source
 from facefast.recipe import ImageSpec, ModelConfig, from_json, to_json
 
@@ -30,7 +30,9 @@ class Prediction(NamedTuple):
     probabilities: Tensor
     """[B, C] float32."""
     names: tuple[str, ...]
-    """B class names."""
+    """B class names; empty ones where the model has no classes."""
+    attributes: dict[str, Tensor]
+    """[B] float32 by attribute: the probability of a yes, or the level of an ordinal one."""
 
 
 class FaceModel(nn.Module):
@@ -42,6 +44,7 @@ class FaceModel(nn.Module):
         image: the pictures that it takes; saved with the model.
         class_names: one per class, or none.
         scale: what the loss multiplies the logits by; probabilities need it.
+        attributes: what it tells beside names.
 
     Raises:
         ValueError: an unknown backbone, or another number of names than of classes.
@@ -57,6 +60,7 @@ class FaceModel(nn.Module):
         image: ImageSpec,
         class_names: Sequence[str] = (),
         scale: float = 1.0,
+        attributes: Sequence[AttributeSpec] = (),
     ) -> None:
         super().__init__()
         self.config = config
@@ -64,7 +68,7 @@ class FaceModel(nn.Module):
         self.scale = scale
         self.report: Report | None = None
         """What the source gave, where there was one."""
-        backbone = build_backbone(config.backbone, image.shape, config.embedding)
+        backbone = build_backbone(config.backbone, image.shape, config.embedding, config.drop_path)
         self.backbone = backbone.module
         self.embedding: nn.Module = nn.Identity()
         self.embedding_size = backbone.size
@@ -78,6 +82,7 @@ class FaceModel(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.head: LinearHead | CosineHead | None = None
         self.set_classes(num_classes, class_names)
+        self.attribute_heads = AttributeHeads(self.embedding_size, attributes) if attributes else None
         mean, std = torch.tensor(image.mean), torch.tensor(image.std)
         self.register_buffer("pixel_mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(1, 3, 1, 1), persistent=False)
@@ -96,15 +101,6 @@ class FaceModel(nn.Module):
         if num_classes:
             like = next(self.backbone.parameters())
             self.head = HEADS[self.config.head](self.embedding_size, num_classes).to(like)
-
-    @property
-    def classifier(self) -> nn.Module:
-        """Dropout and head: embeddings [B, D] to logits [B, C], trained alone where embeddings are computed once.
-
-        Raises:
-            ValueError: the model has no head.
-        """
-        return nn.Sequential(self.dropout, self._require_head())
 
     def encode(self, images: Tensor) -> Tensor:
         """Normalised pictures [B, 3, H, W] to embeddings [B, D] as training sees them, of any length.
@@ -152,16 +148,37 @@ class FaceModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Prediction:
-        """Names the people in pictures, given as for `embed`.
+        """Names the people in pictures, given as for `embed`, and tells their attributes.
 
         Raises:
-            ValueError: as `embed`, or the model has no head.
+            ValueError: as `embed`, or the model has neither classes nor attributes.
         """
-        logits = self(self._prepare(images)).float() * self.scale
+        embeddings = self.encode(self._prepare(images))
+        attributes = self.tell(embeddings)
+        if self.head is None and attributes:
+            nobody = torch.full((len(images),), -1, device=embeddings.device)
+            return Prediction(nobody, embeddings.new_zeros(len(images), 0), ("",) * len(images), attributes)
+        logits = self.classify(embeddings).float() * self.scale
         labels = logits.argmax(1)
         found = labels.tolist()
         names = tuple(self.class_names[k] if self.class_names else str(k) for k in found)
-        return Prediction(labels, F.softmax(logits, dim=1), names)
+        return Prediction(labels, F.softmax(logits, dim=1), names, attributes)
+
+    def tell_logits(self, embeddings: Tensor) -> Tensor | None:
+        """Embeddings [B, D] of `encode` to the attributes' logits [B, K]; None without such heads."""
+        if self.attribute_heads is None:
+            return None
+        logits: Tensor = self.attribute_heads(self.dropout(embeddings))
+        return logits
+
+    def tell(self, embeddings: Tensor) -> dict[str, Tensor]:
+        """Embeddings [B, D] of `encode` to [B] float32 by attribute, as in `Prediction`; none without such heads."""
+        logits = self.tell_logits(embeddings)
+        if logits is None:
+            return {}
+        assert self.attribute_heads is not None
+        values = self.attribute_heads.read(logits)
+        return {spec.name: values[:, k] for k, spec in enumerate(self.attribute_heads.specs)}
 
     def stages(self) -> dict[str, list[nn.Module]]:
         """Stage names, from the picture to the head, and modules that together hold every parameter exactly once.
@@ -176,9 +193,26 @@ class FaceModel(nn.Module):
         }
         if next(self.embedding.parameters(), None) is not None:
             stages["embedding"] = [self.embedding]
-        if self.head is not None:
-            stages["head"] = [self.head]
+        heads: list[nn.Module] = [head for head in (self.head, self.attribute_heads) if head is not None]
+        if heads:
+            stages["head"] = heads
         return stages
+
+    def stage_ends(self) -> list[nn.Module]:
+        """The last module of each of the backbone's stages, whose outputs can be compared with another model's.
+
+        Raises:
+            ValueError: the backbone's stages are no modules that follow each other.
+        """
+        modules = dict(self.backbone.named_modules())
+        ends = [members[-1] for members in self._backbone_stages.values()]
+        missing = [end for end in ends if end not in modules]
+        if missing:
+            raise ValueError(
+                f"{self.config.backbone} has no stages whose outputs could be compared (first: {missing[0]}); use "
+                "distill.embeddings or distill.logits instead of distill.features"
+            )
+        return [modules[end] for end in ends]
 
     def to_config(self) -> dict[str, Any]:
         """The architecture as a JSON value, for `model.json`; the weights are the state dict."""
@@ -192,6 +226,7 @@ class FaceModel(nn.Module):
             "image": to_json(self.image),
             "num_classes": self.num_classes,
             "class_names": list(self.class_names),
+            "attributes": to_json(self.attribute_heads.specs if self.attribute_heads else ()),
         }
 
     @classmethod
@@ -205,8 +240,9 @@ class FaceModel(nn.Module):
             raise ValueError(f"model.json has format {document.get('format')!r}; this facefast reads {FORMAT}")
         fields = ("backbone", "embedding", "head", "dropout")
         wanted = {*fields, "format", "scale", "image", "num_classes", "class_names"}
-        if set(document) != wanted:
-            differing = ", ".join(sorted(set(document) ^ wanted))
+        present = set(document) - {"attributes"}  # older files have none
+        if present != wanted:
+            differing = ", ".join(sorted(present ^ wanted))
             raise ValueError(f"model.json has wrong or missing entries: {differing}")
         return cls(
             from_json(ModelConfig, {name: document[name] for name in fields}),
@@ -214,6 +250,7 @@ class FaceModel(nn.Module):
             from_json(ImageSpec, document["image"]),
             document["class_names"],
             document["scale"],
+            [from_json(AttributeSpec, spec) for spec in document.get("attributes", ())],
         )
 
     def _prepare(self, images: Tensor) -> Tensor:
@@ -249,6 +286,7 @@ def build_model(
     image: ImageSpec | None = None,
     class_names: Sequence[str] = (),
     source: Source | None = None,
+    attributes: Sequence[AttributeSpec] = (),
 ) -> FaceModel:
     """A model as a recipe describes it, with the source's weights where there is one.
 
@@ -258,6 +296,7 @@ def build_model(
         image: the pictures that it will see; what is left open is the source's, or the usual.
         class_names: one per class, or none.
         source: `config.source`, already loaded.
+        attributes: what it tells beside names.
 
     Returns:
         The model, in training mode; its `report` says what became of the source's weights.
@@ -272,7 +311,7 @@ def build_model(
     if source is None:
         backbone = DEFAULT_BACKBONE if config.backbone == "auto" else config.backbone
         config = dataclasses.replace(config, backbone=backbone)
-        return FaceModel(config, num_classes, image.settled(), class_names)
+        return FaceModel(config, num_classes, image.settled(), class_names, attributes=attributes)
     backbone = source.backbone if config.backbone == "auto" else config.backbone
     if not backbone:
         raise ValueError(
@@ -281,7 +320,7 @@ def build_model(
         )
     config = dataclasses.replace(config, backbone=backbone, embedding=config.embedding or source.embedding)
     image = image.settled(source.image, source.fixed)
-    model = FaceModel(config, num_classes, image, class_names)
+    model = FaceModel(config, num_classes, image, class_names, attributes=attributes)
     model.report = apply_source(model, source)
     return model
 

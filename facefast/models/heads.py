@@ -1,6 +1,10 @@
-"""Heads: from embeddings [B, D] to one number per identity. `face.FaceModel` ends in one of them."""
+"""Heads: from embeddings [B, D] to one number per identity, and to attributes. `face.FaceModel` ends in them."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -71,3 +75,73 @@ class CosineHead(nn.Module):
 
 
 HEADS: dict[str, type[LinearHead] | type[CosineHead]] = {"linear": LinearHead, "cosine": CosineHead}
+
+
+@dataclass(frozen=True)
+class AttributeSpec:
+    """An attribute that a model tells."""
+
+    name: str
+    levels: tuple[float, ...] = ()
+    """The values of an ordinal attribute in rising order; none for one that is 0 or 1."""
+
+    @property
+    def outputs(self) -> int:
+        """Logits that it takes: one for yes or no, one for each step from a level to the next."""
+        return max(1, len(self.levels) - 1)
+
+
+class AttributeHeads(nn.Module):
+    """A direction per attribute on the embedding, [B, D] to logits [B, K], see `AttributeSpec.outputs`.
+
+    The steps of an ordinal attribute share its direction and differ in their bias, so that their order cannot
+    contradict itself (CORAL, Cao et al. 2020, arXiv:1901.07884).
+    """
+
+    biases: nn.Parameter
+    attribute_of: Tensor
+    thresholds: Tensor
+
+    def __init__(self, embedding: int, specs: Sequence[AttributeSpec]) -> None:
+        super().__init__()
+        self.specs = tuple(specs)
+        owners = [k for k, spec in enumerate(specs) for _ in range(spec.outputs)]
+        steps = [level for spec in specs for level in (spec.levels[:-1] or (0.0,))]
+        self.weight = nn.Parameter(torch.empty(len(self.specs), embedding))
+        nn.init.normal_(self.weight, std=0.01)
+        self.biases = nn.Parameter(torch.zeros(len(owners)))
+        self.register_buffer("attribute_of", torch.tensor(owners), persistent=False)
+        self.register_buffer("thresholds", torch.tensor(steps), persistent=False)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Embeddings [B, D] of any length to logits [B, K], float32 or wider."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            spread = unit(embeddings) * math.sqrt(embeddings.shape[1])  # coordinates of about 1, whatever the length
+            return F.linear(spread, self.weight)[:, self.attribute_of] + self.biases
+
+    def targets(self, values: Tensor) -> Tensor:
+        """Values of the attributes [B, A] to what the logits stand for: [B, K] of 0, 1, or NaN where unknown."""
+        spread = values[:, self.attribute_of]
+        return (spread > self.thresholds).to(values).masked_fill(spread.isnan(), torch.nan)
+
+    def read(self, logits: Tensor) -> Tensor:
+        """Logits [B, K] to [B, A]: the probability of a yes, or the level whose steps below are all likelier than
+        not."""
+        columns, start = [], 0
+        for spec in self.specs:
+            own = torch.sigmoid(logits[:, start : start + spec.outputs].float())
+            start += spec.outputs
+            if spec.levels:
+                levels = torch.tensor(spec.levels, device=logits.device)
+                columns.append(levels[(own > 0.5).sum(1)])
+            else:
+                columns.append(own[:, 0])
+        return torch.stack(columns, dim=1)
+
+    @torch.no_grad()
+    def start_from(self, values: Tensor) -> None:
+        """Biases that give how often each logit's answer is yes among values [N, A]; the loss then starts low."""
+        positive = self.targets(values)
+        known = ~positive.isnan()
+        rate = (positive.nan_to_num().sum(0) + 1) / (known.sum(0) + 2)
+        self.biases.copy_(torch.logit(rate))

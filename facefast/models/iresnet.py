@@ -7,15 +7,19 @@ key.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from facefast.models.residual import drop_paths
 
 DEPTHS = {
     "iresnet18": (2, 2, 2, 2),
     "iresnet34": (3, 4, 6, 3),
     "iresnet50": (3, 4, 14, 3),
     "iresnet100": (3, 13, 30, 3),
+    "iresnet200": (6, 26, 60, 6),
 }
 REDUCTION = 16
 STAGES = {
@@ -29,9 +33,9 @@ STAGES = {
 
 
 class Block(nn.Module):
-    """BN, convolution, BN, PReLU, convolution, BN, plus the input."""
+    """BN, convolution, BN, PReLU, convolution, BN, plus the input; `drop` is the branch's stochastic depth."""
 
-    def __init__(self, channels: int, out: int, stride: int) -> None:
+    def __init__(self, channels: int, out: int, stride: int, drop: nn.Module) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1, bias=False)
@@ -42,10 +46,12 @@ class Block(nn.Module):
         self.downsample: nn.Module | None = None
         if stride != 1 or channels != out:
             self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, out, H / stride, W / stride]."""
         out: Tensor = self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x))))))
+        out = self.drop(out)
         return out + (x if self.downsample is None else self.downsample(x))
 
 
@@ -69,6 +75,7 @@ class IResNet(nn.Module):
         shape: (height, width) of the pictures; the last layer has a weight per cell of the last feature map, so a
             trained network takes this shape only.
         embedding: numbers in an embedding.
+        drop_path: stochastic depth of the last block, see `residual.drop_paths`.
     """
 
     def __init__(
@@ -76,15 +83,17 @@ class IResNet(nn.Module):
         depths: tuple[int, int, int, int],
         shape: tuple[int, int],
         embedding: int = 512,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.prelu = nn.PReLU(64)
-        self.layer1 = _stage(64, 64, depths[0])
-        self.layer2 = _stage(64, 128, depths[1])
-        self.layer3 = _stage(128, 256, depths[2])
-        self.layer4 = _stage(256, 512, depths[3])
+        drop = drop_paths(drop_path, sum(depths))
+        self.layer1 = _stage(64, 64, depths[0], drop)
+        self.layer2 = _stage(64, 128, depths[1], drop)
+        self.layer3 = _stage(128, 256, depths[2], drop)
+        self.layer4 = _stage(256, 512, depths[3], drop)
         self.bn2 = nn.BatchNorm2d(512)
         cells = math.ceil(shape[0] / REDUCTION) * math.ceil(shape[1] / REDUCTION)
         self.fc = nn.Linear(512 * cells, embedding)
@@ -101,6 +110,6 @@ class IResNet(nn.Module):
         return embeddings
 
 
-def _stage(channels: int, out: int, count: int) -> nn.Sequential:
-    first = Block(channels, out, stride=2)
-    return nn.Sequential(first, *(Block(out, out, stride=1) for _ in range(count - 1)))
+def _stage(channels: int, out: int, count: int, drop: Callable[[], nn.Module]) -> nn.Sequential:
+    blocks = [Block(channels if i == 0 else out, out, 2 if i == 0 else 1, drop()) for i in range(count)]
+    return nn.Sequential(*blocks)

@@ -1,14 +1,17 @@
 """MobileFaceNet (Chen et al. 2018, arXiv:1804.07573), built by `backbones` for face sizes of any shape.
 
 Names of layers and parameters are those of github.com/Xiaoccer/MobileFaceNet_Pytorch, so that its checkpoints load key
-for key.
+for key. Half the channels and ReLU make the student that integer arithmetic runs: such runtimes have no PReLU.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
+
+from facefast.models.residual import drop_paths
 
 # Expansion, channels, blocks, stride of the first block: table 1 of the paper.
 BLOCKS = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
@@ -20,10 +23,17 @@ STAGES = {
     "stage3": tuple(f"blocks.{i}" for i in range(12, 15)),
     "embedding": ("conv2", "linear7", "linear1"),
 }
+Activation = Callable[[int], nn.Module]
+"""A layer for a number of channels, such as `nn.PReLU`."""
+
+
+def relu(channels: int) -> nn.Module:
+    """ReLU as an `Activation`: it needs no channels."""
+    return nn.ReLU()
 
 
 class ConvBlock(nn.Module):
-    """Convolution, BatchNorm and, unless `linear`, PReLU; `groups` equal to `channels` is depthwise."""
+    """Convolution, BatchNorm and, where there is one, an activation; `groups` equal to `channels` is depthwise."""
 
     def __init__(
         self,
@@ -34,12 +44,12 @@ class ConvBlock(nn.Module):
         stride: int = 1,
         padding: int = 0,
         groups: int = 1,
-        linear: bool = False,
+        activation: Activation | None = None,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, out, kernel, stride, padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(out)
-        self.prelu = nn.Identity() if linear else nn.PReLU(out)
+        self.prelu = nn.Identity() if activation is None else activation(out)  # the published name, whatever it is
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, out, H', W']."""
@@ -48,26 +58,29 @@ class ConvBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Inverted residual with a linear bottleneck (MobileNetV2) and PReLU."""
+    """Inverted residual with a linear bottleneck (MobileNetV2); `drop` is the branch's stochastic depth."""
 
-    def __init__(self, channels: int, out: int, stride: int, expansion: int) -> None:
+    def __init__(
+        self, channels: int, out: int, stride: int, expansion: int, activation: Activation, drop: nn.Module
+    ) -> None:
         super().__init__()
         wide = channels * expansion
         self.connect = stride == 1 and channels == out
         self.conv = nn.Sequential(
             nn.Conv2d(channels, wide, 1, bias=False),
             nn.BatchNorm2d(wide),
-            nn.PReLU(wide),
+            activation(wide),
             nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False),
             nn.BatchNorm2d(wide),
-            nn.PReLU(wide),
+            activation(wide),
             nn.Conv2d(wide, out, 1, bias=False),
             nn.BatchNorm2d(out),
         )
+        self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, out, H / stride, W / stride]."""
-        out: Tensor = self.conv(x)
+        out: Tensor = self.drop(self.conv(x))
         return x + out if self.connect else out
 
 
@@ -78,22 +91,39 @@ class MobileFaceNet(nn.Module):
         shape: (height, width) of the pictures; the global depthwise convolution has a weight per cell of the last
             feature map, so a trained network takes this shape only.
         embedding: numbers in an embedding.
+        width: factor on every number of channels of the paper.
+        activation: what follows a BatchNorm; the paper's is PReLU.
+        drop_path: stochastic depth of the last residual block, see `residual.drop_paths`.
     """
 
-    def __init__(self, shape: tuple[int, int], embedding: int = 128) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        embedding: int = 128,
+        *,
+        width: float = 1.0,
+        activation: Activation = nn.PReLU,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.conv1 = ConvBlock(3, 64, 3, stride=2, padding=1)
-        self.dw_conv1 = ConvBlock(64, 64, 3, padding=1, groups=64)
-        blocks, channels = [], 64
-        for expansion, out, count, stride in BLOCKS:
+        channels, last = round(64 * width), round(512 * width)
+        self.conv1 = ConvBlock(3, channels, 3, stride=2, padding=1, activation=activation)
+        self.dw_conv1 = ConvBlock(channels, channels, 3, padding=1, groups=channels, activation=activation)
+        # A block that changes the number of channels or the stride adds nothing to its input and is never left out.
+        next_drop = drop_paths(drop_path, sum(count - (stride > 1) for _, _, count, stride in BLOCKS))
+        blocks = []
+        for expansion, paper, count, stride in BLOCKS:
+            out = round(paper * width)
             for i in range(count):
-                blocks.append(Bottleneck(channels, out, stride if i == 0 else 1, expansion))
+                residual = i > 0 or stride == 1
+                drop = next_drop() if residual else nn.Identity()
+                blocks.append(Bottleneck(channels, out, stride if i == 0 else 1, expansion, activation, drop))
                 channels = out
         self.blocks = nn.Sequential(*blocks)
-        self.conv2 = ConvBlock(channels, 512, 1)
+        self.conv2 = ConvBlock(channels, last, 1, activation=activation)
         grid = (math.ceil(shape[0] / REDUCTION), math.ceil(shape[1] / REDUCTION))
-        self.linear7 = ConvBlock(512, 512, grid, groups=512, linear=True)
-        self.linear1 = ConvBlock(512, embedding, 1, linear=True)
+        self.linear7 = ConvBlock(last, last, grid, groups=last)
+        self.linear1 = ConvBlock(last, embedding, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.groups == 1:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")

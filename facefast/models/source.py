@@ -1,20 +1,16 @@
 """Source models: weights from a file, a facefast checkpoint or a library, and how they enter a model.
 
-`face.build_model` and `train` call `load_source` and `apply_source`. A file is data here, never a program: pickles are
-read by torch's weights-only loader and by nothing else.
+`face.build_model` and `train` call `load_source` and `apply_source`; `readers` reads files, `layouts` says what they
+are.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from facefast import files
@@ -27,6 +23,7 @@ from facefast.models.layouts import (
     Layout,
     recognise,
 )
+from facefast.models.readers import read
 from facefast.recipe import ImageSpec, from_json
 
 IMAGENET = "imagenet"
@@ -42,7 +39,18 @@ CONTAINERS = (
     "weights",
 )
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "net.")
-CLASSIFIERS = ("head.", "fc.", "classifier.", "last_linear.", "logits.", "margin.", "arc_face.")
+HEADS = ("head.", "attribute_heads.")
+CLASSIFIERS = (
+    *HEADS,
+    "fc.",
+    "fc8.",
+    "classifier.",
+    "classif.",
+    "last_linear.",
+    "logits.",
+    "margin.",
+    "arc_face.",
+)
 MAX_NESTING = 4
 SHOWN = 4
 
@@ -96,8 +104,8 @@ def load_source(source: str | Path, backbone: str = "auto") -> Source:
     """Reads source weights and finds out what they are.
 
     Args:
-        source: a safetensors file, a file of `torch.save`, a facefast run, checkpoint or package folder, or "imagenet"
-            for the weights that torchvision or timm publish for `backbone`.
+        source: a file that `readers.read` knows (safetensors, torch.save, .npz, Keras' .h5), a facefast run, checkpoint
+            or package folder, or "imagenet" for the weights that torchvision or timm publish for `backbone`.
         backbone: its architecture where the weights do not tell; auto asks them.
 
     Raises:
@@ -109,8 +117,8 @@ def load_source(source: str | Path, backbone: str = "auto") -> Source:
     path = Path(source)
     if path.is_dir():
         return _from_folder(path)
-    state = strip_prefixes(_find_state(_read(path), path), path)
-    layout = recognise(state) or Layout("")
+    state = strip_prefixes(_find_state(read(path), path), path)
+    layout = recognise(state, backbone) or Layout("")
     if backbone in NAMES and layout.backbone not in ("", backbone):
         raise ValueError(f"{path} holds a {layout.backbone}, model.backbone is {backbone}; leave that out to take it")
     return Source(
@@ -119,17 +127,17 @@ def load_source(source: str | Path, backbone: str = "auto") -> Source:
         embedding=layout.embedding,
         image=layout.image,
         fixed=layout.fixed,
-        state={f"backbone.{key}": tensor for key, tensor in state.items()},
+        state={f"backbone.{key}": tensor for key, tensor in layout.translate(state).items()},
     )
 
 
 def apply_source(model: nn.Module, source: Source) -> Report:
-    """Copies a source's weights into a `FaceModel`, its head excepted.
+    """Copies a source's weights into a `FaceModel`, its heads excepted.
 
     Raises:
         ValueError: a tensor of another shape, or not one that fits; the model is then as it was.
     """
-    own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("head.")}
+    own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(HEADS)}
     used = {key: tensor for key, tensor in source.state.items() if key in own}
     left = [key for key in source.state if key not in own]
     for key, tensor in used.items():
@@ -179,28 +187,6 @@ def strip_prefixes(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]
     return stripped
 
 
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(
-            f"source weights {path}: no such file; give a weights file, a run or checkpoint folder, {IMAGENET} or none"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a sound safetensors file: {error}") from error
-    except Exception as error:
-        # torch's own message recommends the unsafe loader; ours must not.
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it asks for {wanted[1]}" if wanted else str(error).partition("\n")[0].partition(". ")[0]
-        raise ValueError(
-            f"{path} was refused: it is damaged, or holds more than tensors ({reason}), and "
-            "a pickle can run any program. Where you trust the file, save its state dict alone, "
-            "best as safetensors"
-        ) from error
-
-
 def _find_state(value: Any, path: Path, depth: int = 0) -> dict[str, Tensor]:
     """The state dict in what a file holds, however a training program wrapped it."""
     found = value if isinstance(value, Mapping) else {}
@@ -237,7 +223,7 @@ def _from_folder(path: Path) -> Source:
                 embedding=config["embedding"],
                 image=from_json(ImageSpec, config["image"]),
                 fixed=WHOLE_CONTRACT,
-                state=_read(weights[0]),
+                state=read(weights[0]),
             )
         except KeyError as error:
             raise ValueError(f"{document} has no entry {error}; it is not a facefast model") from error
