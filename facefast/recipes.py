@@ -1,24 +1,45 @@
 """Named recipes: plain functions returning a `Recipe`. Each docstring has the command, what to expect and how long it
 takes.
 
-`train` picks one when none is named: `drawn` without --data.root, `finetune` with a source model, else `scratch`.
+`train` picks one when none is named: `drawn` without --data.root, `finetune` with a source model, else `scratch`. What
+each of the others is good for on real faces stands in docs/transfer.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from facefast.recipe import (
     AugmentSpec,
+    BinaryConfig,
     DataConfig,
+    DistillConfig,
     EvalConfig,
     ImageSpec,
     LossConfig,
     ModelConfig,
     Phase,
     Recipe,
+    TaskConfig,
 )
+
+
+class Given(NamedTuple):
+    """What a recipe cannot do without, from the command line."""
+
+    source: str = "none"
+    """--model.source."""
+    teacher: str = "none"
+    """--model.teacher."""
+    people: tuple[str, ...] = ()
+    """--binary.people."""
+    negatives: str = ""
+    """--binary.negatives."""
+    attributes: tuple[str, ...] = ()
+    """--tasks.attributes."""
+
 
 MILD = AugmentSpec(crop=0.1, flip=0.5, rotation=5, brightness=0.2, contrast=0.2, saturation=0.2)
 STRONG = AugmentSpec(
@@ -37,7 +58,7 @@ STRONG = AugmentSpec(
 COSINE_SOFTMAX = LossConfig(margin="cos", margin_size=0.1, scale=24)
 
 
-def drawn(source: str = "none") -> Recipe:
+def drawn(given: Given) -> Recipe:
     """Draws faces, trains a source model on some identities and moves it to others.
 
     Command: `make train`, or `python -m facefast.train`.
@@ -77,32 +98,246 @@ def drawn(source: str = "none") -> Recipe:
     )
 
 
-def finetune(source: str = "none") -> Recipe:
-    """Moves a source model to the people in a folder of photographs: class-mean head, small rate, statistics kept.
+FLIP = AugmentSpec(flip=0.5)
+LAST = Phase(
+    name="last",
+    start="source",
+    head_start="class_mean",
+    epochs=3,
+    batch_size=64,
+    lr=0.01,
+    warmup=0.1,
+    trainable=("last:3",),
+    batchnorm="auto",
+    loss=COSINE_SOFTMAX,
+    augment=FLIP,
+)
+"""From a source model: the last stages, from the class means."""
+ALL = dataclasses.replace(
+    LAST,
+    name="all",
+    start="previous",
+    head_start="previous",
+    epochs=1,
+    lr=0.002,
+    layer_decay=0.7,
+    trainable=("all",),
+)
+"""After `LAST`: everything, each stage further from the head slower."""
+
+
+def finetune(given: Given) -> Recipe:
+    """Staged fine-tuning, the default: class-mean head, then the last stages, then all of them slower and slower.
 
     Command: `torchrun --standalone --nproc-per-node 2 -m facefast.train --data.root DIR --model.source FILE`.
     """
-    return Recipe(
-        model=ModelConfig(source=source, head="cosine"),
-        phases=(
-            Phase(
-                name="finetune",
-                start="source",
-                head_start="class_mean",
-                epochs=4,
-                batch_size=64,
-                lr=0.01,
-                warmup=0.1,
-                trainable=("last:3",),
-                batchnorm="frozen",
-                loss=COSINE_SOFTMAX,
-                augment=AugmentSpec(flip=0.5),
-            ),
-        ),
+    return _from_source(given, LAST, ALL)
+
+
+def fixed(given: Given) -> Recipe:
+    """Fixed weights: the backbone stays as it is, features are computed once, only the head learns from them.
+
+    Command: `facefast train fixed --data.root DIR --model.source FILE`.
+    """
+    return _from_source(given, FIXED)
+
+
+def share(given: Given) -> Recipe:
+    """Weight sharing: all layers start from the source, the first ones stay, the last ones and a random head train.
+
+    Command: `facefast train share --data.root DIR --model.source FILE [--phases.share.trainable last:2]`.
+    """
+    return _from_source(given, _varied("share", head_start="random", lr=0.02, epochs=4))
+
+
+def twophase(given: Given) -> Recipe:
+    """Two phases of the classical tutorial: softmax with dropout, then focal loss at a small rate; Adam 3e-4, halved
+    every 5 epochs.
+
+    Command: `facefast train twophase --data.root DIR --model.source FILE`.
+    """
+    adam = {"optimizer": "adam", "schedule": "step", "step_epochs": 5, "step_gamma": 0.5, "warmup": 0.0}
+    pretrain = _varied("pretrain", head_start="random", epochs=10, lr=3e-4, weight_decay=0.0, loss=LossConfig(), **adam)
+    refine = dataclasses.replace(
+        pretrain, name="refine", start="previous", head_start="previous", epochs=5, lr=3e-5, loss=LossConfig(gamma=2.0)
+    )
+    return _from_source(given, pretrain, refine, model=ModelConfig(dropout=0.5))
+
+
+def extract(given: Given) -> Recipe:
+    """Feature extraction, then fine-tuning: the head learns on fixed features first, then the last stages with it.
+
+    Command: `facefast train extract --data.root DIR --model.source FILE`.
+    """
+    return _from_source(given, FIXED, dataclasses.replace(LAST, start="previous", head_start="previous"))
+
+
+def softmax(given: Given) -> Recipe:
+    """Plain softmax cross entropy on a linear head, instead of the default's cosine margin.
+
+    Command: `facefast train softmax --data.root DIR --model.source FILE [--phases.softmax.loss.label-smoothing 0.1]`.
+    """
+    return _from_source(given, _varied("softmax", loss=LossConfig(), epochs=4), model=ModelConfig())
+
+
+def focal(given: Given) -> Recipe:
+    """Focal loss with class weights by the effective number of pictures, for identities of very different size.
+
+    Command: `facefast train focal --data.root DIR --model.source FILE`.
+    """
+    return _from_source(given, _with_loss("focal", gamma=2.0, class_weights="effective"))
+
+
+def arcface(given: Given) -> Recipe:
+    """ArcFace's angular margin.
+
+    Command: `facefast train arcface --data.root DIR --model.source FILE`.
+    """
+    return _from_source(given, _with_loss("arcface", margin="arc", margin_size=0.2))
+
+
+def cosface(given: Given) -> Recipe:
+    """CosFace's cosine margin, as wide as its paper has it.
+
+    Command: `facefast train cosface --data.root DIR --model.source FILE`.
+    """
+    return _from_source(given, _with_loss("cosface", margin_size=0.35))
+
+
+def adaface(given: Given) -> Recipe:
+    """AdaFace's margin, which pictures of low quality are spared.
+
+    Command: `facefast train adaface --data.root DIR --model.source FILE`.
+    """
+    return _from_source(given, _with_loss("adaface", margin="ada", margin_size=0.2))
+
+
+def triplet(given: Given) -> Recipe:
+    """Triplets instead of classes, for sets that are only verified; --phases.triplet.loss.weight 1 mixes both.
+
+    Command: `facefast train triplet --data.root DIR --model.source FILE`.
+    """
+    return _pairwise(given, "triplet", LossConfig(weight=0.0, triplet=1.0))
+
+
+def contrastive(given: Given) -> Recipe:
+    """Supervised contrastive loss instead of classes, for sets that are only verified.
+
+    Command: `facefast train contrastive --data.root DIR --model.source FILE`.
+    """
+    return _pairwise(given, "contrastive", LossConfig(weight=0.0, contrastive=1.0))
+
+
+def distill(given: Given) -> Recipe:
+    """A smaller student learns from a teacher's embeddings and names beside the labels.
+
+    Command: `facefast train distill --data.root DIR --model.teacher RUN [--model.backbone mobilefacenet_half]`.
+    """
+    if given.teacher == "none":
+        raise ValueError("recipe distill needs --model.teacher RUN, the model to learn from")
+    student = Phase(
+        name="distill",
+        start="scratch",
+        epochs=20,
+        batch_size=64,
+        lr=0.1,
+        warmup=0.1,
+        loss=COSINE_SOFTMAX,
+        distill=DistillConfig(embeddings=20.0),
+        augment=FLIP,
+    )
+    model = ModelConfig(backbone="mobilefacenet_half", teacher=given.teacher, head="cosine")
+    return Recipe(model=model, phases=(student,))
+
+
+def regularised(given: Given) -> Recipe:
+    """Fine-tuning on a leash: L2-SP towards the source, mixup, stochastic depth, averaged weights.
+
+    Command: `facefast train regularised --data.root DIR --model.source FILE`.
+    """
+    phase = _varied("regularised", trainable=("all",), layer_decay=0.7, l2sp=0.01, mixup=0.1)
+    return _from_source(given, phase, ema=0.98, model=ModelConfig(head="cosine", drop_path=0.05))
+
+
+def multitask(given: Given) -> Recipe:
+    """Names and attributes at once, a head each; further folders may know only attributes, such as AFAD's ages.
+
+    Command: `facefast train multitask --data.root DIR --model.source FILE --tasks.attributes Male [--data.more AFAD]`.
+    """
+    if not given.attributes:
+        raise ValueError("recipe multitask needs --tasks.attributes NAME..., what to learn beside names")
+    return _from_source(given, _varied("multitask", epochs=4), tasks=TaskConfig(attributes=given.attributes))
+
+
+def binary(given: Given) -> Recipe:
+    """One output, yes or no: is this our person (--binary.people), is this a face (--binary.negatives DIR).
+
+    Command: `facefast train binary --data.root DIR --model.source FILE --binary.people NAME`.
+    """
+    if not (given.people or given.negatives):
+        raise ValueError("recipe binary needs --binary.people NAME... or --binary.negatives DIR: whom to say no to")
+    phase = _varied("binary", head_start="random", loss=LossConfig(weight=0.0), epochs=4)
+    return _from_source(
+        given,
+        phase,
+        binary=BinaryConfig(people=given.people, negatives=given.negatives),
+        tasks=TaskConfig(alpha=0.75),
     )
 
 
-def scratch(source: str = "none") -> Recipe:
+def prune(given: Given) -> Recipe:
+    """Magnitude pruning with fine-tuning: half of the weights end at 0, the others make up for them.
+
+    Command: `facefast train prune --data.root DIR --model.source FILE [--phases.prune.prune 0.7]`.
+    """
+    return _from_source(given, _varied("prune", trainable=("all",), prune=0.5, epochs=4))
+
+
+def pseudolabel(given: Given) -> Recipe:
+    """Named pictures first, then two rounds in which the model names those without a name and learns from them.
+
+    Command: `facefast train pseudolabel --data.root DIR --model.source FILE [--data.more DIR]`.
+    """
+    first = dataclasses.replace(LAST, name="named", epochs=2)
+    rounds = [
+        dataclasses.replace(LAST, name=name, start="previous", labels="pseudo", epochs=2)
+        for name in ("round1", "round2")
+    ]
+    return _from_source(given, first, *rounds)
+
+
+def align(given: Given) -> Recipe:
+    """Brings the embeddings of pictures without a name, from another camera say, to the statistics of the named ones.
+
+    Command: `facefast train align --data.root DIR --model.source FILE --data.more TARGET`.
+    """
+    return _from_source(given, _varied("align", align="coral"))
+
+
+FIXED = dataclasses.replace(
+    LAST, name="fixed", epochs=10, lr=0.02, trainable=("head",), augment=AugmentSpec(), batchnorm="frozen"
+)
+
+
+def _from_source(given: Given, *phases: Phase, **fields: Any) -> Recipe:
+    model = fields.pop("model", ModelConfig(head="cosine"))
+    return Recipe(model=dataclasses.replace(model, source=given.source), phases=phases, **fields)
+
+
+def _varied(name: str, **fields: Any) -> Phase:
+    return dataclasses.replace(LAST, name=name, **fields)
+
+
+def _with_loss(name: str, **fields: Any) -> Phase:
+    return _varied(name, loss=dataclasses.replace(COSINE_SOFTMAX, **fields), epochs=4)
+
+
+def _pairwise(given: Given, name: str, loss: LossConfig) -> Recipe:
+    phase = _varied(name, loss=loss, head_start="random", sampler="pk", epochs=4)
+    return _from_source(given, phase, data=DataConfig(verify_fraction=0.2))
+
+
+def scratch(given: Given) -> Recipe:
     """Trains from random weights: what there is to do without a source model, and the baseline for those who have one.
 
     Command: `torchrun --standalone --nproc-per-node 2 -m facefast.train --data.root DIR`.
@@ -124,13 +359,46 @@ def scratch(source: str = "none") -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[str], Recipe]] = {f.__name__: f for f in (drawn, finetune, scratch)}
+RECIPES: dict[str, Callable[[Given], Recipe]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        drawn,
+        finetune,
+        scratch,
+        fixed,
+        share,
+        twophase,
+        extract,
+        softmax,
+        focal,
+        arcface,
+        cosface,
+        adaface,
+        triplet,
+        contrastive,
+        distill,
+        regularised,
+        multitask,
+        binary,
+        prune,
+        pseudolabel,
+        align,
+    )
+}
 
 
 def with_scratch_baseline(recipe: Recipe) -> Recipe:
-    """The recipe preceded by its last phase from random weights, on the same pictures and budget."""
+    """The recipe preceded by a phase from random weights, on the pictures of its last phase and the budget of all."""
     last = recipe.phases[-1]
     baseline = dataclasses.replace(
-        last, name="scratch", start="scratch", head_start="random", batchnorm="train", lr=0.1, trainable=("all",)
+        last,
+        name="scratch",
+        start="scratch",
+        head_start="random",
+        epochs=sum(phase.epochs for phase in recipe.phases),
+        batchnorm="train",
+        lr=0.1,
+        layer_decay=1.0,
+        trainable=("all",),
     )
     return dataclasses.replace(recipe, phases=(baseline, *recipe.phases))

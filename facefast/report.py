@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from facefast import files
+from facefast.baselines import BASELINES
 
 COLUMNS = (
     ("top1", "top-1"),
@@ -45,19 +47,39 @@ def table(results: dict[str, dict[str, float]]) -> list[str]:
 
 
 def _cells(results: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
-    columns = [(key, title) for key, title in COLUMNS if any(key in found for found in results.values())]
-    rows = [
-        [phase, *(f"{found[key]:.2%}" if math.isfinite(found.get(key, math.nan)) else "-" for key, _ in columns)]
-        for phase, found in results.items()
-    ]
+    present = {key for found in results.values() for key in found}
+    told = sorted(key for key in present if key.endswith(("/accuracy", "/auc", "/mae")))
+    columns = [(key, title) for key, title in COLUMNS if key in present] + [(k, k.replace("/", " ")) for k in told]
+    rows = [[phase, *(_cell(key, found.get(key, math.nan)) for key, _ in columns)] for phase, found in results.items()]
     return ["phase", *(title for _, title in columns)], rows
+
+
+def _cell(key: str, value: float) -> str:
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.2f}" if key.endswith("/mae") else f"{value:.2%}"
+
+
+def with_baselines(exam: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Rows of the table for what an exam says of the source model untrained; the first has its verification too."""
+    rows: dict[str, dict[str, float]] = {}
+    for key, title in BASELINES.items():
+        if key in exam:
+            rows[title] = {"top1": exam[key]}
+    if rows:
+        first = next(iter(rows.values()))
+        first.update({k: v for k, v in exam.items() if "verification" in k or "tar@" in k or k.endswith("auc")})
+    return rows
 
 
 def write(folder: Path) -> Path:
     """Writes `report.html` from recipe.json, plan.json, environment.json, status.json and metrics.jsonl."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     status = files.read_json(folder / "status.json")
-    exams = _best_exams([line for line in lines if line["split"] == "eval"], status)
+    evaluated = [line for line in lines if line["split"] == "eval"]
+    exams = _best_exams(evaluated, status)
+    for line in evaluated:
+        exams = with_baselines(line) | exams
     header, rows = _cells({phase: {k: v for k, v in e.items() if v is not None} for phase, e in exams.items()})
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     head = "".join(f"<th>{html.escape(title)}</th>" for title in header)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +19,18 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from facefast import files, ops
+from facefast import files
 from facefast.checkpoint import pack_optimizer, read_tensors, unpack_optimizer
 from facefast.data import Batch
+from facefast.distill import Teacher
 from facefast.models import FaceModel
+from facefast.objective import Objective, Share
 from facefast.optim import build_optimizer, rate_factor
-from facefast.recipe import LossConfig, Phase, PhasePlan, Plan, Recipe, to_json
+from facefast.prune import Pruner
+from facefast.recipe import Phase, PhasePlan, Plan, Recipe, to_json
 from facefast.runtime import Runtime, cpu_has_bf16
-from facefast.transfer import freeze_batchnorm, freeze_stages, parameter_groups
+from facefast.transfer import Anchor, freeze_batchnorm, freeze_stages, keeps_statistics, parameter_groups
 
-IGNORED = -100
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -53,17 +56,35 @@ class Precision(NamedTuple):
         return torch.autocast(device.type, self.dtype, enabled=self.name != "fp32")
 
 
+@dataclass(frozen=True)
+class Supply:
+    """What a phase learns from beside its batches; every part may be missing."""
+
+    counts: Tensor | None = None
+    """[C] training pictures of each class."""
+    values: Tensor | None = None
+    """[N, A] attributes of the training rows, NaN where unknown."""
+    embeddings: Tensor | None = None
+    """[N, D] of the training rows where a frozen backbone needs to see each picture only once; NaN for unreadable
+    ones."""
+    teacher: Teacher | None = None
+    source: Mapping[str, Tensor] | None = None
+    """The source model's weights, for L2-SP."""
+
+
 class TrainState:
     """All that training changes. `enter` begins a phase; `tensors`, `documents` and `load` are its checkpoint form."""
 
     model: FaceModel
+    objective: Objective
     network: nn.Module
+    """The objective as DDP wants it."""
     optimizer: torch.optim.Optimizer
     scaler: GradScaler
     average: AveragedModel | None
-    embeddings: Tensor | None
-    """[N, D] of the training rows where a frozen backbone needs to see each picture only once; NaN for unreadable
-    ones."""
+    pruner: Pruner | None
+    anchor: Anchor | None
+    supply: Supply
 
     def __init__(self, recipe: Recipe, plan: Plan, run: Runtime) -> None:
         self.recipe, self.plan, self.run = recipe, plan, run
@@ -74,14 +95,28 @@ class TrainState:
         self.best: float | None = None  # the named metric's best value in this phase
         self.results: dict[str, dict[str, float]] = {}  # the best exam of each phase: that of its best checkpoint
 
-    def enter(self, number: int, model: FaceModel, embeddings: Tensor | None = None) -> None:
-        """Begins phase `number` with `model`: what learns, how fast, and the network as DDP and the compiler want
+    def enter(self, number: int, model: FaceModel, supply: Supply | None = None) -> None:
+        """Begins phase `number` with `model`: what learns, how fast, and the objective as DDP and the compiler want
         it."""
-        self.phase, self.phase_step, self.best = number, 0, None
-        self.model, self.embeddings = model, embeddings
-        phase, device = self.settings, self.run.device
+        if not self._continues(number):
+            self.best = None
+        self.phase, self.phase_step = number, 0
+        self.model, self.supply = model, supply or Supply()
+        phase, device, supply = self.settings, self.run.device, self.supply
         freeze_stages(model, phase.trainable)
-        self.optimizer = build_optimizer(phase, parameter_groups(model, phase), device)
+        self.objective = Objective(
+            model,
+            phase,
+            self.recipe.tasks,
+            counts=supply.counts,
+            cached=supply.embeddings is not None,
+            teacher=supply.teacher,
+            autocast=self.precision.autocast(device),
+            compile=self.recipe.compile,
+        ).to(device)
+        self.values = torch.zeros(0, 0) if supply.values is None else supply.values.to(device)
+        own = [parameter for _, parameter in self.objective.own_parameters()]
+        self.optimizer = build_optimizer(phase, parameter_groups(model, phase, own), device)
         # One mechanism for all precisions: the scaler's check on the device guards bf16 and fp32 too, at scale 1.
         scale = 2.0**14 if self.precision.name == "fp16" else 1.0
         self.scaler = GradScaler(device.type, init_scale=scale)
@@ -89,22 +124,32 @@ class TrainState:
         if self.recipe.ema:
             decay = get_ema_multi_avg_fn(self.recipe.ema)
             self.average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
-        network: nn.Module = model if embeddings is None else model.classifier
-        if self.recipe.compile:
-            network = torch.compile(network)  # type: ignore[assignment]
+        self.anchor = Anchor(model, supply.source, phase.l2sp) if phase.l2sp and supply.source else None
+        self.pruner = Pruner(model, phase.prune) if phase.prune else None
+        self.network = self.objective
         if self.run.world.size > 1:
-            network = DistributedDataParallel(
-                network,
+            self.network = DistributedDataParallel(
+                self.objective,
                 device_ids=[device] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
             )
-        self.network = network
         self.set_modes()
+
+    def _continues(self, number: int) -> bool:
+        """Whether phase `number` goes on from the weights of the one before and faces the same exam, so that the best
+        of both is the best."""
+        phases = self.recipe.phases
+        return number > 0 and phases[number].start == "previous" and phases[number].split == phases[number - 1].split
 
     def set_modes(self) -> None:
         """Training mode, with BatchNorm as the phase says; to be called again after an exam."""
         self.network.train()
-        freeze_batchnorm(self.model, everywhere=self.settings.batchnorm == "frozen")
+        plan = self.phase_plan
+        freeze_batchnorm(self.model, everywhere=keeps_statistics(self.settings, plan.num_rows, plan.num_classes))
+
+    def values_of(self, rows: Tensor) -> Tensor:
+        """[B, A] attributes of training rows [B]; those of a row below 0 are another row's, and count for nothing."""
+        return self.values[rows.clamp(min=0)] if len(self.values) else self.values.new_zeros(len(rows), 0)
 
     @property
     def settings(self) -> Phase:
@@ -138,6 +183,8 @@ class TrainState:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Named tensors by file."""
         found = {"model": self.model.state_dict(), "optimizer": pack_optimizer(self.optimizer)[0]}
+        if own := self.objective.own_state():
+            found["objective"] = own
         if self.average is not None:
             found["ema"] = self.evaluated.state_dict()
         return found
@@ -164,6 +211,9 @@ class TrainState:
         """Takes over a checkpoint of this phase; call after `enter`."""
         document = files.read_json(path / "state.json")
         self.model.load_state_dict(read_tensors(path, "model"))
+        self.objective.load_state_dict(read_tensors(path, "objective"), strict=False)
+        if self.pruner is not None:
+            self.pruner.adopt()
         unpack_optimizer(self.optimizer, read_tensors(path, "optimizer"), document["optimizer"])
         self.scaler.load_state_dict(document["scaler"])
         if self.average is not None:
@@ -173,71 +223,62 @@ class TrainState:
             setattr(self, name, document[name])
 
 
-def train_step(state: TrainState, batches: Sequence[Batch], num_rows: int) -> Tensor:
+def train_step(state: TrainState, batches: Sequence[Batch], share: Share) -> Tensor:
     """One update from the micro-batches of this rank.
 
     Args:
         batches: accumulated one after the other; together with the other ranks' they are the update's batch.
-        num_rows: rows of the update over all ranks that the sampler holds valid. The loss is their mean; rows that
-            turn out unreadable are taken out of the divisor afterwards, on the device.
+        share: what the losses' means are taken over. Rows that turn out unreadable are taken out of the divisor
+            afterwards, on the device.
 
     Returns:
-        [4] float32 on the device, summed over ranks: see `log.STATS`.
+        [5 + T] float32 on the device, summed over ranks: `log.STATS`, then the objective's terms.
     """
     phase, world = state.settings, state.run.world
     torch.manual_seed(_seed(state.recipe.seed, state.step, world.rank))
     for group in state.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * state.lr / phase.lr
-    stats = torch.zeros(4, device=state.run.device)
+    stats = torch.zeros(5 + len(state.objective.names), device=state.run.device)
     for number, batch in enumerate(batches):
         with _no_sync(state.network, number < len(batches) - 1):
-            with state.precision.autocast(state.run.device):
-                logits = state.network(batch.images)  # [B, C]
-            loss_sum = loss_of(logits, batch.labels, phase.loss)
-            state.scaler.scale(loss_sum * (world.size / num_rows)).backward()
+            terms = state.network(batch, state.values_of(batch.rows), share, world.size)
+            state.scaler.scale(terms.total).backward()
         with torch.no_grad():
-            valid = batch.labels != IGNORED
-            stats[0] += loss_sum
-            stats[1] += ((logits.argmax(1) == batch.labels) & valid).sum()
-            stats[2] += valid.sum()
+            per_row = share.rows / world.size
+            stats[0] += terms.total * per_row
+            stats[1] += terms.correct
+            stats[2] += (batch.rows >= 0).sum()
+            stats[4] += (batch.labels >= 0).sum()
+            stats[5:] += terms.parts * per_row
     if world.size > 1:
         dist.all_reduce(stats)
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
-    factor = num_rows / stats[2].clamp(min=1)
+    factor = share.rows / stats[2].clamp(min=1)
     norm = nn.utils.get_total_norm(gradients) * factor
     if phase.clip_grad:
         factor = factor * (phase.clip_grad / norm.clamp(min=phase.clip_grad))
     torch._foreach_mul_(gradients, factor)
+    if state.anchor is not None:
+        state.anchor.pull()
     state.scaler.step(state.optimizer)
     if state.precision.name == "fp16":
         state.scaler.update()
     else:
         state.scaler.update(1.0)
     state.optimizer.zero_grad(set_to_none=True)
-    if state.average is not None:
-        state.average.update_parameters(state.model)
-    finite = torch.isfinite(norm)
-    stats[3] = 1 - finite.float()
-    stats[0] = torch.where(torch.isfinite(stats[0]), stats[0], 0)
     state.step += 1
     state.phase_step += 1
-    return stats
-
-
-def loss_of(logits: Tensor, labels: Tensor, loss: LossConfig) -> Tensor:
-    """Sum of the focal losses of the rows that count, float32 or wider."""
-    margins = {"none": None, "cos": ops.Cos(loss.margin_size), "arc": ops.Arc(loss.margin_size)}
-    return ops.focal_loss(
-        logits,
-        labels,
-        gamma=loss.gamma,
-        label_smoothing=loss.label_smoothing,
-        ignore_index=IGNORED,
-        margin=margins[loss.margin],
-        scale=loss.scale,
-        reduction="sum",
-    )
+    if state.pruner is not None:
+        state.pruner.update(state.phase_step / state.phase_plan.steps)
+    if state.average is not None:
+        state.average.update_parameters(state.model)
+        if state.pruner is not None:
+            assert isinstance(state.average.module, FaceModel)
+            state.pruner.apply_to(state.average.module)
+    finite = torch.isfinite(norm)
+    stats[3] = 1 - finite.float()
+    return torch.where(torch.isfinite(stats), stats, 0)
 
 
 def _no_sync(network: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:

@@ -6,44 +6,48 @@ torchrun [...] -m facefast.train [RECIPE] [--data.root DIR] [--out RUN] [--phase
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from facefast import checkpoint, cli, ending, files, runtime
+from facefast.baselines import Gallery
+from facefast.beginning import Start, begin, find_source, find_teacher, settle
 from facefast.data import Batch, Loader, Sampler, make_loader, make_sampler, oracle
-from facefast.evaluate import embed_rows, evaluate
+from facefast.evaluate import evaluate
 from facefast.log import Position, RunLog, environment
-from facefast.models import FaceModel, Source, build_model, load_source
+from facefast.objective import Share
 from facefast.prepare import Stage, prepare
 from facefast.recipe import EvalConfig, Recipe, resolve, to_json
+from facefast.report import with_baselines
 from facefast.runtime import Runtime, StorageError, decode_threads
 from facefast.step import TrainState, train_step
-from facefast.transfer import CachedLoader, advice, caches_features, class_means
+from facefast.transfer import CachedLoader
 
 
 def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     """Runs a recipe in a run folder, from its start or from where it was stopped; returns the exit code."""
-    source = find_source(recipe)
+    source, teacher = find_source(recipe), find_teacher(recipe, run.device)
     stages = prepare(recipe, folder, run)  #                         files -> index -> splits and exams
-    recipe = settle(recipe, source, stages)
+    recipe = settle(recipe, source, teacher, stages)
     plan = resolve(recipe, tuple(stage.facts() for stage in stages), run.world.size)
     state = TrainState(recipe, plan, run)
     saved = find_saved(folder, resume, state)
     with open_log(folder, state, saved) as log:
         for number in range(state.phase, len(stages)):
-            stage = stages[number]
-            begin(folder, state, number, stage, source, saved, log)
+            start = begin(folder, state, number, stages[number], source, teacher, saved, log)
+            stage = start.stage
+            if saved is None:
+                examine_untrained(folder, state, start, log)
             saved = None
             with open_loader(state, stage) as loader:  #             sampler -> rows -> augment -> dali -> Batch
                 show_pictures(state, stage, loader.sampler, log)
-                for batches, num_rows in updates(state, loader):
-                    stats = train_step(state, batches, num_rows)  #  model -> logits -> focal -> step
-                    log.step(where(state), stats, num_rows, loader.wait_seconds)
+                for batches, share in updates(state, loader, stage):
+                    stats = train_step(state, batches, share)  #     model -> logits -> focal -> step
+                    log.step(where(state), stats, share.rows, loader.wait_seconds, state.objective.names)
                     improved = exam_due(recipe.eval, state) and examine(state, stage, log)
                     stopping = run.agree(run.stop_requested)
                     if improved or stopping or save_due(recipe, state):
@@ -65,27 +69,6 @@ def open_folder(folder: Path, run: Runtime) -> None:
             ending.write_status(folder, "running")
     except OSError as error:
         raise StorageError(f"cannot write the run folder {folder}: {error}; choose another --out") from error
-
-
-def find_source(recipe: Recipe) -> Source | None:
-    """The source model's weights, read before anything slow happens."""
-    if recipe.model.source == "none":
-        return None
-    return load_source(recipe.model.source, recipe.model.backbone)
-
-
-def settle(recipe: Recipe, source: Source | None, stages: tuple[Stage, ...]) -> Recipe:
-    """The recipe with everything that was left to the source model or to the photographs written down."""
-    image = recipe.image.settled(source.image, source.fixed) if source else recipe.image.settled()
-    if image.template == "auto":
-        has_landmarks = all(stage.train.landmarks is not None for stage in stages)
-        image = dataclasses.replace(image, template="arcface" if has_landmarks else "none")
-    backbone = recipe.model.backbone
-    if backbone == "auto":
-        backbone = source.backbone if source and source.backbone else "mobilefacenet"
-    embedding = recipe.model.embedding or (source.embedding if source else 0)
-    model = dataclasses.replace(recipe.model, backbone=backbone, embedding=embedding)
-    return dataclasses.replace(recipe, image=image, model=model)
 
 
 def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
@@ -136,82 +119,13 @@ def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
     return log
 
 
-def begin(
-    folder: Path,
-    state: TrainState,
-    number: int,
-    stage: Stage,
-    source: Source | None,
-    saved: Path | None,
-    log: RunLog,
-) -> None:
-    """Enters a phase: its weights, its head, its optimiser; or all of them as a checkpoint has them."""
-    phase, plan = state.recipe.phases[number], state.plan.phases[number]
-    log.say(
-        f"phase {phase.name}: {plan.num_rows} pictures of {plan.num_classes} identities, {plan.steps} steps "
-        f"of {phase.batch_size}, {'goes on' if saved else 'starts from ' + phase.start}"
-    )
-    labels = torch.tensor(stage.train.labels, dtype=torch.long)
-    for warning in advice(labels.bincount(), phase):
-        log.say(f"note: {warning}")
-    model = starting_model(state, number, stage, source)
-    if saved:
-        model.load_state_dict(checkpoint.read_tensors(saved, "model"))
-    model.to(state.run.device)
-    if state.precision.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    wants_means = phase.head_start == "class_mean" and not saved
-    if wants_means and model.head is not None:
-        embeddings, seen = embed_training_rows(state, model, stage, mirror=True)
-        means = class_means(embeddings, labels.where(seen, -1), plan.num_classes)
-        model.head.start_from(means, float(embeddings[seen].norm(dim=1).mean()))
-    cached = None
-    if caches_features(phase):
-        cached, seen = embed_training_rows(state, model, stage, mirror=False)
-        cached[~seen] = torch.nan
-    state.enter(number, model, cached)
-    if saved:
-        state.load(saved)
-    elif wants_means and examine(state, stage, log):  # what there is before any training, the floor to beat
+def examine_untrained(folder: Path, state: TrainState, start: Start, log: RunLog) -> None:
+    """What there is before any training, the floor to beat; where a model starts with a head, it is its first
+    checkpoint."""
+    if start.gallery is None and state.settings.head_start != "class_mean":
+        return
+    if examine(state, start.stage, log, start.gallery):
         save(folder, state, improved=True)
-
-
-def starting_model(state: TrainState, number: int, stage: Stage, source: Source | None) -> FaceModel:
-    """Random weights, with the source model's or those of the phase before copied over them."""
-    recipe, phase = state.recipe, state.recipe.phases[number]
-    config = recipe.model if phase.start == "source" else dataclasses.replace(recipe.model, source="none")
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed + 1000 * number)
-        model = build_model(
-            config,
-            state.plan.phases[number].num_classes,
-            recipe.image,
-            stage.train.class_names,
-            source if phase.start == "source" else None,
-        )
-    model.scale = phase.loss.scale
-    if phase.start == "previous" and number > state.phase:
-        weights = state.evaluated.state_dict()
-        kept = {name: value for name, value in weights.items() if not name.startswith("head.")}
-        model.load_state_dict(kept, strict=False)
-    return model
-
-
-def embed_training_rows(
-    state: TrainState, model: FaceModel, stage: Stage, *, mirror: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, D] embeddings of the phase's training pictures without augmentation, and which rows were readable."""
-    return embed_rows(
-        model,
-        stage.train,
-        state.run,
-        state.precision,
-        batch_size=state.recipe.eval.batch_size,
-        threads=state.recipe.threads,
-        mirror=mirror,
-        max_bad_fraction=state.recipe.data.max_bad_fraction,
-        max_pixels=state.recipe.data.max_pixels,
-    )
 
 
 def open_loader(state: TrainState, stage: Stage) -> Loader | CachedLoader:
@@ -219,15 +133,17 @@ def open_loader(state: TrainState, stage: Stage) -> Loader | CachedLoader:
     recipe, run, phase = state.recipe, state.run, state.settings
     batch_size = state.phase_plan.batch_per_rank
     seed = recipe.seed + 1000 * state.phase
+    rows = np.arange(len(stage.train)) if phase.sampler == "epoch" else np.flatnonzero(stage.train.labels >= 0)
     sampler = make_sampler(
         phase.sampler,
-        labels=stage.train.labels,
+        labels=stage.train.labels[rows],
         batch_size=batch_size * run.world.size,
         seed=seed,
+        rows=rows,
         pictures_per_identity=phase.pictures_per_identity,
     )
-    if state.embeddings is not None:
-        return CachedLoader(state.embeddings, stage.train.labels, sampler, run)
+    if state.supply.embeddings is not None:
+        return CachedLoader(state.supply.embeddings, stage.train.labels, sampler, run)
     return make_loader(
         stage.train,
         recipe.image,
@@ -258,18 +174,20 @@ def show_pictures(state: TrainState, stage: Stage, sampler: Sampler, log: RunLog
         log.pictures(f"{state.settings.name}/pictures", oracle.to_picture(images, recipe.image), state.step)
 
 
-def updates(state: TrainState, loader: Loader | CachedLoader) -> Iterator[tuple[list[Batch], int]]:
-    """What each update of the phase consumes, from the cursor on: this rank's micro-batches, and the valid rows over
-    all."""
+def updates(state: TrainState, loader: Loader | CachedLoader, stage: Stage) -> Iterator[tuple[list[Batch], Share]]:
+    """What each update of the phase consumes, from the cursor on: this rank's micro-batches, and how many rows count
+    over all."""
     plan, accumulate = state.phase_plan, state.settings.accumulate
+    labelled, known = stage.train.labels >= 0, ~stage.values().isnan().numpy()
     while state.phase_step < plan.steps:
         epoch, done = divmod(state.phase_step, plan.steps_per_epoch)
         loader.set_epoch(epoch, done * accumulate)
         batches = iter(loader)
         for first in range(done * accumulate, loader.sampler.steps_per_epoch, accumulate):
             micro = list(itertools.islice(batches, accumulate))
-            parts = range(first, first + len(micro))
-            yield micro, sum(int((loader.sampler.batch(epoch, part) >= 0).sum()) for part in parts)
+            rows = np.concatenate([loader.sampler.batch(epoch, part) for part in range(first, first + len(micro))])
+            rows = rows[rows >= 0]
+            yield micro, Share(len(rows), int(labelled[rows].sum()), tuple(known[rows].sum(0).tolist()))
             if state.phase_step == plan.steps:
                 return
 
@@ -303,8 +221,9 @@ def save_due(recipe: Recipe, state: TrainState) -> bool:
     return epoch_ends(state) if not recipe.save_every else state.phase_step == state.phase_plan.steps
 
 
-def examine(state: TrainState, stage: Stage, log: RunLog) -> bool:
-    """Measures the model on all ranks and logs it; returns whether it is the phase's best so far."""
+def examine(state: TrainState, stage: Stage, log: RunLog, gallery: Gallery | None = None) -> bool:
+    """Measures the model on all ranks and logs it, with what its embeddings give untrained where a gallery of them is
+    at hand; returns whether it is the best so far."""
     recipe = state.recipe
     state.run.share_buffers(state.evaluated)  # every rank examines the model that rank 0 saves
     results = evaluate(
@@ -316,13 +235,16 @@ def examine(state: TrainState, stage: Stage, log: RunLog) -> bool:
         threads=recipe.threads,
         max_bad_fraction=recipe.data.max_bad_fraction,
         max_pixels=recipe.data.max_pixels,
+        gallery=gallery,
     )
     state.set_modes()
     value, name = ending.named_metric(recipe.eval, results)
+    before = state.results.get(state.settings.name)
+    if before is None or value > ending.named_metric(recipe.eval, before)[0]:
+        state.results = with_baselines(results) | state.results | {state.settings.name: results}
     improved = state.best is None or value > state.best
     if improved:
         state.best = value
-        state.results[state.settings.name] = results
     log.exam(where(state), results, name, improved)
     return improved
 

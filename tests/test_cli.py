@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from facefast import cli, index
-from facefast.recipes import RECIPES
+from facefast.recipes import RECIPES, Given
 from facefast.runtime import DataError, NumericsError, StorageError
 
 
@@ -102,7 +102,7 @@ def test_every_command_explains_itself(
 )
 def test_data_and_source_choose_the_recipe_where_none_is_named(words: list[str], name: str) -> None:
     recipe, out, resume = cli.train_arguments(words)
-    assert [phase.name for phase in recipe.phases] == [phase.name for phase in RECIPES[name]("x").phases]
+    assert [phase.name for phase in recipe.phases] == [phase.name for phase in RECIPES[name](Given(source="x")).phases]
     assert (out, resume) == (Path("runs") / name, "auto")
 
 
@@ -118,9 +118,10 @@ def test_flags_reach_phases_by_name_or_number_and_nothing_else_changes() -> None
 
 def test_compare_scratch_puts_the_baseline_first() -> None:
     recipe, _, _ = cli.train_arguments(
-        ["--data.root=people", "--model.source=weights.pt", "--compare-scratch", "--phases.finetune.lr=0.25"]
+        ["--data.root=people", "--model.source=weights.pt", "--compare-scratch", "--phases.last.lr=0.25"]
     )
-    assert [(phase.name, phase.start) for phase in recipe.phases] == [("scratch", "scratch"), ("finetune", "source")]
+    starts = [(phase.name, phase.start) for phase in recipe.phases]
+    assert starts == [("scratch", "scratch"), ("last", "source"), ("all", "previous")]
     assert recipe.phases[1].lr == 0.25
 
 

@@ -46,7 +46,7 @@ def at(step: int, *, last: bool = False, phase: str = "finetune") -> Position:
 
 
 def stats(loss_sum: float = 8.0, correct: int = 4, rows: int = 8, skipped: int = 0) -> torch.Tensor:
-    return torch.tensor([loss_sum, correct, rows, skipped], dtype=torch.float32)
+    return torch.tensor([loss_sum, correct, rows, skipped, rows, loss_sum], dtype=torch.float32)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 from pictures import make_index
 
-from facefast.data import FaceIndex
+from facefast.data import FaceIndex, read_index
 from facefast.data.index import FAULTS
-from facefast.prepare import check_budget, divide
-from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe
+from facefast.models import AttributeSpec
+from facefast.prepare import check_budget, divide, read_photographs
+from facefast.recipe import BinaryConfig, DataConfig, EvalConfig, LossConfig, Phase, Recipe, TaskConfig
 from facefast.runtime import DataError
 
 PHASE = Phase(start="scratch")
@@ -96,6 +99,82 @@ def test_few_pictures_a_person_make_a_test_set_but_no_pairs() -> None:
 def test_without_test_pictures_there_is_no_exam() -> None:
     exam = divide(people(0, 0), recipe(test_fraction=0.0), PHASE).exam
     assert (exam.test, exam.verification, exam.pairs) == (None, None, None)
+
+
+def half_named(pictures: int = 6) -> FaceIndex:
+    """Three people; of every second picture nobody knows whom it shows."""
+    index = people(0, 0, 0, pictures=pictures)
+    return dataclasses.replace(index, labels=np.where(np.arange(len(index)) % 2, -1, index.labels).astype(np.int32))
+
+
+def test_pictures_without_a_name_are_trained_on_where_a_phase_names_or_aligns_them() -> None:
+    index = half_named()
+    plain = divide(index, recipe(test_fraction=0.34), PHASE)
+    assert (plain.train.labels >= 0).all()
+    for fields in ({"labels": "pseudo"}, {"align": "coral"}):
+        stage = divide(index, recipe(test_fraction=0.34), dataclasses.replace(PHASE, **fields))
+        assert files(stage.exam.test) == files(plain.exam.test)  # the exam does not depend on the method
+        assert (stage.train.labels < 0).sum() == 9
+        assert stage.facts().num_unlabelled == 9
+        assert stage.train.class_names == plain.train.class_names
+        with pytest.raises(ValueError, match="has no effect: every training picture has a name"):
+            divide(people(0, 0), recipe(), dataclasses.replace(PHASE, **fields))
+
+
+def test_hidden_names_and_few_shots_touch_training_only() -> None:
+    index = people(0, 0, 0, pictures=10)
+    whole = divide(index, recipe(), PHASE)
+    few = divide(index, recipe(shots=2), PHASE)
+    hidden = divide(index, recipe(label_fraction=0.25), PHASE)
+    assert files(whole.exam.test) == files(few.exam.test) == files(hidden.exam.test)
+    assert (len(whole.train), len(few.train), len(hidden.train)) == (24, 6, 6)
+    pseudo = divide(index, recipe(label_fraction=0.25), dataclasses.replace(PHASE, labels="pseudo"))
+    assert (len(pseudo.train), (pseudo.train.labels >= 0).sum()) == (24, 6)
+
+
+def test_attributes_come_with_their_kind_and_pictures_that_know_only_them_are_trained_and_tested() -> None:
+    index = half_named(pictures=12)
+    ages = np.where(np.arange(36) % 3, 20.0 + np.arange(36) % 5, np.nan)
+    values = np.stack([np.arange(36) % 2, ages], axis=1).astype(np.float32)
+    index = dataclasses.replace(index, attributes=values, attribute_names=("Male", "age"))
+    tasks = TaskConfig(attributes=("age", "male"))
+    stage = divide(index, dataclasses.replace(recipe(test_fraction=0.5), tasks=tasks), PHASE)
+    assert stage.attributes == (AttributeSpec("age", (20.0, 21.0, 22.0, 23.0, 24.0)), AttributeSpec("male"))
+    assert stage.values().shape == (len(stage.train), 2)
+    for part in (stage.train, stage.exam.test):
+        assert part is not None and (part.labels < 0).any() and (part.labels >= 0).any()
+    assert files(stage.train) | files(stage.exam.test) == files(index)
+    with pytest.raises(ValueError, match="attribute age has 1 different values"):
+        constant = dataclasses.replace(index, attributes=np.ones((36, 2), np.float32))
+        divide(constant, dataclasses.replace(recipe(), tasks=tasks), PHASE)
+    with pytest.raises(ValueError, match="an ordinal one has at most 200 whole numbers"):
+        halves = dataclasses.replace(index, attributes=values + 0.5)
+        divide(halves, dataclasses.replace(recipe(), tasks=tasks), PHASE)
+
+
+def test_yes_or_no_tests_strangers_that_training_never_saw(tmp_path: Path) -> None:
+    root = small.draw(tmp_path / "drawn")
+    loss = dataclasses.replace(PHASE, loss=LossConfig(weight=0.0))
+    config = DataConfig(root=str(root), format="celeba", test_fraction=0.5)
+    asked = Recipe(data=config, phases=(loss,), binary=BinaryConfig(people=("1",)))
+    index = read_photographs(asked, 1)
+    stage = divide(index, asked, loss)
+    assert stage.attributes == (AttributeSpec("match"),)
+    given = read_index(root, "celeba")
+    person = {bytes(path): given.class_names[label] for path, label in zip(given.paths, given.labels, strict=True)}
+    test = stage.exam.test
+    for part in (stage.train, test):
+        assert part is not None
+        answers = dict(zip(part.paths.tolist(), part.attributes[:, 0].tolist(), strict=True))
+        assert answers == {path: float(person[path] == "1") for path in answers}
+        assert set(answers.values()) == {0.0, 1.0}
+    strangers = [{person[path] for path in files(part)} - {"1"} for part in (stage.train, test)]
+    assert strangers[0] and strangers[1] and not strangers[0] & strangers[1]
+    with pytest.raises(ValueError, match="binary.people names nobody, who is not among the 4 identities"):
+        read_photographs(dataclasses.replace(asked, binary=BinaryConfig(people=("nobody",))), 1)
+    faces = dataclasses.replace(asked, binary=BinaryConfig(negatives=str(root)))
+    both = read_photographs(faces, 1)
+    assert np.bincount(both.attributes[:, 0].astype(int)).tolist() == [16, 16]
 
 
 @pytest.mark.parametrize(("bad", "allowed"), [(0, 0.0), (2, 0.1), (20, 1.0)])

@@ -13,6 +13,7 @@ from facefast import checkpoint
 from facefast.data import Batch
 from facefast.log import STATS
 from facefast.models import FaceModel, build_model
+from facefast.objective import Share
 from facefast.recipe import (
     ImageSpec,
     IndexFacts,
@@ -57,6 +58,11 @@ def make_model(recipe: Recipe) -> FaceModel:
     return model
 
 
+def share(rows: int) -> Share:
+    """An update of so many rows, all with a label."""
+    return Share(rows, rows)
+
+
 def make_batch(size: int = 8, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (size,), generator=generator)
@@ -79,8 +85,8 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) 
 def test_accumulated_micro_batches_equal_the_big_batch() -> None:
     batch = make_batch()
     whole, parts = make_state(), make_state()
-    a = train_step(whole, [batch], 8)
-    b = train_step(parts, [part(batch, slice(i, i + 2)) for i in range(0, 8, 2)], 8)
+    a = train_step(whole, [batch], share(8))
+    b = train_step(parts, [part(batch, slice(i, i + 2)) for i in range(0, 8, 2)], share(8))
     torch.testing.assert_close(a, b)
     assert_same(weights(whole), weights(parts), rtol=1e-5, atol=1e-6)  # a second update would amplify the last bits
 
@@ -93,17 +99,18 @@ def test_padded_rows_count_for_nothing() -> None:
         torch.cat([batch.rows, torch.full((3,), -1)]),
     )
     one, two = make_state(), make_state()
-    a, b = train_step(one, [batch], 8), train_step(two, [padded], 8)
+    a, b = train_step(one, [batch], share(8)), train_step(two, [padded], share(8))
     torch.testing.assert_close(a, b)
     assert_same(weights(one), weights(two), rtol=1e-5, atol=1e-6)
 
 
 def test_rows_that_turn_out_unreadable_leave_the_mean_over_the_others() -> None:
     batch = make_batch()
-    missing = batch._replace(labels=batch.labels.masked_fill(torch.arange(8) >= 5, -100))
+    lost = torch.arange(8) >= 5
+    missing = batch._replace(labels=batch.labels.masked_fill(lost, -100), rows=batch.rows.masked_fill(lost, -1))
     one, two = make_state(), make_state()
-    a = train_step(one, [part(batch, slice(0, 5))], 5)
-    b = train_step(two, [missing], 8)  # the sampler promised 8, the files gave 5
+    a = train_step(one, [part(batch, slice(0, 5))], share(5))
+    b = train_step(two, [missing], share(8))  # the sampler promised 8, the files gave 5
     torch.testing.assert_close(a, b)
     assert_same(weights(one), weights(two), rtol=1e-5, atol=1e-6)
 
@@ -112,32 +119,33 @@ def test_a_batch_without_a_single_readable_row_does_not_break_the_weights() -> N
     state = make_state(dataclasses.replace(PHASE, weight_decay=0.0))
     batch = make_batch()
     before = weights(state)
-    stats = train_step(state, [batch._replace(labels=torch.full((8,), -100))], 8)
-    assert stats.tolist() == [0, 0, 0, 0]
+    unreadable = batch._replace(labels=torch.full((8,), -100), rows=torch.full((8,), -1))
+    stats = train_step(state, [unreadable], share(8))
+    assert not stats.any()
     assert_same(before, weights(state))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_non_finite_picture_skips_the_update_in_every_precision(precision: str) -> None:
     state = make_state(precision=precision)
-    train_step(state, [make_batch()], 8)
+    train_step(state, [make_batch()], share(8))
     before, moments = weights(state), checkpoint.pack_optimizer(state.optimizer)[0]
     moments = {name: value.clone() for name, value in moments.items()}
     batch = make_batch(seed=1)
     batch.images[3, 0, 0, 0] = float("nan")
-    stats = dict(zip(STATS, train_step(state, [batch], 8).tolist(), strict=True))
+    stats = dict(zip(STATS, train_step(state, [batch], share(8)).tolist(), strict=False))
     assert stats["skipped"] == 1
     assert_same(before, weights(state))
     assert_same(moments, checkpoint.pack_optimizer(state.optimizer)[0])
-    assert train_step(state, [make_batch(seed=2)], 8)[STATS.index("skipped")] == 0
+    assert train_step(state, [make_batch(seed=2)], share(8))[STATS.index("skipped")] == 0
 
 
 def test_the_counts_are_those_of_the_batch() -> None:
     state, batch = make_state(), make_batch()
     with torch.no_grad():
-        logits = state.network(batch.images)
+        logits = state.model(batch.images)
     expected = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
-    stats = train_step(state, [batch], 8)
+    stats = train_step(state, [batch], share(8))
     torch.testing.assert_close(stats[0], expected)
     assert stats[1] == (logits.argmax(1) == batch.labels).sum()
     assert stats[2] == 8
@@ -147,7 +155,7 @@ def test_clipping_bounds_the_step_that_plain_sgd_takes() -> None:
     phase = dataclasses.replace(PHASE, clip_grad=0.01, momentum=0.0, weight_decay=0.0)
     state = make_state(phase)
     before = weights(state)
-    train_step(state, [make_batch()], 8)
+    train_step(state, [make_batch()], share(8))
     moved = torch.cat([(weights(state)[k] - before[k]).flatten() for k, _ in state.model.named_parameters()])
     assert float(moved.norm()) == pytest.approx(phase.lr * phase.clip_grad, rel=1e-3)
 
@@ -160,16 +168,16 @@ def test_training_learns_a_small_batch_by_heart_with_margin_and_focal_loss() -> 
     recipe = Recipe(image=ImageSpec(size=32, template="none"), model=recipe_model, phases=(phase,), precision="fp32")
     state = TrainState(recipe, resolve(recipe, (IndexFacts(80, CLASSES, "f"),), 1), RUN)
     state.enter(0, make_model(recipe))
-    losses = [float(train_step(state, [make_batch()], 8)[0]) for _ in range(30)]
+    losses = [float(train_step(state, [make_batch()], share(8))[0]) for _ in range(30)]
     assert losses[-1] < losses[0] / 4
 
 
 def test_the_averaged_weights_follow_the_raw_ones_and_are_what_is_evaluated() -> None:
     state = make_state(ema=0.5)
     start = weights(state)["head.weight"]
-    train_step(state, [make_batch()], 8)
+    train_step(state, [make_batch()], share(8))
     first = weights(state)["head.weight"]
-    train_step(state, [make_batch(seed=1)], 8)
+    train_step(state, [make_batch(seed=1)], share(8))
     second = weights(state)["head.weight"]
     del start  # the first update starts the average
     averaged = state.evaluated.state_dict()["head.weight"]
@@ -181,7 +189,7 @@ def test_a_state_taken_up_from_its_checkpoint_goes_on_bit_for_bit(tmp_path: Path
     batches = [make_batch(seed=k) for k in range(6)]
     straight = make_state(phase, ema=0.9)
     for number, batch in enumerate(batches):
-        train_step(straight, [batch], 8)
+        train_step(straight, [batch], share(8))
         if number == 2:
             path = checkpoint.save(
                 tmp_path, 3, tensors=straight.tensors(), documents=straight.documents(), best=False, keep=1
@@ -189,7 +197,7 @@ def test_a_state_taken_up_from_its_checkpoint_goes_on_bit_for_bit(tmp_path: Path
     resumed = make_state(phase, ema=0.9)
     resumed.load(path)
     for batch in batches[3:]:
-        train_step(resumed, [batch], 8)
+        train_step(resumed, [batch], share(8))
     assert resumed.step == 6
     assert_same(weights(straight), weights(resumed))
     assert_same(straight.evaluated.state_dict(), resumed.evaluated.state_dict())
@@ -216,10 +224,10 @@ def test_an_update_on_the_gpu_waits_for_nothing() -> None:
     model = build_model(recipe.model, CLASSES, recipe.image).to("cuda", memory_format=torch.channels_last)
     state.enter(0, model)
     batch = Batch(*(column.cuda() for column in make_batch()))
-    train_step(state, [batch], 8)
+    train_step(state, [batch], share(8))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        stats = train_step(state, [batch], 8)
+        stats = train_step(state, [batch], share(8))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert stats[2] == 8

@@ -13,9 +13,10 @@ import torch
 from facefast.data import Batch
 from facefast.data.sampler import EpochSampler
 from facefast.models import FaceModel
+from facefast.objective import Share
 from facefast.recipe import AugmentSpec, IndexFacts, Phase, Recipe, resolve
 from facefast.runtime import Runtime, World
-from facefast.step import TrainState, train_step
+from facefast.step import Supply, TrainState, train_step
 from facefast.transfer import (
     CachedLoader,
     advice,
@@ -170,9 +171,9 @@ def test_a_head_learns_the_same_from_cached_features_as_from_the_pictures() -> N
     heads = []
     for cached in (None, embeddings):
         state = TrainState(recipe, plan, RUN)
-        state.enter(0, small.make_model(), cached)
+        state.enter(0, small.make_model(), Supply(embeddings=cached))
         for rows in torch.arange(24).split(8):
-            train_step(state, [Batch((images if cached is None else cached)[rows], labels[rows], rows)], 8)
+            train_step(state, [Batch((images if cached is None else cached)[rows], labels[rows], rows)], Share(8, 8))
         heads.append({name: value.clone() for name, value in state.model.head.state_dict().items()})
         start = small.make_model().backbone.state_dict()
         assert all(torch.equal(value, start[name]) for name, value in state.model.backbone.state_dict().items())

@@ -142,7 +142,8 @@ class FaceIndex:
 
     def facts(self) -> IndexFacts:
         """What a training plan needs to know of this index."""
-        return IndexFacts(len(self), self.num_classes, self.fingerprint(), self.class_names)
+        unlabelled = int((self.labels < 0).sum())
+        return IndexFacts(len(self), self.num_classes, self.fingerprint(), self.class_names, unlabelled)
 
     def select(self, which: NDArray[np.bool_] | NDArray[np.integer[Any]] | Sequence[int]) -> FaceIndex:
         """The rows of a mask [N] or of row numbers, in that order; labels and class names stay."""

@@ -1,0 +1,221 @@
+"""What each way of moving a source model to new people is worth: one run of `facefast train` a row, on real faces.
+
+    python benchmarks/transfer.py --root CELEBA --source WEIGHTS [--rows NAME...] [--seeds 0 1 2] [--runs DIR]
+    python benchmarks/transfer.py --table          # the table of docs/transfer.md from results/transfer.jsonl
+
+A fifth of the identities is kept out of training for verification, a fifth of each other one's pictures for testing;
+seed chooses both. Every row has the same budget of pictures where its method allows. Rows go to
+results/transfer.jsonl; one that stands there with its seed is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from record import RESULTS, record
+
+from facefast.baselines import BASELINES
+
+NAME = "transfer"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "transfer.md"
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+COMMON = ("--data.verify-fraction=0.2", "--eval.every=100", "--pictures=0", "--keep=1", "--log-every=20")
+NO_BASELINES = "--eval.no-baselines"
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    title: str
+    recipe: str
+    flags: tuple[str, ...] = ()
+    needs: str = ""
+    """The row whose run is the source, the teacher or what is compressed: {run} in the flags is its folder."""
+    sourced: bool = True
+    """Whether it starts from the source model."""
+
+
+def _few(shots: int) -> dict[str, Row]:
+    """What there is to gain from so few pictures of a person; as many updates as a large set would get in an epoch."""
+    steps, few = 40, f"--data.shots={shots}"
+    last, every = (f"--phases.last.steps={steps}", f"--phases.all.steps={steps // 4}")
+    flags = (few, NO_BASELINES)
+    return {
+        f"shots{shots}-fixed": Row(f"{shots} a person: fixed weights", "fixed", (few, "--phases.fixed.steps=200")),
+        f"shots{shots}-staged": Row(f"{shots} a person: staged", "finetune", (*flags, *last, *every)),
+        f"shots{shots}-scratch": Row(
+            f"{shots} a person: from scratch", "scratch", (few, "--phases.scratch.steps=80"), sourced=False
+        ),
+    }
+
+
+def _all_layers(name: str, *flags: str) -> tuple[str, ...]:
+    return tuple(f"--phases.{phase}.{flag}" for phase in name.split("+") for flag in flags)
+
+
+UNNAMED = "--data.label-fraction=0.2"
+STUDENT = ("--model.backbone=mobilefacenet_half", "--phases.{phase}.epochs=10")
+ROWS: dict[str, Row] = {
+    "staged": Row("staged fine-tuning (default)", "finetune"),
+    "scratch": Row("from scratch", "scratch", ("--phases.scratch.epochs=4",), sourced=False),
+    "fixed": Row("fixed weights, cached features", "fixed", (NO_BASELINES,)),
+    "share": Row("weight sharing, random head", "share", (NO_BASELINES,)),
+    "extract": Row("feature extraction, then fine-tuning", "extract", (NO_BASELINES,)),
+    "twophase": Row(
+        "two phases of the tutorial",
+        "twophase",
+        (NO_BASELINES, "--phases.pretrain.epochs=3", "--phases.refine.epochs=1"),
+    ),
+    "softmax": Row("softmax", "softmax", (NO_BASELINES,)),
+    "smoothing": Row(
+        "softmax, label smoothing 0.1", "softmax", (NO_BASELINES, "--phases.softmax.loss.label-smoothing=0.1")
+    ),
+    "focal": Row("focal, effective-number weights", "focal", (NO_BASELINES,)),
+    "arcface": Row("ArcFace", "arcface", (NO_BASELINES,)),
+    "cosface": Row("CosFace 0.35", "cosface", (NO_BASELINES,)),
+    "adaface": Row("AdaFace", "adaface", (NO_BASELINES,)),
+    "triplet": Row("triplets and softmax", "triplet", (NO_BASELINES, "--phases.triplet.loss.weight=1")),
+    "triplet-only": Row("triplets only, no names", "triplet"),
+    "contrastive-only": Row("contrasts only, no names", "contrastive"),
+    "l2sp": Row("staged + L2-SP", "finetune", (NO_BASELINES, *_all_layers("last+all", "l2sp=0.1"))),
+    "mixup": Row("staged + mixup", "finetune", (NO_BASELINES, *_all_layers("last+all", "mixup=0.2"))),
+    "regularised": Row("all layers, L2-SP, mixup, drop path, EMA", "regularised", (NO_BASELINES,)),
+    "multitask": Row(
+        "names + Male + Attractive", "multitask", (NO_BASELINES, "--tasks.attributes", "Male", "Attractive")
+    ),
+    "audit": Row(
+        "staged, after the audit's corrections", "finetune", ("--data.corrections={run}/audit/suspects.csv",), "staged"
+    ),
+    "named20": Row("staged, 20 % of the names", "finetune", (UNNAMED,)),
+    "pseudolabel": Row("20 % of the names + pseudo-labels", "pseudolabel", (UNNAMED, NO_BASELINES)),
+    "student": Row(
+        "half-width student, no teacher", "scratch",
+        tuple(flag.format(phase="scratch") for flag in STUDENT) + ("--image.size=112", "--image.width=96",
+        "--image.template=arcface_112x96"), sourced=False,
+    ),
+    "distill": Row(
+        "half-width student, distilled", "distill",
+        tuple(flag.format(phase="distill") for flag in STUDENT) + ("--model.teacher={run}",), "staged", sourced=False,
+    ),
+    "prune": Row("half of the weights pruned", "prune", (NO_BASELINES,)),
+    **{name: row for shots in (1, 2, 5, 10) for name, row in _few(shots).items()},
+}  # fmt: skip
+
+
+def measure(name: str, seed: int, root: str, source: str, runs: Path) -> dict[str, Any]:
+    """Runs one row and returns its line."""
+    row, folder = ROWS[name], runs / f"{name}-{seed}"
+    needed = runs / f"{row.needs}-{seed}"
+    if name == "audit" and not (needed / "audit" / "suspects.csv").exists():
+        _run("facefast.audit", source, f"--data.root={root}", "--data.format=celeba", f"--out={needed}/audit")
+    flags = [flag.replace("{run}", str(needed)) for flag in row.flags]
+    began = time.perf_counter()
+    given = [f"--model.source={source}"] if row.sourced else []
+    _run(
+        "facefast.train", row.recipe, f"--data.root={root}", "--data.format=celeba", *given, *COMMON, *flags,
+        f"--seed={seed}", f"--out={folder}", "--resume=never",
+    )  # fmt: skip
+    minutes = (time.perf_counter() - began) / 60
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    exams = [line for line in lines if line["split"] == "eval"]
+    last = exams[-1]
+    found = {"top1": last.get("top1"), "tar": last["tar@1e-2"], "verification": last["verification_accuracy"]}
+    found |= {key: value for key, value in last.items() if "/" in key}
+    found |= {key: exams[0][key] for key in BASELINES if key in exams[0]}
+    if "probe_top1" in exams[0]:
+        found |= {"source_tar": exams[0]["tar@1e-2"], "source_verification": exams[0]["verification_accuracy"]}
+    rows = json.loads((folder / "plan.json").read_text())["phases"][-1]["num_rows"]
+    return record(NAME, row=name, title=row.title, seed=seed, minutes=minutes, training_pictures=rows, **found)
+
+
+def _run(module: str, *words: str) -> None:
+    command = [sys.executable, "-m", module, *words]
+    print(" ".join(command), flush=True)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+
+
+def measured() -> dict[tuple[str, int], dict[str, Any]]:
+    """The newest line of each row and seed."""
+    path = RESULTS / f"{NAME}.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return {(line["row"], line["seed"]): line for line in lines}
+
+
+def table() -> str:
+    """The lines of results/transfer.jsonl as a table: means over the seeds, and the range of the difference to the
+    default on the same seeds."""
+    lines = measured()
+    rows = [
+        "| method | seeds | top-1 | against staged | TAR at FAR 1 %, people never seen | minutes |",
+        "|---|---|---|---|---|---|",
+    ]
+    seeds = sorted({seed for _, seed in lines})
+    first = [lines["staged", seed] for seed in seeds if ("staged", seed) in lines]
+    for key, title in BASELINES.items():
+        found = [line for line in first if key in line]
+        rows.append(_line(f"source model, {title}", found, key, "source_tar", lines, minutes=False))
+    for name, row in ROWS.items():
+        found = [lines[name, seed] for seed in seeds if (name, seed) in lines]
+        if found:
+            rows.append(_line(row.title, found, "top1", "tar", lines))
+    return "\n".join(rows)
+
+
+def _line(
+    title: str,
+    found: list[dict[str, Any]],
+    top1: str,
+    tar: str,
+    lines: dict[tuple[str, int], dict[str, Any]],
+    minutes: bool = True,
+) -> str:
+    def percent(key: str) -> str:
+        values = [line[key] for line in found if line.get(key) is not None]
+        return f"{100 * statistics.mean(values):.1f}" if values else "-"
+
+    pairs = [
+        100 * (line[top1] - lines["staged", line["seed"]]["top1"])
+        for line in found
+        if line.get(top1) is not None and ("staged", line["seed"]) in lines
+    ]
+    gap = f"{min(pairs):+.1f} to {max(pairs):+.1f}" if len(pairs) > 1 else f"{pairs[0]:+.1f}" if pairs else "-"
+    took = f"{statistics.mean(line['minutes'] for line in found):.1f}" if minutes else "-"
+    return f"| {title} | {len(found)} | {percent(top1)} | {gap} | {percent(tar)} | {took} |"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root")
+    parser.add_argument("--source")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/transfer"))
+    parser.add_argument("--table", action="store_true", help="write the table of docs/transfer.md")
+    given = parser.parse_args()
+    if not given.table:
+        if not (given.root and given.source):
+            parser.error("--root and --source are needed to measure")
+        for seed in given.seeds:
+            for name in given.rows:
+                if (name, seed) not in measured():
+                    line = measure(name, seed, given.root, given.source, given.runs)
+                    print(json.dumps({key: line[key] for key in ("row", "seed", "top1", "tar", "minutes")}), flush=True)
+        return
+    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,363 @@
+"""What is probably wrong with labelled photographs: `python -m facefast.audit MODEL --data.root DIR --out DIR`.
+
+Writes into --out:
+
+- `suspects.csv`: a line for each finding, the surest first. Columns: kind (wrong_label, duplicate, merge), path,
+  identity, suggested, action (drop, keep, relabel, merge), confidence, score, other_score, other_path; what they mean
+  is said in `facefast.data.corrections.Correction`. Delete the lines that are not true, or change their action.
+- `wrong_label_01.jpg` ...: contact sheets: the suspect, the pictures of its own identity most like it, and those of the
+  suggested one. `duplicate_01.jpg` ...: pairs. `merge_01.jpg` ...: pictures of both identities.
+
+`facefast train --data.corrections suspects.csv` then trains without what was found. `--plant 0.05` is a self-test: it
+plants wrong labels and says how many of them are found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from facefast import checkpoint, cli, runtime
+from facefast.clustering import Floats, Numbers, unit_rows
+from facefast.data import FaceIndex, oracle
+from facefast.data.corrections import Correction, write_corrections
+from facefast.evaluate import embed_rows
+from facefast.prepare import read_photographs
+from facefast.recipe import DataConfig, ModelConfig, Phase, Recipe
+from facefast.runtime import Runtime, decode_threads
+from facefast.sheets import Strip, thumbnail, write_sheets
+from facefast.step import Precision
+from facefast.suspects import KINDS, Suspect, Suspects, find_suspects
+
+COPY_CORRELATION = 0.97
+"""Of the grey thumbnails of two pictures: a photograph saved again, scaled or brightened stays above it."""
+SIDE = 32
+"""Of those thumbnails, in pixels."""
+SHOWN = 4
+"""Pictures of an identity beside a suspect."""
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """The part of `DataConfig` that matters where nothing is trained."""
+
+    root: str = ""
+    """Folder of photographs."""
+    format: str = "auto"
+    """Layout of `root`, as for training; auto recognises it."""
+    corrections: str = ""
+    """suspects.csv of an earlier audit, applied first."""
+    labels: str = ""
+    """CSV of `facefast label` with identities for pictures that have none."""
+    max_bad_fraction: float = DataConfig.max_bad_fraction
+    """Unreadable files tolerated."""
+    max_pixels: int = DataConfig.max_pixels
+    """Pictures with more pixels than this are refused."""
+
+
+@dataclass(frozen=True)
+class AuditArguments:
+    """`python -m facefast.audit`."""
+
+    model: tyro.conf.Positional[Path]
+    """A run folder, a checkpoint folder, an exported package or a source model's weights file. One that was trained on
+    these very labels has learnt their mistakes too: a source model sees more."""
+    data: Photographs = field(default_factory=Photographs)
+    out: Path | None = None
+    """Folder for suspects.csv and the contact sheets."""
+    confidence: float = 0.5
+    """Least probability of a wrong label that is reported."""
+    false_merges: float = 0.05
+    """Expected part of the reported merges that is false."""
+    pictures: int = 240
+    """Findings of each kind on contact sheets, at most; 0 writes no photographs."""
+    plant: float = 0.0
+    """Self-test: plant this part of wrong labels, and print how many are found; writes nothing."""
+    seed: int = 0
+    """Of the planted labels."""
+    batch_size: int = 128
+    """Pictures in one batch of the model, per process."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+def embed_photographs(model: Path, data: Photographs, run: Runtime, batch_size: int) -> tuple[FaceIndex, Floats]:
+    """The readable pictures of `data`, scanned, and their embeddings [N, D] of length 1; the same on every rank.
+
+    Raises:
+        ValueError: no photographs were named, or none of them can be read.
+        DataError: more bad files than allowed.
+    """
+    if not data.root:
+        raise ValueError("no photographs were named; give --data.root DIR")
+    threads = decode_threads(0, run.world)
+    face = checkpoint.load_model(model, run.device)
+    recipe = Recipe(
+        data=DataConfig(**dataclasses.asdict(data)),
+        model=ModelConfig(backbone=face.config.backbone),
+        phases=(Phase(start="scratch"),),
+    )
+    index = read_photographs(recipe, threads)
+    embeddings, seen = embed_rows(
+        face,
+        index,
+        run,
+        Precision.choose(recipe, run.device),
+        batch_size=batch_size,
+        threads=threads,
+        max_bad_fraction=data.max_bad_fraction,
+        max_pixels=data.max_pixels,
+    )
+    readable = seen.numpy()
+    if not readable.any():
+        raise ValueError(f"none of {len(index)} pictures in {data.root} could be embedded")
+    return index.select(readable), unit_rows(embeddings.numpy()[readable])
+
+
+def copies_by_pixels(index: FaceIndex) -> Callable[[int, int], bool]:
+    """Whether two rows show one photograph: grey thumbnails of it, saved again, are nearly proportional."""
+    seen: dict[int, Floats | None] = {}
+
+    def look(row: int) -> Floats | None:
+        if row not in seen:
+            try:
+                picture = oracle.decode(oracle.read_bytes(index, row)).mean(2)
+            except ValueError:
+                seen[row] = None
+            else:
+                values = thumbnail(picture.astype(np.uint8), SIDE).astype(np.float32).ravel()
+                seen[row] = (values - values.mean()) / max(float(values.std()), 1e-6)
+        return seen[row]
+
+    def same(one: int, other: int) -> bool:
+        left, right = look(one), look(other)
+        return left is not None and right is not None and float((left * right).mean()) >= COPY_CORRELATION
+
+    return same
+
+
+def corrections_of(index: FaceIndex, suspects: Suspects) -> list[Correction]:
+    """The findings as lines of suspects.csv."""
+
+    def name(label: int) -> str:
+        return index.class_names[label] if label >= 0 else ""
+
+    return [
+        Correction(
+            kind=suspect.kind,
+            path=index.name(suspect.row),
+            identity=name(suspect.label),
+            suggested=name(suspect.suggested),
+            action=suspect.action,
+            confidence=suspect.confidence,
+            score=suspect.score,
+            other_score=suspect.other_score,
+            other_path=index.name(suspect.other_row) if suspect.other_row >= 0 else "",
+        )
+        for suspect in suspects.found
+    ]
+
+
+def strips(index: FaceIndex, embeddings: Floats, suspects: Suspects, kind: str, most: int) -> list[Strip]:
+    """What the contact sheets of one kind show, the first `most` findings."""
+    doubts = suspects.doubt
+    order = np.argsort(index.labels, kind="stable")
+    ends = np.searchsorted(index.labels[order], np.arange(index.num_classes + 1))
+
+    def like(row: int, label: int, count: int) -> list[int]:
+        """Pictures of an identity most like `row`, those beyond doubt first."""
+        rows = order[ends[label] : ends[label + 1]]
+        rows = rows[rows != row]
+        key = embeddings[rows] @ embeddings[row] - 2 * (doubts.wrong[rows] >= 0.5)
+        return list(rows[np.argsort(-key, kind="stable")][:count].tolist())
+
+    def describe(suspect: Suspect) -> Strip:
+        who = index.class_names[suspect.label] if suspect.label >= 0 else "nobody"
+        other = index.class_names[suspect.suggested] if suspect.suggested >= 0 else "nobody here"
+        sure = f"{suspect.confidence:.0%} {suspect.action}"
+        if suspect.kind == "duplicate":
+            title, kept = (index.name(row).rsplit("/")[-1] for row in (suspect.row, suspect.other_row))
+            return Strip(
+                title, f"{sure}, copy of {index.name(suspect.other_row)} ({other})", [[suspect.row, suspect.other_row]]
+            )
+        if suspect.kind == "merge":
+            rows = [like(suspect.row, suspect.label, SHOWN), like(suspect.other_row, suspect.suggested, SHOWN)]
+            return Strip(
+                f"{who} = {other}?",
+                f"{sure}, cosine {suspect.other_score:.2f}",
+                [[suspect.row, *rows[0]], [suspect.other_row, *rows[1]]],
+            )
+        nearest = int(doubts.suggested[suspect.row])
+        groups = [[suspect.row], like(suspect.row, suspect.label, SHOWN)]
+        groups += [like(suspect.row, nearest, SHOWN)] if nearest >= 0 else []
+        title = f"{index.name(suspect.row)}: {who} ({suspect.score:.2f})"
+        closest = f", nearest {index.class_names[nearest]} ({suspect.other_score:.2f})" if nearest >= 0 else ""
+        return Strip(title, f"{sure}, suggested {other}{closest}", groups)
+
+    return [describe(suspect) for suspect in suspects.found if suspect.kind == kind][:most]
+
+
+def plant_wrong_labels(labels: Numbers, fraction: float, seed: int) -> tuple[Numbers, Numbers]:
+    """Labels [N] of which `fraction` is changed to another class drawn evenly, and the rows that were: the self-test.
+
+    Raises:
+        ValueError: `fraction` outside (0, 0.5], or fewer than two classes.
+    """
+    known = np.flatnonzero(labels >= 0)
+    classes = int(labels.max(initial=-1)) + 1
+    if not 0 < fraction <= 0.5 or classes < 2:
+        raise ValueError(f"plant is {fraction} among {classes} identities; it must lie in (0, 0.5], among at least 2")
+    generator = np.random.default_rng(seed)
+    rows = np.sort(generator.choice(known, max(1, round(fraction * len(known))), replace=False))
+    planted = labels.copy()
+    planted[rows] = (labels[rows] + generator.integers(1, classes, len(rows))) % classes
+    return planted, rows
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """How well planted wrong labels are found."""
+
+    planted: int
+    flagged: int
+    raw_precision: float
+    """Of the flagged, those planted: every mistake that the set had before counts against it."""
+    precision: float
+    """The same, with those set aside that are flagged without planting too."""
+    recall: float
+    """Of the planted, those flagged."""
+    suggested: float
+    """Of the planted and flagged, those whose own identity is suggested."""
+    relabelled: float
+    """Of the planted that `relabel` would change, those that get their own identity back."""
+
+
+def self_test(before: Suspects, after: Suspects, rows: Numbers, labels: Numbers) -> SelfTest:
+    """Compares the findings on true `labels` [N] and on labels with wrong ones planted in `rows`."""
+    planted = set(rows.tolist())
+    natural = {suspect.row for suspect in before.of("wrong_label")} - planted
+    flagged = after.of("wrong_label")
+    hits = [suspect for suspect in flagged if suspect.row in planted]
+    fresh = [suspect for suspect in flagged if suspect.row not in natural]
+    changed = [suspect for suspect in hits if suspect.action == "relabel"]
+
+    def part(some: float, of: int) -> float:
+        return some / of if of else float("nan")
+
+    return SelfTest(
+        len(planted),
+        len(flagged),
+        part(len(hits), len(flagged)),
+        part(len(hits), len(fresh)),
+        part(len(hits), len(planted)),
+        part(sum(int(labels[suspect.row]) == suspect.suggested for suspect in hits), len(hits)),
+        part(sum(int(labels[suspect.row]) == suspect.suggested for suspect in changed), len(changed)),
+    )
+
+
+def report(index: FaceIndex, suspects: Suspects) -> dict[str, Any]:
+    """What was found, in numbers and names."""
+    return {
+        "pictures": len(index),
+        "identities": int(len(np.unique(index.labels[index.labels >= 0]))),
+        "estimated_wrong_share": round(suspects.doubt.wrong_share, 4),
+        **{
+            kind: {"found": len(suspects.of(kind)), **Counter(suspect.action for suspect in suspects.of(kind))}
+            for kind in KINDS
+        },
+        "mixed_identities": [index.class_names[label] for label in suspects.mixed],
+    }
+
+
+def table(found: dict[str, Any], data: Photographs, out: Path) -> str:
+    """The report for a terminal, and what to do next."""
+    lines = [
+        f"{found['pictures']} pictures of {found['identities']} identities; about "
+        f"{found['estimated_wrong_share']:.1%} of the labels look like those of strangers"
+    ]
+    for kind in KINDS:
+        actions = ", ".join(f"{count} to {action}" for action, count in found[kind].items() if action != "found")
+        lines.append(f"{found[kind]['found']:7d}  {kind:11}  {actions}".rstrip())
+    if found["mixed_identities"]:
+        names = found["mixed_identities"]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        lines.append(
+            f"{len(names):7d}  identities are doubtful as a whole: {', '.join(names[:5])}{more}; "
+            "their pictures are kept unless you decide"
+        )
+    form = f" --data.format {data.format}" if data.format != "auto" else ""
+    lines += [
+        f"look at {out}/*.jpg and delete the lines of {out / 'suspects.csv'} that are not true, then",
+        f"  facefast train --data.root {data.root}{form} --data.corrections {out / 'suspects.csv'}",
+    ]
+    return "\n".join(lines)
+
+
+def audit(given: AuditArguments, index: FaceIndex, embeddings: Floats, out: Path) -> dict[str, Any]:
+    """Finds the suspects and writes suspects.csv and the contact sheets.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    suspects = find_suspects(
+        embeddings,
+        index.labels.astype(np.int64),
+        index.hashes,
+        confidence=given.confidence,
+        false_merges=given.false_merges,
+        same_picture=copies_by_pixels(index),
+    )
+    write_corrections(out / "suspects.csv", corrections_of(index, suspects))
+    for kind in KINDS:
+        write_sheets(out, kind, strips(index, embeddings, suspects, kind, given.pictures), index)
+    return report(index, suspects)
+
+
+def planted(given: AuditArguments, index: FaceIndex, embeddings: Floats) -> SelfTest:
+    """The self-test: wrong labels planted in the set, and how many of them are found."""
+    labels = index.labels.astype(np.int64)
+    wrong, rows = plant_wrong_labels(labels, given.plant, given.seed)
+    before, after = (
+        find_suspects(embeddings, each, confidence=given.confidence, false_merges=given.false_merges)
+        for each in (labels, wrong)
+    )
+    return self_test(before, after, rows, labels)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    with cli.exit_codes() as outcome:
+        given = tyro.cli(AuditArguments, args=arguments, prog="facefast.audit")
+        if (given.out is None) == (given.plant == 0):
+            raise ValueError("give either --out DIR, for the findings, or --plant FRACTION, for the self-test")
+        with runtime.start() as run:
+            index, embeddings = embed_photographs(given.model, given.data, run, given.batch_size)
+            if len(np.unique(index.labels[index.labels >= 0])) < 2:
+                raise ValueError(
+                    f"{given.data.root} has fewer than 2 identities; an audit compares them. "
+                    "For pictures without names use facefast label"
+                )
+            if run.is_main and given.out is None:
+                result = dataclasses.asdict(planted(given, index, embeddings))
+                width = max(map(len, result))
+                if given.json:
+                    print(json.dumps(result))
+                else:
+                    print(*(f"{name:{width}}  {value:.4g}" for name, value in result.items()), sep="\n")
+            elif run.is_main and given.out is not None:
+                found = audit(given, index, embeddings, given.out)
+                print(json.dumps(found) if given.json else table(found, given.data, given.out))
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""How a phase begins: the source and the teacher, what the recipe left open, names for pictures without one, the head,
+and what the source model does untrained."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from facefast import checkpoint
+from facefast.baselines import Gallery
+from facefast.clustering import assign
+from facefast.data.index import printable
+from facefast.distill import Teacher, caches_teacher
+from facefast.evaluate import embed_rows
+from facefast.log import RunLog
+from facefast.models import FaceModel, Source, build_model, load_source
+from facefast.models.heads import unit
+from facefast.prepare import Stage
+from facefast.recipe import ImageSpec, Recipe
+from facefast.step import Supply, TrainState
+from facefast.transfer import advice, caches_features, class_means
+
+
+def find_source(recipe: Recipe) -> Source | None:
+    """The source model's weights, read before anything slow happens."""
+    if recipe.model.source == "none":
+        return None
+    return load_source(recipe.model.source, recipe.model.backbone)
+
+
+def find_teacher(recipe: Recipe, device: torch.device) -> FaceModel | None:
+    """The model that phases distil from, in evaluation mode."""
+    if recipe.model.teacher == "none":
+        return None
+    path = Path(recipe.model.teacher)
+    if not path.exists():
+        raise ValueError(f"model.teacher {path} does not exist; give a run, checkpoint or package folder, or weights")
+    return checkpoint.load_model(path, device)
+
+
+def settle(recipe: Recipe, source: Source | None, teacher: FaceModel | None, stages: tuple[Stage, ...]) -> Recipe:
+    """The recipe with everything that was left to the source model, the teacher or the photographs written down."""
+    image = recipe.image.settled(source.image, source.fixed) if source else recipe.image
+    if teacher is not None:
+        image = image.settled(teacher.image, [field.name for field in dataclasses.fields(ImageSpec)])
+    image = image.settled()
+    if image.template == "auto":
+        has_landmarks = all(stage.train.landmarks is not None for stage in stages)
+        image = dataclasses.replace(image, template="arcface" if has_landmarks else "none")
+    backbone = recipe.model.backbone
+    if backbone == "auto":
+        backbone = source.backbone if source and source.backbone else "mobilefacenet"
+    embedding = recipe.model.embedding or (source.embedding if source else 0)
+    model = dataclasses.replace(recipe.model, backbone=backbone, embedding=embedding)
+    return dataclasses.replace(recipe, image=image, model=model)
+
+
+def starting_model(state: TrainState, number: int, stage: Stage, source: Source | None) -> FaceModel:
+    """Random weights, with the source model's or those of the phase before copied over them."""
+    recipe, phase = state.recipe, state.recipe.phases[number]
+    config = recipe.model if phase.start == "source" else dataclasses.replace(recipe.model, source="none")
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed + 1000 * number)
+        model = build_model(
+            config,
+            state.plan.phases[number].num_classes if phase.loss.weight else 0,
+            recipe.image,
+            stage.train.class_names if phase.loss.weight else (),
+            source if phase.start == "source" else None,
+            stage.attributes,
+        )
+    model.scale = phase.loss.scale
+    if model.attribute_heads is not None:
+        model.attribute_heads.start_from(stage.values())
+    if phase.start == "previous" and number > state.phase:
+        _take_over(model, state.evaluated, phase.head_start)
+    return model
+
+
+def _take_over(model: FaceModel, before: FaceModel, head_start: str) -> None:
+    """The weights of the phase before; its heads too where they stand for the same and are wanted."""
+    kept = dict(before.state_dict())
+    same_classes = model.class_names == before.class_names and type(model.head) is type(before.head)
+    if head_start != "previous" or not same_classes:
+        kept = {name: value for name, value in kept.items() if not name.startswith("head.")}
+    if model.to_config()["attributes"] != before.to_config()["attributes"]:
+        kept = {name: value for name, value in kept.items() if not name.startswith("attribute_heads.")}
+    model.load_state_dict(kept, strict=False)
+
+
+def embed_training_rows(state: TrainState, model: FaceModel, stage: Stage, *, mirror: bool) -> tuple[Tensor, Tensor]:
+    """[N, D] embeddings of the phase's training pictures without augmentation, and which rows were readable."""
+    return embed_rows(
+        model,
+        stage.train,
+        state.run,
+        state.precision,
+        batch_size=state.recipe.eval.batch_size,
+        threads=state.recipe.threads,
+        mirror=mirror,
+        max_bad_fraction=state.recipe.data.max_bad_fraction,
+        max_pixels=state.recipe.data.max_pixels,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A phase that has begun."""
+
+    stage: Stage
+    """The phase's data, with the names that were given to pictures without one."""
+    gallery: Gallery | None
+    """The source model's embeddings of it, where the model is examined before any training."""
+
+
+def begin(
+    folder: Path,
+    state: TrainState,
+    number: int,
+    stage: Stage,
+    source: Source | None,
+    teacher: FaceModel | None,
+    saved: Path | None,
+    log: RunLog,
+) -> Start:
+    """Enters a phase: its weights, its labels, its head, its optimiser; or all of them as a checkpoint has them."""
+    phase, plan = state.recipe.phases[number], state.plan.phases[number]
+    log.say(
+        f"phase {phase.name}: {plan.num_rows} pictures of {plan.num_classes} identities, {plan.steps} steps "
+        f"of {phase.batch_size}, {'goes on' if saved else 'starts from ' + phase.start}"
+    )
+    model = starting_model(state, number, stage, source)
+    if saved:
+        model.load_state_dict(checkpoint.read_tensors(saved, "model"))
+    model.to(state.run.device)
+    if state.precision.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    from_source = phase.start == "source" and state.recipe.eval.baselines and bool((stage.labels() >= 0).any())
+    wants_means = phase.head_start == "class_mean"
+    fresh: tuple[Tensor, Tensor] | None = None
+    if not saved and (from_source or wants_means or phase.labels == "pseudo"):
+        fresh = embed_training_rows(state, model, stage, mirror=True)
+    if phase.labels == "pseudo":
+        stage = name_pictures(
+            folder / f"pseudo-labels-{phase.name}.csv", state, stage, phase.pseudo_confidence, fresh, log
+        )
+    labels = stage.labels()
+    counts = labels[labels >= 0].bincount(minlength=plan.num_classes)
+    for warning in advice(counts, phase):
+        log.say(f"note: {warning}")
+    if wants_means and fresh is not None and model.head is not None:
+        embeddings, seen = fresh
+        means = class_means(embeddings, labels.where(seen, -1), plan.num_classes)
+        model.head.start_from(means, float(embeddings[seen].norm(dim=1).mean()))
+    state.enter(number, model, supply_of(state, number, model, stage, source, teacher, counts))
+    if saved:
+        state.load(saved)
+    if fresh is None or not (from_source or wants_means):
+        return Start(stage, None)
+    return Start(stage, Gallery(fresh[0], labels.where(fresh[1], -1), plan.num_classes) if from_source else None)
+
+
+def supply_of(
+    state: TrainState,
+    number: int,
+    model: FaceModel,
+    stage: Stage,
+    source: Source | None,
+    teacher: FaceModel | None,
+    counts: Tensor,
+) -> Supply:
+    """What the phase learns from beside its batches."""
+    phase = state.recipe.phases[number]
+    cached: Tensor | None = None
+    if caches_features(phase):
+        cached, seen = embed_training_rows(state, model, stage, mirror=False)
+        cached[~seen] = torch.nan
+    asked: Teacher | None = None
+    if phase.distill.active:
+        assert teacher is not None
+        known: Tensor | None = None
+        if caches_teacher(phase):
+            known, seen = embed_training_rows(state, teacher, stage, mirror=False)
+            known[~seen] = torch.nan
+            known = known.to(state.run.device)
+        asked = Teacher(teacher.eval(), known)
+    return Supply(counts, stage.values(), cached, asked, source.state if source and phase.l2sp else None)
+
+
+def name_pictures(
+    path: Path,
+    state: TrainState,
+    stage: Stage,
+    least: float,
+    fresh: tuple[Tensor, Tensor] | None,
+    log: RunLog,
+) -> Stage:
+    """The stage with names for pictures without one, given by the model and kept in a CSV of the run folder.
+
+    A run that goes on in the phase takes the names from the file: it must not give others in the middle.
+
+    Args:
+        path: the CSV: path, identity, confidence, trained on or not.
+        least: confidence from which a name is trained on.
+        fresh: embeddings [N, D] and which rows are readable; None reads the file.
+    """
+    index = stage.train
+    if state.run.is_main and fresh is not None:
+        embeddings, seen = fresh
+        known = np.where(seen.numpy(), index.labels, -1)
+        found, confidence = assign(unit(embeddings).numpy(), known, index.num_classes)
+        found = np.where(seen.numpy(), found, -1)
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(("row", "path", "identity", "confidence"))
+            for row in np.flatnonzero(index.labels < 0).tolist():
+                identity = index.class_names[found[row]] if found[row] >= 0 else ""
+                name = printable(bytes(index.paths[row]))
+                rows.writerow((row, name, identity, f"{confidence[row] if identity else 0:.4f}"))
+    state.run.barrier()
+    labels = index.labels.copy()
+    place = {name: number for number, name in enumerate(index.class_names)}
+    with open(path, newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            if line["identity"] and float(line["confidence"]) >= least:
+                labels[int(line["row"])] = place[line["identity"]]
+    unnamed, named = int((index.labels < 0).sum()), int((labels >= 0).sum() - (index.labels >= 0).sum())
+    log.say(f"{named} of {unnamed} pictures without a name got one with a confidence of {least} or more: {path}")
+    return dataclasses.replace(stage, train=dataclasses.replace(index, labels=labels))

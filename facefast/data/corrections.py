@@ -1,0 +1,271 @@
+"""What people decide about a data set, as CSV files that can be edited, and applying them to an index.
+
+`facefast audit` writes suspects.csv, a line for each finding; whoever looks at its contact sheets deletes the lines
+that are not true, or changes their action. `facefast label` writes a line for each picture. `prepare` applies both.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from facefast.data.index import FaceIndex
+from facefast.runtime import StorageError
+
+ACTIONS = ("drop", "keep", "relabel", "merge")
+KINDS = ("wrong_label", "duplicate", "merge")
+SHOWN = 5
+"""Lines that an error names."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A line of suspects.csv; its fields are the columns."""
+
+    kind: str
+    """wrong_label: the picture shows somebody else. duplicate: it is a copy of `other_path`. merge: `identity` and
+    `suggested` are one person."""
+    path: str
+    """The picture, as `FaceIndex.name` writes it; of a merge, a typical one of `identity`."""
+    identity: str
+    """What it is labelled as; empty without a label."""
+    suggested: str
+    """The identity it seems to show; empty is nobody of this set."""
+    action: str
+    """drop leaves the picture out; relabel gives it the name `suggested`; merge gives that to all of `identity`; keep
+    changes nothing."""
+    confidence: float = 1.0
+    """How sure this is, 0 to 1."""
+    score: float = math.nan
+    """Cosine of the picture with the rest of its identity; empty without a rest."""
+    other_score: float = math.nan
+    """Cosine with `suggested`, or with `other_path` for a copy."""
+    other_path: str = ""
+    """The picture that stays, of two copies; a typical one of `suggested`, of a merge."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """A line of labels.csv; its fields are the columns."""
+
+    path: str
+    identity: str
+    """Empty: nobody was found in this picture."""
+    confidence: float
+    """How sure this is, 0 to 1."""
+
+
+def write_corrections(path: str | os.PathLike[str], corrections: Iterable[Correction]) -> None:
+    """Writes suspects.csv.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    _write(Path(path), Correction, corrections)
+
+
+def write_labels(path: str | os.PathLike[str], labels: Iterable[Label]) -> None:
+    """Writes labels.csv.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    _write(Path(path), Label, labels)
+
+
+def read_corrections(path: str | os.PathLike[str]) -> list[tuple[int, Correction]]:
+    """(line number, correction) of each line; columns may be in any order, and those with a default may be missing.
+
+    Raises:
+        ValueError: the file is no such table, or a line has an action, a kind or a number that does not exist.
+    """
+    lines = list(_read(Path(path), Correction, "facefast audit"))
+    _check(
+        Path(path),
+        [
+            (number, f"{name} {value!r} is none of {', '.join(allowed)}")
+            for number, line in lines
+            for name, value, allowed in (("action", line.action, ACTIONS), ("kind", line.kind, KINDS))
+            if value not in allowed
+        ],
+    )
+    return lines
+
+
+def apply_corrections(index: FaceIndex, path: str | os.PathLike[str]) -> FaceIndex:
+    """The index without the pictures to drop, with labels changed and identities merged as suspects.csv says.
+
+    A picture that one line drops is dropped, whatever others say. A merge takes along what is relabelled to it.
+    Identities that are left without a picture are gone from the class names.
+
+    Raises:
+        ValueError: the file is no such table, or lines do not fit the index: a picture or an identity that is not
+            there, a picture with another identity than the line says, or lines that contradict each other.
+    """
+    path = Path(path)
+    rows = {index.name(row): row for row in range(len(index))}
+    names = {name: label for label, name in enumerate(index.class_names)}
+    labels = index.labels.astype(np.int64)
+    dropped = np.zeros(len(index), bool)
+    relabelled: dict[int, int] = {}
+    merged: dict[int, int] = {}
+    faults: list[tuple[int, str]] = []
+    for number, line in read_corrections(path):
+        if line.action == "keep":
+            continue
+        fault = _misfit(line, index, rows, names)
+        if fault:
+            faults.append((number, fault))
+        elif line.action == "drop":
+            dropped[rows[line.path]] = True
+        elif line.action == "relabel":
+            row, label = rows[line.path], names[line.suggested]
+            if relabelled.setdefault(row, label) != label:
+                faults.append((number, f"{line.path} is relabelled twice, to {line.suggested} here"))
+        else:
+            one, other = _last(merged, names[line.identity]), _last(merged, names[line.suggested])
+            if one != other:
+                merged[one] = other
+    _check(path, faults)
+    for row, label in relabelled.items():
+        labels[row] = label
+    final = np.array([_last(merged, label) for label in range(index.num_classes)] + [-1])
+    changed = dataclasses.replace(index, labels=final[labels].astype(np.int32))
+    if dropped.all():
+        raise ValueError(f"{path} drops all {len(index)} pictures; delete lines from it")
+    return changed.select(~dropped).compact()
+
+
+def read_labels(index: FaceIndex, path: str | os.PathLike[str], min_confidence: float = 0.0) -> FaceIndex:
+    """The index with identities for pictures that had none; new names are numbered after the known ones.
+
+    Lines without an identity or below `min_confidence` change nothing; nor do lines that repeat a known identity.
+
+    Raises:
+        ValueError: the file is no such table, lines do not fit the index (a picture that is not there, one that has
+            another identity, one named twice), or `min_confidence` is outside [0, 1].
+    """
+    path = Path(path)
+    if not 0 <= min_confidence <= 1:
+        raise ValueError(f"the least confidence of labels is {min_confidence}; it must lie in [0, 1]")
+    rows = {index.name(row): row for row in range(len(index))}
+    given: dict[int, str] = {}
+    faults: list[tuple[int, str]] = []
+    for number, line in _read(path, Label, "facefast label"):
+        if not line.identity or line.confidence < min_confidence:
+            continue
+        row = rows.get(line.path, -1)
+        label = int(index.labels[row]) if row >= 0 else -1
+        if row < 0:
+            faults.append((number, f"{line.path} is no picture of {index.root}"))
+        elif label >= 0 and index.class_names[label] != line.identity:
+            faults.append((number, f"{line.path} is {index.class_names[label]} already, {line.identity} here"))
+        elif given.setdefault(row, line.identity) != line.identity:
+            faults.append((number, f"{line.path} is {given[row]} on a line above, {line.identity} here"))
+    _check(path, faults)
+    class_names = (*index.class_names, *sorted(set(given.values()) - set(index.class_names)))
+    names = {name: label for label, name in enumerate(class_names)}
+    labels = index.labels.copy()
+    for row, name in given.items():
+        labels[row] = names[name]
+    return dataclasses.replace(index, labels=labels, class_names=class_names)
+
+
+def _misfit(line: Correction, index: FaceIndex, rows: dict[str, int], names: dict[str, int]) -> str:
+    """What is wrong with a line, for this index; empty if nothing is."""
+    if line.action == "merge" and line.identity not in names:
+        return f"there is no identity {line.identity!r} to merge"
+    if line.action in ("relabel", "merge") and line.suggested not in names:
+        return f"{line.action} needs an identity of this set in the column suggested, not {line.suggested!r}"
+    if line.action == "merge":
+        return ""
+    if line.path not in rows:
+        return f"{line.path} is no picture of {index.root}"
+    label = int(index.labels[rows[line.path]])
+    name = index.class_names[label] if label >= 0 else ""
+    return "" if name == line.identity else f"{line.path} is {name or 'nobody'} here, {line.identity or 'nobody'} there"
+
+
+def _last(merged: dict[int, int], label: int) -> int:
+    while label in merged:
+        label = merged[label]
+    return label
+
+
+def _check(path: Path, faults: Sequence[tuple[int, str]]) -> None:
+    if faults:
+        listed = "".join(f"\n  line {number}: {fault}" for number, fault in faults[:SHOWN])
+        more = f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise ValueError(
+            f"{path}: {len(faults)} lines do not fit; mend or delete them, or write the file anew for these "
+            f"photographs:{listed}{more}"
+        )
+
+
+def _write(path: Path, kind: type[Any], lines: Iterable[Any]) -> None:
+    columns = [field.name for field in dataclasses.fields(kind)]
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(aside, "w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(columns)
+                writer.writerows([_text(getattr(line, column)) for column in columns] for line in lines)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error}; choose another --out") from error
+
+
+def _text(value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if math.isnan(value) else f"{value:.4f}"
+
+
+def _read(path: Path, kind: Callable[..., T], command: str) -> Iterator[tuple[int, T]]:
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [
+                field.name
+                for field in fields
+                if field.default is dataclasses.MISSING and field.name not in (reader.fieldnames or ())
+            ]
+            if missing:
+                raise ValueError(f"{path} has no column {', '.join(missing)}; {command} writes it")
+            faults = []
+            for values in reader:
+                try:
+                    line = kind(**{f.name: _value(f, values[f.name]) for f in fields if values.get(f.name) is not None})
+                except (TypeError, ValueError) as error:
+                    faults.append((reader.line_num, str(error)))
+                else:
+                    yield reader.line_num, line
+            _check(path, faults)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error}; {command} writes it") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV file in UTF-8 ({error}); {command} writes it") from error
+
+
+def _value(field: dataclasses.Field[Any], text: str) -> str | float:
+    if field.type != "float":
+        return text
+    try:
+        return float(text) if text.strip() else math.nan
+    except ValueError:
+        raise ValueError(f"{field.name} is {text!r}, which is no number") from None

@@ -1,0 +1,33 @@
+"""What a run is: frozen dataclasses, their JSON form, and `resolve`, which turns a recipe and the facts of the data
+into a plan.
+
+Everything a run depends on is a field here; nothing is typed twice. `train` reads it top to bottom, the checkpoint
+stores it, and `evaluate`, `predict` and `export` read it back from there.
+"""
+
+from facefast.recipe.config import BinaryConfig, DataConfig, EvalConfig, ModelConfig, TaskConfig
+from facefast.recipe.image import AugmentSpec, ImageSpec
+from facefast.recipe.jsonable import from_json, to_json
+from facefast.recipe.phase import DistillConfig, LossConfig, Phase
+from facefast.recipe.plan import IndexFacts, PhasePlan, Plan, resolve
+from facefast.recipe.whole import Recipe
+
+__all__ = [
+    "AugmentSpec",
+    "BinaryConfig",
+    "DataConfig",
+    "DistillConfig",
+    "EvalConfig",
+    "ImageSpec",
+    "IndexFacts",
+    "LossConfig",
+    "ModelConfig",
+    "Phase",
+    "PhasePlan",
+    "Plan",
+    "Recipe",
+    "TaskConfig",
+    "from_json",
+    "resolve",
+    "to_json",
+]

@@ -1,0 +1,154 @@
+"""Where photographs and weights come from, what is learnt beside names, and what is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class BinaryConfig:
+    """Yes or no instead of names: is this our person, is this a face. Set one of the two fields."""
+
+    people: tuple[str, ...] = ()
+    """Identities of `data.root` to say yes to; everybody else in it is a negative. A part of the others is kept out
+    of training, since strangers are what such a model will meet."""
+    negatives: str = ""
+    """Folder of pictures to say no to, faces or not; every picture of `data.root` is then a yes."""
+
+    def __post_init__(self) -> None:
+        if self.people and self.negatives:
+            raise ValueError(
+                f"binary.people {', '.join(self.people)} and binary.negatives {self.negatives} contradict each other: "
+                "people makes everybody else in data.root a negative, negatives makes everybody in data.root a yes"
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether the run learns yes or no."""
+        return bool(self.people or self.negatives)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the photographs are and how they are divided."""
+
+    root: str = ""
+    """Folder of photographs; empty draws faces (see `facefast.data.synthetic`)."""
+    format: Literal["auto", "folder", "celeba", "afad", "lfw", "recordio", "webdataset", "synthetic"] = "auto"
+    """Layout of `root`; auto recognises it."""
+    more: tuple[str, ...] = ()
+    """Further folders, their layouts recognised: pictures with attributes for `tasks`, or the target domain of
+    `align`. Their identities are not classes."""
+    corrections: str = ""
+    """suspects.csv of `facefast audit`: rows to leave out, labels to change, identities to merge."""
+    labels: str = ""
+    """CSV of `facefast label` with identities for pictures that have none."""
+    label_fraction: float = 1.0
+    """Part of each identity's training pictures that keep their name (at least one does); the others are unlabelled,
+    as for `phases.K.labels pseudo`."""
+    shots: int = 0
+    """Training pictures of each identity at most, drawn by the seed; 0 takes all."""
+    test_fraction: float = 0.2
+    """Part of each identity's pictures kept for testing (closed set)."""
+    verify_fraction: float = 0.0
+    """Part of the identities kept out of training for verification, where the recipe names no split for that."""
+    max_bad_fraction: float = 0.01
+    """Unreadable files tolerated before the run stops with exit code 65."""
+    max_pixels: int = 64_000_000
+    """Pictures with more pixels than this are refused (decompression bombs)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.test_fraction < 1 or not 0 <= self.verify_fraction < 1:
+            raise ValueError(
+                f"data.test_fraction {self.test_fraction} and data.verify_fraction {self.verify_fraction} "
+                "must lie in [0, 1)"
+            )
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}; it must lie in [0, 1]")
+        if not 0 < self.label_fraction <= 1 or self.shots < 0:
+            raise ValueError(
+                f"data.label_fraction {self.label_fraction} must lie in (0, 1] and data.shots {self.shots} be 0 or more"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network and where its weights come from."""
+
+    backbone: str = "auto"
+    """A name that `facefast.models.NAMES` lists, or timm/NAME; auto is the source's, else mobilefacenet."""
+    source: str = "none"
+    """Source weights: a file, a run or checkpoint folder, imagenet (torchvision's), or none."""
+    teacher: str = "none"
+    """The model that `phases.K.distill` learns from: a run, checkpoint or package folder, a weights file, or none."""
+    embedding: int = 0
+    """Numbers in an embedding; 0 is the source's, or the backbone's usual."""
+    head: Literal["linear", "cosine"] = "linear"
+    """linear gives logits; cosine gives cos(angle), scaled and given a margin by the loss."""
+    dropout: float = 0.0
+    """Dropout before the heads, in training."""
+    drop_path: float = 0.0
+    """Stochastic depth: probability of leaving out the last residual block, falling linearly to the first."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1 or not 0 <= self.drop_path < 1:
+            raise ValueError(f"model.dropout {self.dropout} and model.drop_path {self.drop_path} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Attributes learnt beside names: a head each on the shared embedding; unknown values count for nothing.
+
+    An attribute with the values 0 and 1 gets a sigmoid focal loss; one with more whole numbers, such as an age, is
+    ordinal (CORAL, Cao et al. 2020).
+    """
+
+    attributes: tuple[str, ...] = ()
+    """Attributes by their names in the data, for instance Male, or age of AFAD."""
+    weights: tuple[float, ...] = ()
+    """Weight of each attribute's loss; empty is 1 for each."""
+    weighting: Literal["fixed", "uncertainty"] = "fixed"
+    """uncertainty learns one log-variance per loss, identity included (Kendall et al. 2018)."""
+    gamma: float = 2.0
+    """Focal exponent of the attributes' losses."""
+    alpha: float = -1.0
+    """Weight of an attribute's positives, 1 - alpha of its negatives (Lin et al. 2017); below 0 weighs all alike."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.attributes)) != len(self.attributes):
+            raise ValueError(f"tasks.attributes names one twice: {', '.join(self.attributes)}")
+        if self.weights and len(self.weights) != len(self.attributes):
+            raise ValueError(
+                f"tasks.weights has {len(self.weights)} numbers for {len(self.attributes)} attributes; give one each "
+                "or none"
+            )
+        if any(weight <= 0 for weight in self.weights) or self.gamma < 0 or self.alpha > 1:
+            raise ValueError(
+                f"tasks.weights {self.weights} must be above 0, tasks.gamma {self.gamma} at least 0 and tasks.alpha "
+                f"{self.alpha} at most 1"
+            )
+        if self.weights and self.weighting == "uncertainty":
+            raise ValueError(f"tasks.weights {self.weights} has no effect: tasks.weighting uncertainty learns them")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured after each epoch, and which number names the best checkpoint."""
+
+    metric: Literal["auto", "top1", "verification_accuracy", "tar@1e-2", "tar@1e-3", "auc", "tasks"] = "auto"
+    """Higher is better; auto is top1 where there are test pictures, else verification_accuracy, else tasks, the mean
+    AUC of the attributes."""
+    split: Literal["none", "train", "val", "test"] = "none"
+    """Identities kept for verification: a part of the data set's own partition."""
+    pairs: int = 6000
+    """Verification pairs, half of one identity, half of two."""
+    folds: int = 10
+    """Folds over which the verification threshold is chosen on the others."""
+    batch_size: int = 128
+    """Pictures in one evaluation batch, per process."""
+    every: int = 1
+    """Epochs between evaluations; the last epoch of a phase is always evaluated."""
+    baselines: bool = True
+    """Measure what the source model does untrained before fine-tuning it: class means, nearest neighbours and a linear
+    probe on its embeddings."""

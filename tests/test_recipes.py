@@ -1,0 +1,298 @@
+"""Every named recipe from its command line, on a few drawn faces: each leaves a mark that no other would."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from facefast import audit, checkpoint, evaluate, files, predict, train
+from facefast.data import synthetic
+from facefast.models import build_model
+from facefast.prune import sparsity_of
+from facefast.recipe import ImageSpec, ModelConfig
+from facefast.recipes import RECIPES, Given
+
+SIZE = 32
+TINY = (
+    f"--image.size={SIZE}",
+    "--eval.pairs=40",
+    "--eval.folds=2",
+    "--log-every=1",
+    "--data.format=celeba",
+    "--keep=1",
+)
+RUNS: dict[str, tuple[str, ...]] = {
+    "finetune": (),
+    "fixed": (),
+    "share": (),
+    "twophase": (),
+    "extract": (),
+    "softmax": (),
+    "focal": (),
+    "arcface": (),
+    "cosface": (),
+    "adaface": (),
+    "triplet": ("--phases.triplet.pictures-per-identity=2", "--data.verify-fraction=0.4"),
+    "contrastive": ("--phases.contrastive.pictures-per-identity=2", "--data.verify-fraction=0.4"),
+    "distill": ("--phases.distill.distill.logits=0.5",),
+    "regularised": (),
+    "multitask": ("--tasks.attributes", "Male", "Smiling", "--tasks.weighting=uncertainty"),
+    "binary": ("--binary.people", "1", "--data.test-fraction=0.4"),
+    "prune": ("--phases.prune.prune=0.4",),
+    "pseudolabel": ("--data.label-fraction=0.4",),
+    "align": ("--data.label-fraction=0.5",),
+}
+"""Recipes that start from a source model or a teacher, and what their command lines need on so few faces."""
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = synthetic.DrawnSpec(identities=(6, 0, 0), pictures=8, seed=1)
+    return synthetic.write(tmp_path_factory.mktemp("data") / "drawn", spec, processes=1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights whose BatchNorm has seen pictures."""
+    torch.manual_seed(4)
+    model = build_model(ModelConfig(backbone="mobilefacenet", embedding=16), 0, ImageSpec(size=SIZE))
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = None
+    with torch.no_grad():
+        model.encode(torch.randn(32, 3, SIZE, SIZE))
+    path = tmp_path_factory.mktemp("weights") / "source.safetensors"
+    state = {name.removeprefix("backbone."): value.contiguous() for name, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, path)
+    return path
+
+
+class Runs:
+    """Finished runs by recipe, each made once."""
+
+    def __init__(self, drawn: Path, source: Path, folder: Path) -> None:
+        self.drawn, self.source, self.folder = drawn, source, folder
+
+    def __getitem__(self, name: str) -> Path:
+        out = self.folder / name
+        if not out.exists():
+            given = f"--model.teacher={self['finetune']}" if name == "distill" else f"--model.source={self.source}"
+            placeholder = Given("x", "x", ("1",), "", ("Male",))
+            phases = [phase.name for phase in RECIPES[name](placeholder).phases]
+            small = [
+                flag for phase in phases for flag in (f"--phases.{phase}.batch-size=8", f"--phases.{phase}.steps=6")
+            ]
+            words = [name, *TINY, *small, *RUNS[name], given, f"--data.root={self.drawn}", f"--out={out}"]
+            assert train.main(words) == 0
+        return out
+
+
+@pytest.fixture(scope="module")
+def runs(drawn: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(drawn, source, tmp_path_factory.mktemp("runs"))
+
+
+def lines(run: Path, split: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["split"] == split]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(run / "checkpoints" / "last" / "model.safetensors")
+
+
+def moved(run: Path, source: Path) -> set[str]:
+    """The source's parameters that the run has changed."""
+    before, after = safetensors.torch.load_file(source), weights(run)
+    return {name for name, value in before.items() if not torch.equal(value, after[f"backbone.{name}"])}
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"drawn", "scratch"}))
+def test_every_recipe_runs_from_its_command_line(name: str, runs: Runs) -> None:
+    run = runs[name]
+    assert files.read_json(run / "status.json")["state"] == "done"
+    assert evaluate.main([str(run), f"--data.root={runs.drawn}", "--data.format=celeba", "--eval.pairs=20"]) == 0
+
+
+def test_fixed_weights_move_the_head_alone_and_see_each_picture_once(runs: Runs, source: Path) -> None:
+    assert moved(runs["fixed"], source) == set()
+    speeds = [line["data_wait_fraction"] for line in lines(runs["fixed"], "train")]
+    assert set(speeds) == {0.0}  # no picture was decoded after the features were computed
+
+
+def test_shared_weights_stay_in_the_first_stages(runs: Runs, source: Path) -> None:
+    names = moved(runs["share"], source)
+    assert names and not any(
+        name.startswith(("conv1", "dw_conv1", *(f"blocks.{k}." for k in range(12)))) for name in names
+    )
+    assert any(name.startswith("blocks.12.") for name in names)
+    assert lines(runs["share"], "train")[0]["loss"] > 1.5 * lines(runs["finetune"], "train")[0]["loss"]  # a random head
+
+
+def test_the_default_moves_the_last_stages_first_and_then_all(runs: Runs, source: Path) -> None:
+    assert any(name.startswith("conv1.") for name in moved(runs["finetune"], source))
+    exams = lines(runs["finetune"], "eval")
+    assert [exam["phase"] for exam in exams] == ["last", "last", "last", "all", "all"]
+    assert {"class_means_top1", "neighbours_top1", "probe_top1"} <= exams[0].keys()
+    assert exams[0]["top1"] == exams[0]["class_means_top1"]  # the head starts from them
+    rates = {line["phase"]: line["lr"] for line in lines(runs["finetune"], "train")}
+    assert max(rates.values()) <= 0.01
+    page = (runs["finetune"] / "report.html").read_text()
+    assert all(title in page for title in ("class means", "5 nearest neighbours", "linear probe"))
+
+
+def test_the_tutorials_two_phases_log_their_curves(runs: Runs) -> None:
+    recipe = files.read_json(runs["twophase"] / "recipe.json")
+    first, second = recipe["phases"]
+    assert (recipe["model"]["dropout"], first["optimizer"], first["schedule"]) == (0.5, "adam", "step")
+    assert (first["lr"], first["step_epochs"], first["step_gamma"]) == (3e-4, 5, 0.5)
+    assert second["lr"] < first["lr"] and second["loss"]["gamma"] == 2
+    board = EventAccumulator(str(runs["twophase"] / "tensorboard"))
+    board.Reload()
+    assert {"train/loss", "train/accuracy", "train/lr", "eval/top1", "eval/loss"} <= set(board.Tags()["scalars"])
+
+
+def test_feature_extraction_hands_its_head_to_fine_tuning(runs: Runs, source: Path) -> None:
+    training = lines(runs["extract"], "train")
+    last_fixed = [line["loss"] for line in training if line["phase"] == "fixed"][-1]
+    first_tuned = next(line["loss"] for line in training if line["phase"] == "last")
+    assert first_tuned < 2 * last_fixed + 0.5
+    assert moved(runs["extract"], source)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("softmax", "margin", "none"),
+        ("focal", "class_weights", "effective"),
+        ("arcface", "margin", "arc"),
+        ("cosface", "margin_size", 0.35),
+        ("adaface", "margin", "ada"),
+    ],
+)
+def test_each_loss_trains_to_other_weights(name: str, field: str, value: Any, runs: Runs) -> None:
+    assert files.read_json(runs[name] / "recipe.json")["phases"][0]["loss"][field] == value
+    others = [
+        weights(runs[other])["head.weight"] for other in ("softmax", "focal", "arcface", "cosface") if other != name
+    ]
+    assert not any(torch.equal(weights(runs[name])["head.weight"], other) for other in others)
+
+
+@pytest.mark.parametrize("name", ["triplet", "contrastive"])
+def test_sets_for_verification_only_need_no_classes(name: str, runs: Runs, source: Path) -> None:
+    assert moved(runs[name], source)
+    assert not any(key.startswith("head") for key in weights(runs[name]))
+    assert "top1" not in lines(runs[name], "eval")[-1]
+    assert files.read_json(runs[name] / "status.json")["best"]["metric"] == "verification_accuracy"
+
+
+def test_a_student_comes_nearer_to_its_teacher(runs: Runs) -> None:
+    training = lines(runs["distill"], "train")
+    assert {"loss/identity", "loss/distill_embeddings", "loss/distill_logits"} <= training[0].keys()
+    assert training[-1]["loss/distill_embeddings"] < training[0]["loss/distill_embeddings"]
+    assert files.read_json(runs["distill"] / "checkpoints/last/model.json")["backbone"] == "mobilefacenet_half"
+
+
+def test_the_regularised_run_evaluates_averaged_weights(runs: Runs) -> None:
+    path = runs["regularised"] / "checkpoints" / "last"
+    assert checkpoint.read_tensors(path, "ema")
+    recipe = files.read_json(path / "recipe.json")
+    assert recipe["model"]["drop_path"] > 0 and recipe["phases"][0]["l2sp"] > 0 and recipe["phases"][0]["mixup"] > 0
+
+
+def test_attributes_are_told_beside_names(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    exam = lines(runs["multitask"], "eval")[-1]
+    assert {"top1", "Male/auc", "Male/accuracy", "Smiling/auc", "tasks"} <= exam.keys()
+    training = lines(runs["multitask"], "train")
+    assert {"loss/identity", "loss/Male", "loss/Smiling"} <= training[0].keys()
+    assert "log_variances" in checkpoint.read_tensors(runs["multitask"] / "checkpoints" / "last", "objective")
+    picture = next((runs.drawn / "img_align_celeba").iterdir())
+    assert predict.main([str(runs["multitask"]), str(picture), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(answer["attributes"]) == {"Male", "Smiling"} and answer["names"]
+
+
+def test_yes_or_no_is_learnt_from_people_and_asked_of_strangers(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    run = runs["binary"]
+    assert {"match/auc", "match/accuracy", "match/tar@1e-2"} <= lines(run, "eval")[-1].keys()
+    assert files.read_json(run / "status.json")["best"]["metric"] == "tasks"
+    capsys.readouterr()
+    picture = next((runs.drawn / "img_align_celeba").iterdir())
+    assert predict.main([str(run), str(picture)]) == 0
+    assert "match" in capsys.readouterr().out
+
+
+def test_pruned_weights_are_zero_in_the_model_that_is_handed_on(runs: Runs) -> None:
+    assert sparsity_of(checkpoint.load_model(runs["prune"] / "checkpoints" / "last")) == pytest.approx(0.4, abs=0.01)
+    assert sparsity_of(checkpoint.load_model(runs["softmax"])) == 0
+
+
+def test_pictures_without_a_name_are_named_and_trained_on(runs: Runs, drawn: Path) -> None:
+    run = runs["pseudolabel"]
+    with open(run / "pseudo-labels-round1.csv", newline="", encoding="utf-8") as file:
+        named = list(csv.DictReader(file))
+    plan = files.read_json(run / "plan.json")["phases"]
+    assert (plan[0]["num_rows"], plan[1]["num_rows"]) == (12, 36)  # six of eight pictures train, two of them named
+    assert len(named) == 24
+    assert all(not line["identity"] or 0 <= float(line["confidence"]) <= 1 for line in named)
+    assert (run / "pseudo-labels-round2.csv").exists()
+
+
+def test_a_resumed_run_keeps_the_names_that_it_gave(runs: Runs, source: Path, tmp_path: Path) -> None:
+    straight, words = tmp_path / "straight", []
+    for phase in ("named", "round1", "round2"):
+        words += [f"--phases.{phase}.batch-size=8", f"--phases.{phase}.steps=4"]
+    words += [*TINY, *RUNS["pseudolabel"], f"--model.source={source}", f"--data.root={runs.drawn}", "--save-every=2"]
+    assert train.main(["pseudolabel", *words, "--keep=20", f"--out={straight}"]) == 0
+    resumed = tmp_path / "resumed"
+    (resumed / "checkpoints").mkdir(parents=True)
+    (resumed / "checkpoints" / "step-0000006").symlink_to(straight / "checkpoints" / "step-0000006")
+    names = (straight / "pseudo-labels-round1.csv").read_bytes()
+    (resumed / "pseudo-labels-round1.csv").write_bytes(names)
+    assert train.main(["pseudolabel", *words, "--keep=20", f"--out={resumed}"]) == 0
+    assert (resumed / "pseudo-labels-round1.csv").read_bytes() == names
+    one, two = weights(straight), weights(resumed)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_domains_are_aligned_where_names_are_missing(runs: Runs) -> None:
+    training = lines(runs["align"], "train")
+    assert any(line["loss/align"] > 0 for line in training)
+
+
+def test_what_the_audit_suspects_is_left_out(runs: Runs, tmp_path: Path) -> None:
+    out = tmp_path / "audit"
+    assert audit.main([str(runs["finetune"]), f"--data.root={runs.drawn}", "--data.format=celeba", f"--out={out}"]) == 0
+    assert (out / "suspects.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["distill"], "recipe distill needs --model.teacher"),
+        (["multitask"], "recipe multitask needs --tasks.attributes"),
+        (["binary"], "recipe binary needs --binary.people"),
+        (
+            ["finetune", "--phases.all.sampler=pk", "--phases.last.mixup=0.1", "--model.teacher=x"],
+            "model.teacher x has no",
+        ),
+        (["pseudolabel"], "labels pseudo has no effect: every training picture has a name"),
+        (["align"], "align coral has no effect: every training picture has a name"),
+        (["finetune", "--model.drop-path=0.1", "--model.source=none"], "model.source, which is none"),
+    ],
+)
+def test_what_a_recipe_cannot_do_without_is_asked_for_by_name(
+    words: list[str], message: str, runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = [] if "--model.source=none" in words else [f"--model.source={runs.source}"]
+    command = [words[0], *TINY, f"--data.root={runs.drawn}", f"--out={tmp_path / 'run'}", *given, *words[1:]]
+    assert train.main(command) == 64
+    assert message in capfd.readouterr().err
