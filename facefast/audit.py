@@ -186,9 +186,8 @@ def strips(index: FaceIndex, embeddings: Floats, suspects: Suspects, kind: str, 
         sure = f"{suspect.confidence:.0%} {suspect.action}"
         if suspect.kind == "duplicate":
             title, kept = (index.name(row).rsplit("/")[-1] for row in (suspect.row, suspect.other_row))
-            return Strip(
-                title, f"{sure}, copy of {index.name(suspect.other_row)} ({other})", [[suspect.row, suspect.other_row]]
-            )
+            pair = [suspect.row, suspect.other_row]
+            return Strip(f"{title} ({who})", f"{sure}: {kept} ({other})", [pair])
         if suspect.kind == "merge":
             rows = [like(suspect.row, suspect.label, SHOWN), like(suspect.other_row, suspect.suggested, SHOWN)]
             return Strip(

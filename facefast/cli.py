@@ -18,7 +18,7 @@ from facefast import runtime
 from facefast.recipe import Recipe
 from facefast.recipes import RECIPES, Given, with_scratch_baseline
 
-COMMANDS = ("train", "index", "audit", "evaluate", "predict", "export", "compress")
+COMMANDS = ("train", "index", "audit", "label", "evaluate", "predict", "export", "compress")
 EXAMPLE = Given(source="FILE", teacher="RUN", people=("NAME",), attributes=("NAME",))
 """Stands for what a recipe needs where only its help is wanted."""
 

@@ -20,6 +20,10 @@ Numbers = NDArray[np.int64]
 
 BLOCK_CELLS = 1 << 24
 """Similarities held at a time: 64 MiB of float32."""
+JOIN = 0.9
+"""Confidence from which a row that got a name counts in the mean of its class."""
+MOST_LOSSES = 1 << 22
+"""Similarities that the temperature is fitted on; more rows, evenly chosen, would not change it."""
 
 
 def unit_rows(embeddings: Floats) -> Floats:
@@ -61,25 +65,26 @@ def neighbours(embeddings: Floats, count: int, block: int = 0) -> tuple[Numbers,
     return places, cosines
 
 
-def stranger_limit(embeddings: Floats, seed: int = 0, num_pairs: int = 1 << 18) -> float:
-    """The cosine above which a row expects one stranger among all N: the quantile 1 - 1/N of random pairs.
+def strangers(embeddings: Floats, seed: int = 0, num_pairs: int = 1 << 18) -> tuple[float, float]:
+    """Mean and standard deviation of the cosines of two people's pictures; (0, 0) where there is one row.
 
-    Most random pairs are of two people. The median and the spread below it, which pairs of one person hardly touch,
-    give the normal distribution that the quantile is taken from.
+    Most random pairs are of two people: the median and the spread below it are theirs, since pairs of one person
+    hardly touch them.
     """
-    rows = len(embeddings)
-    left, right = np.random.default_rng(seed).integers(rows, size=(2, num_pairs))
+    left, right = np.random.default_rng(seed).integers(len(embeddings), size=(2, num_pairs))
     left, right = left[left != right], right[left != right]
     if len(left) == 0:
-        return 1.0
-    cosines = np.concatenate(
-        [
-            np.einsum("nd,nd->n", embeddings[left[k : k + 4096]], embeddings[right[k : k + 4096]])
-            for k in range(0, len(left), 4096)
-        ]
-    )
-    middle, low = np.quantile(cosines, (0.5, NormalDist().cdf(-1)))
-    return float(middle + (middle - low) * NormalDist().inv_cdf(1 - 1 / max(rows, 2)))
+        return 0.0, 0.0
+    parts = [slice(start, start + 4096) for start in range(0, len(left), 4096)]
+    cosines = [np.einsum("nd,nd->n", embeddings[left[part]], embeddings[right[part]]) for part in parts]
+    middle, low = np.quantile(np.concatenate(cosines), (0.5, NormalDist().cdf(-1)))
+    return float(middle), float(middle - low)
+
+
+def stranger_limit(embeddings: Floats) -> float:
+    """The cosine above which a row expects one stranger among all N: the normal quantile 1 - 1/N of `strangers`."""
+    mean, deviation = strangers(embeddings)
+    return mean + deviation * NormalDist().inv_cdf(1 - 1 / max(len(embeddings), 2))
 
 
 def cluster(
@@ -208,11 +213,12 @@ def own_and_other(
 
 
 def assign(
-    embeddings: Floats, labels: Numbers, num_classes: int, *, confidence: float = 0.9, rounds: int = 3, block: int = 0
+    embeddings: Floats, labels: Numbers, num_classes: int, *, confidence: float = 0.0, rounds: int = 3, block: int = 0
 ) -> tuple[Numbers, Floats]:
-    """Gives rows without a label the identity of known ones, where that is sure enough.
+    """Gives rows without a label the identity of known ones, and says how sure that is.
 
-    Class means of the labelled rows classify the others; those that are sure join the means, and again. The confidence
+    Class means of the labelled rows classify the others; those that are sure (`JOIN`) join the means, and again: what
+    is named does not depend on how much is wanted. The confidence
     is a softmax over the cosines whose temperature makes the labelled rows, each left out in turn, most likely (Guo et
     al. 2017), times the probability that the row shows somebody who is known at all: a mixture fitted to the rows
     without a label of what labelled rows score with their own class and with the best of the others.
@@ -220,7 +226,7 @@ def assign(
     Args:
         embeddings: [N, D].
         labels: [N] in [0, `num_classes`), -1 unknown.
-        confidence: rows below it stay -1.
+        confidence: rows below it stay -1; 0 names all, for a caller who looks at the confidences.
 
     Returns:
         Labels [N], those given as they were; and confidences [N]: 1 where given, else that of the best class, also
@@ -258,7 +264,8 @@ def assign(
             chance[part] = 1 / np.exp(scale * (found - score[part][:, None])).sum(1)
         chance *= _somebody_known(score, own[known], other[known])
         sure[open_rows] = chance
-        result[open_rows] = np.where(chance >= confidence, best, -1)
+        result[open_rows] = np.where(chance >= JOIN, best, -1)
+    result[open_rows] = np.where(chance >= confidence, best, -1)
     return result, sure
 
 
@@ -267,7 +274,8 @@ def _temperature(unit: Floats, labels: Numbers, num_classes: int, own: Floats, b
     scales = np.geomspace(2, 128, 25)
     rows = np.flatnonzero(np.isfinite(own))
     if len(rows) == 0:  # one row a class says nothing of how far pictures of one person lie apart
-        return 1 / max(stranger_limit(unit) / NormalDist().inv_cdf(1 - 1 / max(len(unit), 2)), 1e-2)
+        return 1 / max(strangers(unit)[1], 1e-2)
+    rows = rows[:: max(1, len(rows) * num_classes // MOST_LOSSES)]
     sums = class_sums(unit, labels, num_classes)
     lengths = np.linalg.norm(sums, axis=1, keepdims=True)
     means = np.divide(sums, lengths, out=np.zeros_like(sums), where=lengths > 1e-3)

@@ -57,7 +57,11 @@ class CompressArguments:
     min_cosine: float = 0.98
     """Least mean cosine between int8 and float32 embeddings."""
     max_loss: float = 0.005
-    """Greatest loss of verification accuracy."""
+    """Greatest loss of verification accuracy, against MODEL and against `original`."""
+    original: Path | None = None
+    """The model that MODEL was distilled or pruned from: the result is held against it too."""
+    original_min_cosine: float = 0.9
+    """Least mean cosine to the embeddings of `original`."""
     photographs: int = 256
     """Photographs that the ranges of activations are taken from."""
     pairs: int = 6000
@@ -66,9 +70,10 @@ class CompressArguments:
     """Of the photographs and of the pairs."""
 
     def __post_init__(self) -> None:
-        if not -1 <= self.min_cosine <= 1 or not 0 <= self.max_loss <= 1:
+        if max(abs(self.min_cosine), abs(self.original_min_cosine)) > 1 or not 0 <= self.max_loss <= 1:
             raise ValueError(
-                f"min_cosine is {self.min_cosine} and max_loss {self.max_loss}; they must lie in [-1, 1] and [0, 1]"
+                f"min_cosine is {self.min_cosine}, original_min_cosine {self.original_min_cosine} and max_loss "
+                f"{self.max_loss}; cosines must lie in [-1, 1] and the loss in [0, 1]"
             )
         if self.photographs < FEWEST or self.pairs < 2:
             raise ValueError(
@@ -95,15 +100,15 @@ class Gate:
             return None
         return self.verification_before["verification_accuracy"] - self.verification_after["verification_accuracy"]
 
-    def check(self, min_cosine: float, max_loss: float) -> None:
-        """Lets a model pass.
+    def check(self, min_cosine: float, max_loss: float, other: str) -> None:
+        """Lets a model pass that is near enough to the `other` one.
 
         Raises:
             ValueError: it is worse than allowed.
         """
         if not self.cosine_mean >= min_cosine:
             raise ValueError(
-                f"the int8 model gives other embeddings: mean cosine {self.cosine_mean:.4f} (1st percentile "
+                f"the int8 model gives other embeddings than {other}: mean cosine {self.cosine_mean:.4f} (1st percentile "
                 f"{self.cosine_p01:.4f}) on {self.photographs} photographs, at least {min_cosine} is asked for; "
                 "nothing was written. Calibrate on more photographs of the kind that the model will see "
                 "(--photographs), or lower --min-cosine"
@@ -111,7 +116,7 @@ class Gate:
         if self.loss is not None and not self.loss <= max_loss:
             assert self.verification_before is not None and self.verification_after is not None
             raise ValueError(
-                f"the int8 model verifies worse: accuracy {self.verification_after['verification_accuracy']:.4f} after "
+                f"the int8 model verifies worse than {other}: accuracy {self.verification_after['verification_accuracy']:.4f} after "
                 f"{self.verification_before['verification_accuracy']:.4f} on {self.verification_after['pairs']} pairs, "
                 f"a loss of at most {max_loss} is allowed; nothing was written. Calibrate on more photographs "
                 "(--photographs), or raise --max-loss"
@@ -221,23 +226,24 @@ def compress(given: CompressArguments, model: FaceModel, threads: int) -> dict[s
         StorageError: OUT cannot be written.
     """
     try:
-        import onnx
-
         from facefast import int8, onnx_graph
     except ImportError as error:
         raise ValueError("compress needs ONNX's packages: pip install 'facefast[onnx]'") from error
     _check_out(given.out)
     calibration, judged, pairs = divide(given, model, threads)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "float.onnx"
-        export.export(model, "onnx", path)
-        size_before, parent = path.stat().st_size, onnx.load(path)
+    parent, size_before = _exported(model)
+    original = _load_original(given.original, model) if given.original else None
     pictures = np.concatenate([images for images, _ in read_pictures(calibration, model, given.data, threads)])
     pictures = np.random.default_rng(given.seed).permutation(pictures)
     found = int8.quantise(parent, pictures, given.min_cosine + SLACK, threads)
     before, after = onnx_graph.session(parent, threads), onnx_graph.session(found.model, threads)
     gate = compare(before, after, read_pictures(judged, model, given.data, threads), len(judged), pairs)
-    gate.check(given.min_cosine, given.max_loss)
+    gate.check(given.min_cosine, given.max_loss, "its parent")
+    against: Gate | None = None
+    if original is not None:
+        first = onnx_graph.session(_exported(original)[0], threads)
+        against = compare(first, after, read_pictures(judged, model, given.data, threads), len(judged), pairs)
+        against.check(given.original_min_cosine, given.max_loss, str(given.original))
     one = pictures[:1]
     embedder = export.Embedder(model).eval()
     embedder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster one
@@ -260,6 +266,7 @@ def compress(given: CompressArguments, model: FaceModel, threads: int) -> dict[s
         "calibration": {"photographs": len(pictures), "method": found.method, "weight_bits": int8.WEIGHT_BITS},
         "layers_in_float": list(found.in_float),
         "gate": dataclasses.asdict(gate) | {"min_cosine": given.min_cosine, "max_loss": given.max_loss},
+        "gate_original": against and dataclasses.asdict(against) | {"min_cosine": given.original_min_cosine},
         "bytes_before": size_before,
         "bytes_after": len(content),
         "seconds_per_picture": {name: round(value, 6) for name, value in seconds.items()},
@@ -267,6 +274,27 @@ def compress(given: CompressArguments, model: FaceModel, threads: int) -> dict[s
     }
     _write(given.out, content, document)
     return document
+
+
+def _exported(model: FaceModel) -> tuple[Any, int]:
+    """The ONNX model in float32, and its bytes."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "float.onnx"
+        export.export(model, "onnx", path)
+        return onnx.load(path), path.stat().st_size
+
+
+def _load_original(path: Path, model: FaceModel) -> FaceModel:
+    original = checkpoint.load_model(path)
+    ours, theirs = (model.image, model.embedding_size), (original.image, original.embedding_size)
+    if ours != theirs:
+        raise ValueError(
+            f"{path} takes {theirs[0]} and gives {theirs[1]} numbers, the model {ours[0]} and {ours[1]}: their "
+            "embeddings cannot be compared; leave --original out"
+        )
+    return original
 
 
 def _check_out(out: Path) -> None:
@@ -313,6 +341,14 @@ def table(document: dict[str, Any]) -> str:
         f"cosine of int8 to float32 embeddings: mean {gate['cosine_mean']:.4f}, 1st percentile "
         f"{gate['cosine_p01']:.4f} on {gate['photographs']} photographs"
     )
+    if against := document["gate_original"]:
+        lines.append(
+            f"cosine to the original's embeddings: mean {against['cosine_mean']:.4f}, 1st percentile "
+            f"{against['cosine_p01']:.4f}"
+        )
+        if against["verification_before"]:
+            before, after = (against[f"verification_{k}"]["verification_accuracy"] for k in ("before", "after"))
+            lines.append(f"verification: the original {before:.2%}, int8 {after:.2%}")
     if gate["verification_before"] is None:
         lines.append("there are no pairs to verify: the gate went by the cosine alone")
     if document["layers_in_float"]:

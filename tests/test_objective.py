@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import small
 import torch
+from ranks import run_ranks
 from torch import Tensor
 
-from facefast import checkpoint, ops
+from facefast import checkpoint, ops, runtime
 from facefast.data import Batch
 from facefast.distill import Teacher, caches_teacher, stage_outputs
 from facefast.losses import effective_weights, mix, supervised_contrastive
@@ -338,3 +339,38 @@ def test_stochastic_depth_leaves_blocks_out_in_training_only() -> None:
         assert torch.equal(model(batch_of().images), model(batch_of().images))
     with pytest.raises(ValueError, match="drop_path 0.1 has no effect on resnet18"):
         build_model(ModelConfig(backbone="resnet18", drop_path=0.1), 4, image)
+
+
+def half_an_update(rank: int, out: str, world: int) -> int:
+    """One update of a run with attributes, a projection and learnt weights, on this rank's part of the batch."""
+    with runtime.start() as run:
+        values = torch.tensor([[1.0], [torch.nan], [0.0], [1.0], [torch.nan], [0.0], [1.0], [0.0]])
+        phase = phase_with(distill=DistillConfig(embeddings=1.0), loss=LossConfig(scale=8), accumulate=2)
+        recipe = Recipe(
+            image=ImageSpec(size=small.SIZE, template="none"),
+            model=ModelConfig(backbone="mobilefacenet", embedding=16, head="cosine", teacher="teacher"),
+            phases=(phase,),
+            tasks=TaskConfig(attributes=("Male",), weighting="uncertainty", gamma=0.0),
+            precision="fp32",
+        )
+        state = TrainState(recipe, resolve(recipe, (IndexFacts(64, 4, "f"),), world), run)
+        torch.manual_seed(3)
+        image = ImageSpec(size=small.SIZE, template="none")
+        teacher = build_model(ModelConfig(backbone="mobilefacenet", embedding=24), 0, image).eval()
+        state.enter(0, model_with(attributes=SPECS[:1]), Supply(values=values, teacher=Teacher(teacher)))
+        whole = batch_of()
+        parts = [Batch(*(column[rank + world * k :: world * 2] for column in whole)) for k in range(2)]
+        train_step(state, parts, Share(8, 8, (6,)))
+        if rank == 0:
+            found = state.model.state_dict() | {f"own.{n}": p for n, p in state.objective.own_parameters()}
+            torch.save({name: value.detach().clone() for name, value in found.items()}, out)
+    return 0
+
+
+def test_two_ranks_make_the_update_that_one_makes(tmp_path: Any) -> None:
+    for world in (1, 2):
+        assert run_ranks(half_an_update, world, str(tmp_path / f"{world}.pt"), world) == [0] * world
+    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert one["own.log_variances"].any()

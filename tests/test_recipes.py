@@ -296,3 +296,24 @@ def test_what_a_recipe_cannot_do_without_is_asked_for_by_name(
     command = [words[0], *TINY, f"--data.root={runs.drawn}", f"--out={tmp_path / 'run'}", *given, *words[1:]]
     assert train.main(command) == 64
     assert message in capfd.readouterr().err
+
+
+def test_a_set_that_knows_only_ages_joins_a_run_on_names(runs: Runs, tmp_path: Path) -> None:
+    pictures = sorted((runs.drawn / "img_align_celeba").iterdir())
+    for number, picture in enumerate(pictures[:24]):
+        folder = tmp_path / "afad" / str(20 + number % 3) / ("111" if number % 2 else "112")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / picture.name).write_bytes(picture.read_bytes())
+    out = tmp_path / "run"
+    words = ["--phases.multitask.batch-size=8", "--phases.multitask.steps=6", "--tasks.attributes", "Male", "age"]
+    words += ["--tasks.weights", "0.5", "0.1", f"--data.more={tmp_path / 'afad'}", f"--model.source={runs.source}"]
+    assert train.main(["multitask", *TINY, *words, f"--data.root={runs.drawn}", f"--out={out}"]) == 0
+    exam = lines(out, "eval")[-1]
+    assert {"top1", "Male/auc", "age/mae", "age/within5", "tasks"} <= exam.keys()
+    assert 0 <= exam["age/mae"] <= 2
+    assert files.read_json(out / "checkpoints/last/model.json")["attributes"] == [
+        {"name": "Male", "levels": []},
+        {"name": "age", "levels": [20.0, 21.0, 22.0]},
+    ]
+    more = files.read_json(out / "plan.json")["phases"][0]["num_rows"]
+    assert more > 36  # the named pictures alone

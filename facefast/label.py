@@ -1,0 +1,181 @@
+"""Names for photographs that have none: `python -m facefast.label MODEL --data.root DIR --out labels.csv`.
+
+Where some pictures have an identity, the others get one of those, if the model is sure enough. Where none has, or with
+`--ignore-labels`, pictures that look like one person become "cluster-0001" and so on. `labels.csv` has the columns
+path, identity (empty: nobody is sure enough) and confidence; edit it at will. `facefast train --data.labels labels.csv`
+trains on it, and that model labels better: do both again until the labels stay the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from facefast import cli, runtime
+from facefast.audit import Photographs, embed_photographs
+from facefast.clustering import Floats, Numbers, agreement, assign, cluster
+from facefast.data import FaceIndex
+from facefast.data.corrections import Label, write_labels
+from facefast.data.folder import is_picture
+
+
+@dataclass(frozen=True)
+class LabelArguments:
+    """`python -m facefast.label`."""
+
+    model: tyro.conf.Positional[Path]
+    """A run folder, a checkpoint folder, an exported package or a source model's weights file."""
+    data: Photographs = field(default_factory=Photographs)
+    out: Path = Path("labels.csv")
+    """Where the names go."""
+    ignore_labels: bool = False
+    """Cluster all pictures as if none had an identity; where some have, print how far the clusters agree with them."""
+    new_identities: bool = False
+    """Cluster those who are none of the known people too."""
+    confidence: float = 0.9
+    """Least confidence of a known identity's name for a picture without one."""
+    similarity: float | None = None
+    """Least mean cosine of two clusters that are joined; by default one that strangers reach once in as many pairs as
+    there are pictures."""
+    min_size: int = 2
+    """Pictures of a new identity, at least."""
+    batch_size: int = 128
+    """Pictures in one batch of the model, per process."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """An identity for each of N pictures."""
+
+    identities: list[str]
+    """[N], empty where nobody is sure enough."""
+    confidences: Floats
+    """[N]"""
+    clusters: Numbers | None
+    """[N] cluster of each picture, -1 none; None where nothing was clustered."""
+
+
+def name_pictures(given: LabelArguments, embeddings: Floats, labels: Numbers, class_names: Sequence[str]) -> Names:
+    """Names by what is known, or by clusters.
+
+    Args:
+        embeddings: [N, D] of length 1.
+        labels: [N] places in `class_names`, -1 unknown.
+
+    Raises:
+        ValueError: an option that would have no effect.
+    """
+    seeded = bool((labels >= 0).any()) and not given.ignore_labels
+    default = LabelArguments(given.model)
+    if not seeded:
+        idle = [name for name in ("confidence", "new_identities") if getattr(given, name) != getattr(default, name)]
+        reason = "no identity is known" if not given.ignore_labels else "--ignore-labels forgets those that are known"
+    else:
+        idle = [name for name in ("similarity", "min_size") if getattr(given, name) != getattr(default, name)]
+        idle = [] if given.new_identities else idle
+        reason = "identities are known: add --new-identities or --ignore-labels to cluster"
+    if idle:
+        raise ValueError(f"--{idle[0].replace('_', '-')} has no effect where {reason}")
+
+    if seeded:
+        found, confidences = assign(embeddings, labels, len(class_names), confidence=given.confidence)
+        identities = [class_names[label] if label >= 0 else "" for label in found.tolist()]
+    else:
+        confidences = np.zeros(len(embeddings), np.float32)
+        identities = [""] * len(embeddings)
+    clusters: Numbers | None = None
+    if not seeded or given.new_identities:
+        rest = np.array([row for row, name in enumerate(identities) if not name], np.int64)
+        clusters = np.full(len(embeddings), -1)
+        if len(rest):
+            clusters[rest], sure = cluster(embeddings[rest], similarity=given.similarity, min_size=given.min_size)
+            confidences = confidences.copy()
+            confidences[rest] = sure
+        names = _new_names(int(clusters.max(initial=-1)) + 1, set(class_names) if seeded else set())
+        for row in np.flatnonzero(clusters >= 0).tolist():
+            identities[row] = names[clusters[row]]
+    return Names(identities, np.where([bool(name) for name in identities], confidences, 0), clusters)
+
+
+def _new_names(count: int, taken: set[str]) -> list[str]:
+    names: list[str] = []
+    number = 0
+    while len(names) < count:
+        number += 1
+        if (name := f"cluster-{number:04d}") not in taken:
+            names.append(name)
+    return names
+
+
+def report(index: FaceIndex, names: Names, ignored: bool) -> dict[str, Any]:
+    """What was found, in numbers; with true labels that were ignored, how far the clusters agree with them."""
+    labels = index.labels.astype(np.int64)
+    named = np.array([bool(name) for name in names.identities])
+    known = labels >= 0
+    found: dict[str, Any] = {
+        "pictures": len(index),
+        "known": 0 if ignored else int(np.count_nonzero(known)),
+        "named": int(np.count_nonzero(named if ignored else named & ~known)),
+        "unnamed": int(np.count_nonzero(~named)),
+        "identities": len(set(names.identities) - {""}),
+    }
+    if names.clusters is not None:
+        found["clusters"] = int(names.clusters.max(initial=-1)) + 1
+        if ignored and known.any():
+            found |= dataclasses.asdict(agreement(labels, names.clusters))
+    return found
+
+
+def table(found: dict[str, Any], given: LabelArguments) -> str:
+    """The report for a terminal, and what to do next."""
+    width = max(map(len, found))
+    lines = [f"{name:{width}}  {value:.4g}" for name, value in found.items()]
+    if not given.ignore_labels:
+        form = f" --data.format {given.data.format}" if given.data.format != "auto" else ""
+        lines += [
+            f"look through {given.out}, then",
+            f"  facefast train --data.root {given.data.root}{form} --data.labels {given.out}",
+            "and label again with the model that comes of it",
+        ]
+    return "\n".join(lines)
+
+
+def with_format(data: Photographs) -> Photographs:
+    """A folder of nothing but loose pictures is one of nobody's yet: "auto" alone would not recognise it."""
+    root = Path(data.root)
+    if data.format != "auto" or not data.root or not root.is_dir():
+        return data
+    entries = list(root.iterdir())
+    loose = any(is_picture(os.fsencode(entry.name)) for entry in entries) and not any(map(Path.is_dir, entries))
+    return dataclasses.replace(data, format="folder") if loose else data
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    with cli.exit_codes() as outcome:
+        given = tyro.cli(LabelArguments, args=arguments, prog="facefast.label")
+        given = dataclasses.replace(given, data=with_format(given.data))
+        with runtime.start() as run:
+            index, embeddings = embed_photographs(given.model, given.data, run, given.batch_size)
+            if run.is_main:
+                names = name_pictures(given, embeddings, index.labels.astype(np.int64), index.class_names)
+                pictures = enumerate(zip(names.identities, names.confidences.tolist(), strict=True))
+                write_labels(given.out, (Label(index.name(row), name, sure) for row, (name, sure) in pictures))
+                found = report(index, names, given.ignore_labels)
+                print(json.dumps(found) if given.json else table(found, given))
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
