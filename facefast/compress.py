@@ -108,15 +108,16 @@ class Gate:
         """
         if not self.cosine_mean >= min_cosine:
             raise ValueError(
-                f"the int8 model gives other embeddings than {other}: mean cosine {self.cosine_mean:.4f} (1st percentile "
-                f"{self.cosine_p01:.4f}) on {self.photographs} photographs, at least {min_cosine} is asked for; "
-                "nothing was written. Calibrate on more photographs of the kind that the model will see "
+                f"the int8 model gives other embeddings than {other}: mean cosine {self.cosine_mean:.4f} (1st "
+                f"percentile {self.cosine_p01:.4f}) on {self.photographs} photographs, at least {min_cosine} is asked "
+                "for; nothing was written. Calibrate on more photographs of the kind that the model will see "
                 "(--photographs), or lower --min-cosine"
             )
         if self.loss is not None and not self.loss <= max_loss:
             assert self.verification_before is not None and self.verification_after is not None
             raise ValueError(
-                f"the int8 model verifies worse than {other}: accuracy {self.verification_after['verification_accuracy']:.4f} after "
+                f"the int8 model verifies worse than {other}: accuracy "
+                f"{self.verification_after['verification_accuracy']:.4f} after "
                 f"{self.verification_before['verification_accuracy']:.4f} on {self.verification_after['pairs']} pairs, "
                 f"a loss of at most {max_loss} is allowed; nothing was written. Calibrate on more photographs "
                 "(--photographs), or raise --max-loss"
