@@ -24,7 +24,13 @@ from facefast.baselines import Gallery, baseline_accuracies
 from facefast.data import FaceIndex, PairSet, make_loader, read_bin, read_lfw
 from facefast.models import FaceModel
 from facefast.prepare import Exam, check_budget, divide, read_photographs
-from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe, from_json
+from facefast.recipe import (
+    DataConfig,
+    EvalConfig,
+    Phase,
+    Recipe,
+    from_json,
+)
 from facefast.runtime import Runtime, decode_threads
 from facefast.step import Precision
 
@@ -134,7 +140,7 @@ def evaluate(
         labels = torch.tensor(exam.test.labels, dtype=torch.long).where(cached[1], -1)
         if model.head is not None:
             results |= _closed_set(model, cached[0], labels, run.device)
-        if model.attribute_heads is not None:
+        if model.attribute_heads is not None and exam.test.attribute_names == model.attribute_heads.names:
             results |= _attributes(model, *cached, torch.tensor(exam.test.attributes), run.device)
         if gallery is not None and bool((labels >= 0).any()):
             results |= baseline_accuracies(gallery, cached[0][labels >= 0], labels[labels >= 0])
@@ -260,24 +266,38 @@ def find_exam(arguments: EvaluateArguments, model: FaceModel, threads: int) -> E
         return Exam(test=None, verification=index, pairs=pairs, held_out=True)
     if not arguments.data.root:
         raise ValueError("evaluate needs photographs: --data.root DIR, or --bin SET")
-    trained = _recipe_of(arguments.model)
-    default = DataConfig()
-    given = {
-        f.name: getattr(arguments.data, f.name)
-        for f in dataclasses.fields(default)
-        if getattr(arguments.data, f.name) != getattr(default, f.name)
-    }
-    data = dataclasses.replace(trained.data, **given)
-    index = read_photographs(dataclasses.replace(trained, data=data), threads)
-    if set(model.class_names) & set(index.class_names) or trained.learns_attributes:
-        exam = divide(index, trained, trained.phases[-1]).exam
+    trained = _asked_again(_recipe_of(arguments.model), arguments.data)
+    index = read_photographs(trained, threads)
+    known = set(model.class_names) & set(index.class_names)
+    if known or trained.learns_attributes:
+        exam = divide(index, trained, _exam_phase(trained)).exam
         if exam.test is not None and exam.test.class_names == model.class_names:
             return exam
     everybody = index.select(index.labels >= 0).compact()
     config = arguments.eval
     pairs = PairSet.random(everybody, config.pairs, config.folds, arguments.seed)
-    known = set(model.class_names) & set(everybody.class_names)
     return Exam(test=None, verification=everybody, pairs=pairs, held_out=not known)
+
+
+def _asked_again(trained: Recipe, data: DataConfig) -> Recipe:
+    """The recipe that a model was trained with, for an exam on `data`.
+
+    On the photographs that it was trained on, what the recipe knows of them stays (corrections, further folders,
+    whom to say yes to) unless it is given anew; other photographs have their own.
+    """
+    if Path(data.root).resolve() == Path(trained.data.root).resolve():
+        default = DataConfig()
+        names = [f.name for f in dataclasses.fields(default)]
+        given = {name: getattr(data, name) for name in names if getattr(data, name) != getattr(default, name)}
+        return dataclasses.replace(trained, data=dataclasses.replace(trained.data, **given))
+    if not trained.learns_attributes:
+        return dataclasses.replace(trained, data=data)
+    return Recipe(data=data, image=trained.image, phases=(_exam_phase(trained),), eval=trained.eval, seed=trained.seed)
+
+
+def _exam_phase(trained: Recipe) -> Phase:
+    """The last phase without what only training needs: its exam is the same."""
+    return Phase(name=trained.phases[-1].name, split=trained.phases[-1].split, start="scratch")
 
 
 def _recipe_of(model: Path) -> Recipe:

@@ -146,8 +146,16 @@ def write_package(model: FaceModel, out: Path, recipe: dict[str, Any] | None = N
 
 def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe that does not tell where its owner's photographs and weights lie."""
-    source = Path(recipe["model"]["source"]).name
-    return recipe | {"data": recipe["data"] | {"root": ""}, "model": recipe["model"] | {"source": source}}
+    model, data = recipe["model"], recipe["data"] | {"root": ""}
+    cleaned = recipe | {
+        "data": data
+        | {name: empty for name, empty in (("more", []), ("corrections", ""), ("labels", "")) if name in data},
+        "model": model | {name: Path(model[name]).name for name in ("source", "teacher") if name in model},
+    }
+    if "binary" in recipe:
+        negatives = Path(recipe["binary"]["negatives"]).name
+        cleaned["binary"] = recipe["binary"] | {"negatives": negatives}
+    return cleaned
 
 
 def main(arguments: list[str] | None = None) -> int:

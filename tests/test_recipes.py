@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from facefast import audit, checkpoint, evaluate, files, predict, train
+from facefast import audit, checkpoint, evaluate, export, files, predict, train
 from facefast.data import synthetic
 from facefast.models import build_model
 from facefast.prune import sparsity_of
@@ -317,3 +317,20 @@ def test_a_set_that_knows_only_ages_joins_a_run_on_names(runs: Runs, tmp_path: P
     ]
     more = files.read_json(out / "plan.json")["phases"][0]["num_rows"]
     assert more > 36  # the named pictures alone
+
+
+@pytest.mark.parametrize("name", ["multitask", "binary", "pseudolabel"])
+def test_what_a_recipe_learns_beside_names_does_not_stand_in_the_way_of_an_exam_elsewhere(
+    name: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, picture in enumerate(sorted((runs.drawn / "img_align_celeba").iterdir())[:12]):
+        folder = tmp_path / "others" / f"stranger{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / picture.name).write_bytes(picture.read_bytes())
+    package = tmp_path / "package"
+    assert export.main([str(runs[name]), str(package), "--to", "safetensors"]) == 0
+    assert str(runs.drawn) not in (package / "recipe.json").read_text()
+    for model in (runs[name], package):
+        assert evaluate.main([str(model), f"--data.root={tmp_path / 'others'}", "--eval.pairs=10", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert "verification_accuracy" in found and not any("/" in key for key in found)

@@ -113,6 +113,11 @@ class AttributeHeads(nn.Module):
         self.register_buffer("attribute_of", torch.tensor(owners), persistent=False)
         self.register_buffer("thresholds", torch.tensor(steps), persistent=False)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The attributes in order."""
+        return tuple(spec.name for spec in self.specs)
+
     def forward(self, embeddings: Tensor) -> Tensor:
         """Embeddings [B, D] of any length to logits [B, K], float32 or wider."""
         with torch.autocast(embeddings.device.type, enabled=False):
