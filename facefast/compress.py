@@ -227,6 +227,8 @@ def compress(given: CompressArguments, model: FaceModel, threads: int) -> dict[s
         StorageError: OUT cannot be written.
     """
     try:
+        import onnx  # noqa: F401 -- the export needs it first
+
         from facefast import int8, onnx_graph
     except ImportError as error:
         raise ValueError("compress needs ONNX's packages: pip install 'facefast[onnx]'") from error

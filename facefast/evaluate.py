@@ -282,17 +282,19 @@ def find_exam(arguments: EvaluateArguments, model: FaceModel, threads: int) -> E
 def _asked_again(trained: Recipe, data: DataConfig) -> Recipe:
     """The recipe that a model was trained with, for an exam on `data`.
 
-    On the photographs that it was trained on, what the recipe knows of them stays (corrections, further folders,
-    whom to say yes to) unless it is given anew; other photographs have their own.
+    How pictures are divided stays, unless it is given anew. On the photographs that the model was trained on, so does
+    what the recipe knows of them: corrections, further folders, attributes, whom to say yes to; others have their own.
     """
+    default = DataConfig()
+    names = [f.name for f in dataclasses.fields(default)]
+    given = {name: getattr(data, name) for name in names if getattr(data, name) != getattr(default, name)}
+    merged = dataclasses.replace(trained.data, **given | {"format": data.format})
     if Path(data.root).resolve() == Path(trained.data.root).resolve():
-        default = DataConfig()
-        names = [f.name for f in dataclasses.fields(default)]
-        given = {name: getattr(data, name) for name in names if getattr(data, name) != getattr(default, name)}
-        return dataclasses.replace(trained, data=dataclasses.replace(trained.data, **given))
-    if not trained.learns_attributes:
-        return dataclasses.replace(trained, data=data)
-    return Recipe(data=data, image=trained.image, phases=(_exam_phase(trained),), eval=trained.eval, seed=trained.seed)
+        return dataclasses.replace(trained, data=merged)
+    merged = dataclasses.replace(merged, more=(), corrections=data.corrections, labels=data.labels)
+    return Recipe(
+        data=merged, image=trained.image, phases=(_exam_phase(trained),), eval=trained.eval, seed=trained.seed
+    )
 
 
 def _exam_phase(trained: Recipe) -> Phase:
