@@ -3,7 +3,6 @@ and what the source model does untrained."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from pathlib import Path
 
@@ -14,12 +13,11 @@ from torch import Tensor
 from facefast import checkpoint
 from facefast.baselines import Gallery
 from facefast.clustering import assign
-from facefast.data.index import printable
+from facefast.data.corrections import Label, read_labels, write_labels
 from facefast.distill import Teacher, caches_teacher
 from facefast.evaluate import embed_rows
 from facefast.log import RunLog
 from facefast.models import FaceModel, Source, build_model, load_source
-from facefast.models.heads import unit
 from facefast.prepare import Stage
 from facefast.recipe import ImageSpec, Recipe
 from facefast.step import Supply, TrainState
@@ -160,9 +158,9 @@ def begin(
     state.enter(number, model, supply_of(state, number, model, stage, source, teacher, counts))
     if saved:
         state.load(saved)
-    if fresh is None or not (from_source or wants_means):
+    if fresh is None or not from_source:
         return Start(stage, None)
-    return Start(stage, Gallery(fresh[0], labels.where(fresh[1], -1), plan.num_classes) if from_source else None)
+    return Start(stage, Gallery(fresh[0], labels.where(fresh[1], -1), plan.num_classes))
 
 
 def supply_of(
@@ -176,19 +174,18 @@ def supply_of(
 ) -> Supply:
     """What the phase learns from beside its batches."""
     phase = state.recipe.phases[number]
-    cached: Tensor | None = None
-    if caches_features(phase):
-        cached, seen = embed_training_rows(state, model, stage, mirror=False)
-        cached[~seen] = torch.nan
+
+    def embeddings_of(network: FaceModel) -> Tensor:
+        """[N, D], NaN where a picture could not be read."""
+        embeddings, seen = embed_training_rows(state, network, stage, mirror=False)
+        embeddings[~seen] = torch.nan
+        return embeddings.to(state.run.device)
+
+    cached = embeddings_of(model) if caches_features(phase) else None
     asked: Teacher | None = None
     if phase.distill.active:
         assert teacher is not None
-        known: Tensor | None = None
-        if caches_teacher(phase):
-            known, seen = embed_training_rows(state, teacher, stage, mirror=False)
-            known[~seen] = torch.nan
-            known = known.to(state.run.device)
-        asked = Teacher(teacher.eval(), known)
+        asked = Teacher(teacher, embeddings_of(teacher) if caches_teacher(phase) else None)
     return Supply(counts, stage.values(), cached, asked, source.state if source and phase.l2sp else None)
 
 
@@ -205,7 +202,7 @@ def name_pictures(
     A run that goes on in the phase takes the names from the file: it must not give others in the middle.
 
     Args:
-        path: the CSV: path, identity, confidence, trained on or not.
+        path: the CSV, as `facefast label` writes it.
         least: confidence from which a name is trained on.
         fresh: embeddings [N, D] and which rows are readable; None reads the file.
     """
@@ -213,22 +210,13 @@ def name_pictures(
     if state.run.is_main and fresh is not None:
         embeddings, seen = fresh
         known = np.where(seen.numpy(), index.labels, -1)
-        found, confidence = assign(unit(embeddings).numpy(), known, index.num_classes)
-        found = np.where(seen.numpy(), found, -1)
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(("row", "path", "identity", "confidence"))
-            for row in np.flatnonzero(index.labels < 0).tolist():
-                identity = index.class_names[found[row]] if found[row] >= 0 else ""
-                name = printable(bytes(index.paths[row]))
-                rows.writerow((row, name, identity, f"{confidence[row] if identity else 0:.4f}"))
+        found, confidences = assign(embeddings.numpy(), known, index.num_classes)
+        rows = np.flatnonzero((index.labels < 0) & seen.numpy()).tolist()
+        write_labels(path, [Label(index.name(r), index.class_names[found[r]], float(confidences[r])) for r in rows])
     state.run.barrier()
-    labels = index.labels.copy()
-    place = {name: number for number, name in enumerate(index.class_names)}
-    with open(path, newline="", encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            if line["identity"] and float(line["confidence"]) >= least:
-                labels[int(line["row"])] = place[line["identity"]]
-    unnamed, named = int((index.labels < 0).sum()), int((labels >= 0).sum() - (index.labels >= 0).sum())
-    log.say(f"{named} of {unnamed} pictures without a name got one with a confidence of {least} or more: {path}")
-    return dataclasses.replace(stage, train=dataclasses.replace(index, labels=labels))
+    named = read_labels(index, path, least)
+    before, after = int((index.labels < 0).sum()), int((named.labels < 0).sum())
+    log.say(
+        f"{before - after} of {before} pictures without a name got one with a confidence of {least} or more: {path}"
+    )
+    return dataclasses.replace(stage, train=named)

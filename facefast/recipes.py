@@ -124,6 +124,10 @@ ALL = dataclasses.replace(
     trainable=("all",),
 )
 """After `LAST`: everything, each stage further from the head slower."""
+FIXED = dataclasses.replace(
+    LAST, name="fixed", epochs=10, lr=0.02, trainable=("head",), augment=AugmentSpec(), batchnorm="frozen"
+)
+"""The head alone, on features computed once."""
 
 
 def finetune(given: Given) -> Recipe:
@@ -298,11 +302,8 @@ def pseudolabel(given: Given) -> Recipe:
 
     Command: `facefast train pseudolabel --data.root DIR --model.source FILE [--data.more DIR]`.
     """
-    first = dataclasses.replace(LAST, name="named", epochs=2)
-    rounds = [
-        dataclasses.replace(LAST, name=name, start="previous", labels="pseudo", epochs=2)
-        for name in ("round1", "round2")
-    ]
+    first = _varied("named", epochs=2)
+    rounds = [_varied(name, start="previous", labels="pseudo", epochs=2) for name in ("round1", "round2")]
     return _from_source(given, first, *rounds)
 
 
@@ -312,11 +313,6 @@ def align(given: Given) -> Recipe:
     Command: `facefast train align --data.root DIR --model.source FILE --data.more TARGET`.
     """
     return _from_source(given, _varied("align", align="coral"))
-
-
-FIXED = dataclasses.replace(
-    LAST, name="fixed", epochs=10, lr=0.02, trainable=("head",), augment=AugmentSpec(), batchnorm="frozen"
-)
 
 
 def _from_source(given: Given, *phases: Phase, **fields: Any) -> Recipe:

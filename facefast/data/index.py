@@ -173,15 +173,19 @@ class FaceIndex:
             ValueError: `fraction` is outside [0, 1).
         """
         _check_fraction(fraction)
-        order = np.lexsort((_generator(seed).random(len(self)), self.labels))
-        labels = self.labels[order]
-        _, first, counts = np.unique(labels, return_index=True, return_counts=True)
-        place = np.arange(len(self)) - np.repeat(first, counts)
+        _, own, counts = np.unique(self.labels, return_inverse=True, return_counts=True)
         wanted = np.maximum(np.rint(counts * fraction), 1) if fraction > 0 else np.zeros(len(counts))
-        wanted = np.repeat(np.minimum(wanted, counts - 1), counts)
-        test = np.zeros(len(self), bool)
-        test[order] = (place < wanted) & (labels >= 0)
+        wanted = np.minimum(wanted, counts - 1)[own]
+        test = (self.random_places(seed) < wanted) & (self.labels >= 0)
         return self.select(~test), self.select(test)
+
+    def random_places(self, seed: int) -> NDArray[np.int64]:
+        """[N] each row's place in a random order of its identity's pictures."""
+        order = np.lexsort((_generator(seed).random(len(self)), self.labels))
+        _, first, counts = np.unique(self.labels[order], return_index=True, return_counts=True)
+        places = np.empty(len(self), np.int64)
+        places[order] = np.arange(len(self)) - np.repeat(first, counts)
+        return places
 
     def split_identities(self, fraction: float, seed: int) -> tuple[FaceIndex, FaceIndex]:
         """(kept, held out) with about `fraction` of the identities held out: open set.

@@ -69,7 +69,7 @@ def with_attributes(index: FaceIndex, names: Sequence[str]) -> FaceIndex:
 
 def with_shots(index: FaceIndex, shots: int, seed: int) -> FaceIndex:
     """At most `shots` pictures of every identity, drawn by the seed; pictures of nobody stay."""
-    return index.select((_places(index, seed) < shots) | (index.labels < 0))
+    return index.select((index.random_places(seed) < shots) | (index.labels < 0))
 
 
 def with_hidden_labels(index: FaceIndex, fraction: float, seed: int) -> FaceIndex:
@@ -77,18 +77,8 @@ def with_hidden_labels(index: FaceIndex, fraction: float, seed: int) -> FaceInde
     unlabelled."""
     counts = np.bincount(index.labels[index.labels >= 0], minlength=index.num_classes)
     kept = np.maximum(np.rint(counts * fraction), 1)
-    hidden = (index.labels >= 0) & (_places(index, seed) >= kept[index.labels])
+    hidden = (index.labels >= 0) & (index.random_places(seed) >= kept[index.labels])
     return dataclasses.replace(index, labels=np.where(hidden, -1, index.labels).astype(np.int32))
-
-
-def _places(index: FaceIndex, seed: int) -> NDArray[np.int64]:
-    """[N] each row's place in a random order of its identity's pictures."""
-    draw = np.random.Generator(np.random.Philox(seed)).random(len(index))
-    order = np.lexsort((draw, index.labels))
-    _, first, counts = np.unique(index.labels[order], return_index=True, return_counts=True)
-    places = np.empty(len(index), np.int64)
-    places[order] = np.arange(len(index)) - np.repeat(first, counts)
-    return places
 
 
 def _paths_from(part: FaceIndex, root: str) -> NDArray[np.bytes_]:
