@@ -60,8 +60,10 @@ def _all_layers(name: str, *flags: str) -> tuple[str, ...]:
     return tuple(f"--phases.{phase}.{flag}" for phase in name.split("+") for flag in flags)
 
 
+COMPRESS = "compress"
+"""Instead of a recipe: `facefast compress` of the run that the row needs."""
 UNNAMED = "--data.label-fraction=0.2"
-STUDENT = ("--model.backbone=mobilefacenet_half", "--phases.{phase}.epochs=10")
+STUDENT_EPOCHS = 6
 ROWS: dict[str, Row] = {
     "staged": Row("staged fine-tuning (default)", "finetune"),
     "scratch": Row("from scratch", "scratch", ("--phases.scratch.epochs=4",), sourced=False),
@@ -96,14 +98,16 @@ ROWS: dict[str, Row] = {
     "named20": Row("staged, 20 % of the names", "finetune", (UNNAMED,)),
     "pseudolabel": Row("20 % of the names + pseudo-labels", "pseudolabel", (UNNAMED, NO_BASELINES)),
     "student": Row(
-        "half-width student, no teacher", "scratch",
-        tuple(flag.format(phase="scratch") for flag in STUDENT) + ("--image.size=112", "--image.width=96",
-        "--image.template=arcface_112x96"), sourced=False,
+        "half as many blocks, no teacher", "scratch",
+        ("--model.backbone=mobilefacenet_short", f"--phases.scratch.epochs={STUDENT_EPOCHS}", "--image.size=112",
+         "--image.width=96", "--image.template=arcface_112x96"), sourced=False,
     ),
     "distill": Row(
-        "half-width student, distilled", "distill",
-        tuple(flag.format(phase="distill") for flag in STUDENT) + ("--model.teacher={run}",), "staged", sourced=False,
+        "half as many blocks, distilled", "distill",
+        ("--model.teacher={run}", f"--phases.distill.epochs={STUDENT_EPOCHS}"), "staged", sourced=False,
     ),
+    "int8": Row("staged, then int8", COMPRESS, needs="staged"),
+    "int8-student": Row("half as many blocks, distilled, then int8", COMPRESS, needs="distill"),
     "prune": Row("half of the weights pruned", "prune", (NO_BASELINES,)),
     **{name: row for shots in (1, 2, 5, 10) for name, row in _few(shots).items()},
 }  # fmt: skip
@@ -113,6 +117,8 @@ def measure(name: str, seed: int, root: str, source: str, runs: Path) -> dict[st
     """Runs one row and returns its line."""
     row, folder = ROWS[name], runs / f"{name}-{seed}"
     needed = runs / f"{row.needs}-{seed}"
+    if row.recipe == COMPRESS:
+        return _measure_int8(name, seed, root, needed, folder)
     if name == "audit" and not (needed / "audit" / "suspects.csv").exists():
         _run("facefast.audit", source, f"--data.root={root}", "--data.format=celeba", f"--out={needed}/audit")
     flags = [flag.replace("{run}", str(needed)) for flag in row.flags]
@@ -133,6 +139,22 @@ def measure(name: str, seed: int, root: str, source: str, runs: Path) -> dict[st
         found |= {"source_tar": exams[0]["tar@1e-2"], "source_verification": exams[0]["verification_accuracy"]}
     rows = json.loads((folder / "plan.json").read_text())["phases"][-1]["num_rows"]
     return record(NAME, row=name, title=row.title, seed=seed, core_minutes=minutes, training_pictures=rows, **found)
+
+
+def _measure_int8(name: str, seed: int, root: str, needed: Path, folder: Path) -> dict[str, Any]:
+    """What is left of a finished run in int8: embeddings only, verified without mirror images."""
+    began = _core_seconds()
+    _run("facefast.compress", str(needed), f"--data.root={root}", "--data.format=celeba", f"--out={folder}")
+    minutes = (_core_seconds() - began) / 60
+    found = json.loads((folder / "int8.json").read_text())
+    before, after = (found["gate"][f"verification_{when}"] for when in ("before", "after"))
+    return record(
+        NAME, row=name, title=ROWS[name].title, seed=seed, core_minutes=minutes, training_pictures=None, top1=None,
+        tar=after["tar@1e-2"], verification=after["verification_accuracy"], float_tar=before["tar@1e-2"],
+        float_verification=before["verification_accuracy"], cosine=found["gate"]["cosine_mean"],
+        bytes=[found["bytes_before"], found["bytes_after"]], seconds_per_picture=found["seconds_per_picture"],
+        threads=found["threads"],
+    )  # fmt: skip
 
 
 def _core_seconds() -> float:

@@ -17,7 +17,7 @@ from facefast.data.corrections import Label, read_labels, write_labels
 from facefast.distill import Teacher, caches_teacher
 from facefast.evaluate import embed_rows
 from facefast.log import RunLog
-from facefast.models import FaceModel, Source, build_model, load_source
+from facefast.models import STUDENTS, FaceModel, Source, build_model, inherit, load_source
 from facefast.prepare import Stage
 from facefast.recipe import ImageSpec, Recipe
 from facefast.step import Supply, TrainState
@@ -51,6 +51,8 @@ def settle(recipe: Recipe, source: Source | None, teacher: FaceModel | None, sta
         has_landmarks = all(stage.train.landmarks is not None for stage in stages)
         image = dataclasses.replace(image, template="arcface" if has_landmarks else "none")
     backbone = recipe.model.backbone
+    if backbone == "auto" and teacher is not None and source is None:
+        backbone = STUDENTS.get(teacher.config.backbone, "auto")
     if backbone == "auto":
         backbone = source.backbone if source and source.backbone else "mobilefacenet"
     embedding = recipe.model.embedding or (source.embedding if source else 0)
@@ -58,8 +60,10 @@ def settle(recipe: Recipe, source: Source | None, teacher: FaceModel | None, sta
     return dataclasses.replace(recipe, image=image, model=model)
 
 
-def starting_model(state: TrainState, number: int, stage: Stage, source: Source | None) -> FaceModel:
-    """Random weights, with the source model's or those of the phase before copied over them."""
+def starting_model(
+    state: TrainState, number: int, stage: Stage, source: Source | None, teacher: FaceModel | None
+) -> FaceModel:
+    """Random weights, with those of the source model, the teacher or the phase before copied over them."""
     recipe, phase = state.recipe, state.recipe.phases[number]
     config = recipe.model if phase.start == "source" else dataclasses.replace(recipe.model, source="none")
     with torch.random.fork_rng():
@@ -75,6 +79,9 @@ def starting_model(state: TrainState, number: int, stage: Stage, source: Source 
     model.scale = phase.loss.scale
     if model.attribute_heads is not None:
         model.attribute_heads.start_from(stage.values())
+    if phase.start == "teacher":
+        assert teacher is not None
+        inherit(model, teacher)
     if phase.start == "previous" and number > state.phase:
         _take_over(model, state.evaluated, phase.head_start)
     return model
@@ -132,7 +139,7 @@ def begin(
         f"phase {phase.name}: {plan.num_rows} pictures of {plan.num_classes} identities, {plan.steps} steps "
         f"of {phase.batch_size}, {'goes on' if saved else 'starts from ' + phase.start}"
     )
-    model = starting_model(state, number, stage, source)
+    model = starting_model(state, number, stage, source, teacher)
     if saved:
         model.load_state_dict(checkpoint.read_tensors(saved, "model"))
     model.to(state.run.device)
@@ -142,7 +149,9 @@ def begin(
     wants_means = phase.head_start == "class_mean"
     fresh: tuple[Tensor, Tensor] | None = None
     if not saved and (from_source or wants_means or phase.labels == "pseudo"):
-        fresh = embed_training_rows(state, model, stage, mirror=True)
+        # The layers that a student took over do not fit each other yet, but what it will say is known.
+        asks_teacher = teacher and phase.start == "teacher" and teacher.embedding_size == model.embedding_size
+        fresh = embed_training_rows(state, teacher if teacher and asks_teacher else model, stage, mirror=True)
     if phase.labels == "pseudo":
         stage = name_pictures(
             folder / f"pseudo-labels-{phase.name}.csv", state, stage, phase.pseudo_confidence, fresh, log

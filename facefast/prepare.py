@@ -175,7 +175,7 @@ def _with_nobody(
     if recipe.learns_attributes and len(nobody):
         nobody, asked = _at_random(nobody, recipe.data.test_fraction, recipe.seed)
         test = _chained(test, asked)
-    if phase.labels == "pseudo" or phase.align != "none" or recipe.learns_attributes:
+    if phase.uses_unnamed or recipe.learns_attributes:
         train = _chained(train, nobody)
         if phase.labels == "pseudo" or phase.align != "none":
             _require_nobody(train, phase)

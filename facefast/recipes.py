@@ -233,24 +233,26 @@ def contrastive(given: Given) -> Recipe:
 
 
 def distill(given: Given) -> Recipe:
-    """A smaller student learns from a teacher's embeddings and names beside the labels.
+    """A shallower student starts from some of its teacher's layers and learns its embeddings beside the labels.
 
-    Command: `facefast train distill --data.root DIR --model.teacher RUN [--model.backbone mobilefacenet_half]`.
+    Command: `facefast train distill --data.root DIR --model.teacher RUN [--data.more DIR]`; a --model.backbone of
+    another kind than the teacher's needs --phases.distill.start scratch.
     """
     if given.teacher == "none":
         raise ValueError("recipe distill needs --model.teacher RUN, the model to learn from")
     student = Phase(
         name="distill",
-        start="scratch",
-        epochs=20,
+        start="teacher",
+        head_start="class_mean",
+        epochs=6,
         batch_size=64,
-        lr=0.1,
+        lr=0.05,
         warmup=0.1,
         loss=COSINE_SOFTMAX,
         distill=DistillConfig(embeddings=20.0),
         augment=FLIP,
     )
-    model = ModelConfig(backbone="mobilefacenet_half", teacher=given.teacher, head="cosine")
+    model = ModelConfig(teacher=given.teacher, head="cosine")
     return Recipe(model=model, phases=(student,))
 
 

@@ -65,7 +65,7 @@ def keeps_statistics(phase: Phase, num_rows: int, num_classes: int) -> bool:
     """Whether BatchNorm's statistics stay as they are in the whole model: few pictures of a person make worse ones than
     the millions that the source model has seen."""
     if phase.batchnorm == "auto":
-        return phase.start != "scratch" and num_rows < FEW_PICTURES * max(1, num_classes)
+        return phase.start not in ("scratch", "teacher") and num_rows < FEW_PICTURES * max(1, num_classes)
     return phase.batchnorm == "frozen"
 
 

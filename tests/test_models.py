@@ -23,6 +23,7 @@ VIT = "timm/vit_tiny_patch16_224"
 CONVNET = "timm/mobilenetv3_small_050"
 EVERY_KIND = (
     "mobilefacenet",
+    "mobilefacenet_short",
     "mobilefacenet_half",
     "insightface_mbf",
     "iresnet18",
@@ -36,7 +37,14 @@ EVERY_KIND = (
     CONVNET,
     VIT,
 )
-DROPPING = ("mobilefacenet", "mobilefacenet_half", "insightface_mbf", "iresnet18", "adaface_ir18")
+DROPPING = (
+    "mobilefacenet",
+    "mobilefacenet_short",
+    "mobilefacenet_half",
+    "insightface_mbf",
+    "iresnet18",
+    "adaface_ir18",
+)
 
 
 def model(backbone: str = "mobilefacenet", classes: int = 5, image: ImageSpec = SMALL, **config: object) -> FaceModel:
@@ -139,7 +147,7 @@ def test_stochastic_depth_grows_with_depth_and_changes_no_name(name: str) -> Non
     assert list(plain.state_dict()) == list(dropping.state_dict())
     rates = [module.p for module in dropping.modules() if isinstance(module, StochasticDepth)]
     assert rates == pytest.approx([0.2 * (k + 1) / len(rates) for k in range(len(rates))])
-    assert len(rates) == {"iresnet18": 8, "adaface_ir18": 8}.get(name, 12)
+    assert len(rates) == {"iresnet18": 8, "adaface_ir18": 8, "mobilefacenet_short": 6}.get(name, 12)
     assert not any(isinstance(module, StochasticDepth) for module in plain.modules())
 
 

@@ -14,7 +14,7 @@ from facefast.data import FaceIndex, read_index
 from facefast.data.index import FAULTS
 from facefast.models import AttributeSpec
 from facefast.prepare import check_budget, divide, read_photographs
-from facefast.recipe import BinaryConfig, DataConfig, EvalConfig, LossConfig, Phase, Recipe, TaskConfig
+from facefast.recipe import BinaryConfig, DataConfig, DistillConfig, EvalConfig, LossConfig, Phase, Recipe, TaskConfig
 from facefast.runtime import DataError
 
 PHASE = Phase(start="scratch")
@@ -107,18 +107,19 @@ def half_named(pictures: int = 6) -> FaceIndex:
     return dataclasses.replace(index, labels=np.where(np.arange(len(index)) % 2, -1, index.labels).astype(np.int32))
 
 
-def test_pictures_without_a_name_are_trained_on_where_a_phase_names_or_aligns_them() -> None:
+def test_pictures_without_a_name_are_trained_on_where_a_phase_can_use_them() -> None:
     index = half_named()
     plain = divide(index, recipe(test_fraction=0.34), PHASE)
     assert (plain.train.labels >= 0).all()
-    for fields in ({"labels": "pseudo"}, {"align": "coral"}):
+    for fields in ({"labels": "pseudo"}, {"align": "coral"}, {"distill": DistillConfig(embeddings=1.0)}):
         stage = divide(index, recipe(test_fraction=0.34), dataclasses.replace(PHASE, **fields))
         assert files(stage.exam.test) == files(plain.exam.test)  # the exam does not depend on the method
         assert (stage.train.labels < 0).sum() == 9
         assert stage.facts().num_unlabelled == 9
         assert stage.train.class_names == plain.train.class_names
-        with pytest.raises(ValueError, match="has no effect: every training picture has a name"):
-            divide(people(0, 0), recipe(), dataclasses.replace(PHASE, **fields))
+        if "distill" not in fields:  # which a teacher makes useful without them
+            with pytest.raises(ValueError, match="has no effect: every training picture has a name"):
+                divide(people(0, 0), recipe(), dataclasses.replace(PHASE, **fields))
 
 
 def test_hidden_names_and_few_shots_touch_training_only() -> None:

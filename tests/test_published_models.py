@@ -34,6 +34,7 @@ INCEPTION, PREACTIVATED = "timm/inception_resnet_v2", "timm/resnetv2_50"
 # 7 x 512 numbers less. The others are counted over the published names, see `LAYOUTS`.
 TABLE = (
     ("mobilefacenet", 999_552 + 7 * 512, 128, 112),
+    ("mobilefacenet_short", 684_160 + 7 * 512, 128, 112),
     ("mobilefacenet_half", 284_928, 128, 112),
     ("insightface_mbf", 2_059_520, 512, 112),
     ("iresnet18", 24_025_600 - 512, 512, 112),
@@ -341,10 +342,11 @@ def test_pictures_of_another_size_leave_the_contract_open() -> None:
         assert layout is not None and (layout.backbone, layout.image, layout.translate) == (name, None, keep)
 
 
-def test_a_half_mobilefacenet_is_told_from_a_whole_one() -> None:
+@pytest.mark.parametrize("name", ["mobilefacenet_short", "mobilefacenet_half"])
+def test_smaller_mobilefacenets_are_told_from_a_whole_one(name: str) -> None:
     with torch.device("meta"):
-        layout = recognise(build_backbone("mobilefacenet_half", (112, 112), 64).module.state_dict())
-    assert layout is not None and (layout.backbone, layout.embedding, layout.image) == ("mobilefacenet_half", 64, None)
+        layout = recognise(build_backbone(name, (112, 112), 64).module.state_dict())
+    assert layout is not None and (layout.backbone, layout.embedding, layout.image) == (name, 64, None)
 
 
 def test_colours_of_a_port_that_does_not_tell_them_can_be_typed() -> None:

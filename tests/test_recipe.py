@@ -65,7 +65,7 @@ def test_json_of_the_wrong_type_is_refused_by_name(kind: type, data: dict, messa
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Recipe(phases=(Phase(),)), "comes first: its start must be source or scratch"),
+        (lambda: Recipe(phases=(Phase(),)), "comes first: its start must be source, teacher or scratch"),
         (lambda: Recipe(phases=(Phase(start="source"),)), "model.source, which is none"),
         (
             lambda: Recipe(model=ModelConfig(source="x"), phases=(Phase(start="scratch"),)),
@@ -76,7 +76,14 @@ def test_json_of_the_wrong_type_is_refused_by_name(kind: type, data: dict, messa
             "needs model.head cosine",
         ),
         (lambda: run_of(distill=DistillConfig(logits=1.0)), "phase train distils, but model.teacher is none"),
-        (lambda: run_of(model=ModelConfig(teacher="x")), "model.teacher x has no effect: no phase sets distill.logits"),
+        (
+            lambda: Recipe(phases=(Phase(start="teacher"),)),
+            "phase train starts from the teacher, but model.teacher is none",
+        ),
+        (
+            lambda: run_of(model=ModelConfig(teacher="x")),
+            "model.teacher x has no effect: no phase has start teacher or",
+        ),
         (lambda: run_of(l2sp=0.1), "l2sp pulls towards model.source, and no phase starts from one"),
         (lambda: run_of(loss=LossConfig(weight=0.0)), "every loss has weight 0, there is nothing to learn"),
         (lambda: run_of(loss=LossConfig(triplet=1.0)), "several pictures of a person in a batch: sampler pk"),

@@ -194,11 +194,17 @@ def test_sets_for_verification_only_need_no_classes(name: str, runs: Runs, sourc
     assert files.read_json(runs[name] / "status.json")["best"]["metric"] == "verification_accuracy"
 
 
-def test_a_student_comes_nearer_to_its_teacher(runs: Runs) -> None:
+def test_a_shallower_student_starts_from_its_teachers_layers_and_comes_nearer_to_it(runs: Runs) -> None:
     training = lines(runs["distill"], "train")
     assert {"loss/identity", "loss/distill_embeddings", "loss/distill_logits"} <= training[0].keys()
     assert training[-1]["loss/distill_embeddings"] < training[0]["loss/distill_embeddings"]
-    assert files.read_json(runs["distill"] / "checkpoints/last/model.json")["backbone"] == "mobilefacenet_half"
+    assert files.read_json(runs["distill"] / "checkpoints/last/model.json")["backbone"] == "mobilefacenet_short"
+    theirs, own = weights(runs["finetune"]), weights(runs["distill"])
+    for block, source in ((1, 2), (8, 14)):  # of the student and of the teacher
+        name = "backbone.blocks.{}.conv.0.weight".format
+        given, other = theirs[name(source)].flatten(), theirs[name(source - 1)].flatten()
+        near, far = (torch.cosine_similarity(own[name(block)].flatten(), w, dim=0) for w in (given, other))
+        assert near > 0.8 and far < 0.3, block
 
 
 def test_the_regularised_run_evaluates_averaged_weights(runs: Runs) -> None:

@@ -1,12 +1,14 @@
 """Networks, heads and source weights."""
 
-from facefast.models.backbones import NAMES
+from facefast.models.backbones import NAMES, STUDENTS
 from facefast.models.face import FaceModel, Prediction, build_model, model_from_source
 from facefast.models.heads import AttributeSpec
+from facefast.models.inherit import inherit
 from facefast.models.source import Report, Source, apply_source, load_source
 
 __all__ = [
     "NAMES",
+    "STUDENTS",
     "AttributeSpec",
     "FaceModel",
     "Prediction",
@@ -14,6 +16,7 @@ __all__ = [
     "Source",
     "apply_source",
     "build_model",
+    "inherit",
     "load_source",
     "model_from_source",
 ]

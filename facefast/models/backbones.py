@@ -23,6 +23,7 @@ RESNET_STAGES = {
 }
 NAMES = (
     "mobilefacenet",
+    "mobilefacenet_short",
     "mobilefacenet_half",
     "insightface_mbf",
     *iresnet.DEPTHS,
@@ -32,8 +33,21 @@ NAMES = (
     "inception_resnet_v1",
     *RESNETS,
 )
-DROPPING = ("mobilefacenet", "mobilefacenet_half", "insightface_mbf", *iresnet.DEPTHS, *adaface.DEPTHS)
+DROPPING = (*NAMES[:4], *iresnet.DEPTHS, *adaface.DEPTHS)
 """Backbones of ours that have stochastic depth."""
+STUDENTS = {
+    "mobilefacenet": "mobilefacenet_short",
+    "iresnet200": "iresnet100",
+    "iresnet100": "iresnet50",
+    "iresnet50": "iresnet34",
+    "iresnet34": "iresnet18",
+    "adaface_ir101": "adaface_ir50",
+    "adaface_ir50": "adaface_ir18",
+    "resnet152": "resnet50",
+    "resnet101": "resnet50",
+    "resnet34": "resnet18",
+}
+"""The next shallower network of the same kind, which can start from the layers of the larger one."""
 
 
 class Backbone(NamedTuple):
@@ -86,13 +100,11 @@ def _build_embedding(name: str, shape: tuple[int, int], size: int, drop_path: fl
     """The backbones that end in an embedding layer of their own."""
     network: nn.Module
     stages: Mapping[str, Sequence[str]]
-    if name == "mobilefacenet":
-        network, stages = mobilefacenet.MobileFaceNet(shape, size, drop_path=drop_path), mobilefacenet.STAGES
-    elif name == "mobilefacenet_half":
-        network = mobilefacenet.MobileFaceNet(
-            shape, size, width=0.5, activation=mobilefacenet.relu, drop_path=drop_path
-        )
-        stages = mobilefacenet.STAGES
+    if name.startswith("mobilefacenet"):
+        blocks = mobilefacenet.SHORT if name == "mobilefacenet_short" else mobilefacenet.BLOCKS
+        half: dict[str, Any] = {"width": 0.5, "activation": mobilefacenet.relu} if name == "mobilefacenet_half" else {}
+        network = mobilefacenet.MobileFaceNet(shape, size, blocks=blocks, drop_path=drop_path, **half)
+        stages = mobilefacenet.stages(blocks)
     elif name == "insightface_mbf":
         network = insightface_mbf.InsightFaceMobileFaceNet(shape, size, drop_path)
         stages = insightface_mbf.STAGES

@@ -204,15 +204,33 @@ class FaceModel(nn.Module):
         Raises:
             ValueError: the backbone's stages are no modules that follow each other.
         """
+        modules = self._stage_modules("distill.features compares; use distill.embeddings or distill.logits")
+        return [modules[members[-1]] for members in self._backbone_stages.values()]
+
+    def blocks(self) -> dict[str, list[str]]:
+        """The backbone's modules by stage, in their order; of a stage that is one sequence, what it holds.
+
+        Raises:
+            ValueError: the backbone's stages are no modules that follow each other.
+        """
+        modules = self._stage_modules("start teacher takes over; use start scratch")
+        return {
+            stage: [
+                f"{member}.{child}" if child else member
+                for member in members
+                for child in (dict(modules[member].named_children()) if _is_sequence(modules[member]) else ("",))
+            ]
+            for stage, members in self._backbone_stages.items()
+        }
+
+    def _stage_modules(self, wish: str) -> dict[str, nn.Module]:
         modules = dict(self.backbone.named_modules())
-        ends = [members[-1] for members in self._backbone_stages.values()]
-        missing = [end for end in ends if end not in modules]
+        missing = [name for members in self._backbone_stages.values() for name in members if name not in modules]
         if missing:
             raise ValueError(
-                f"{self.config.backbone} has no stages whose outputs could be compared (first: {missing[0]}); use "
-                "distill.embeddings or distill.logits instead of distill.features"
+                f"{self.config.backbone} has no stages that follow each other (first: {missing[0]}), which {wish}"
             )
-        return [modules[end] for end in ends]
+        return modules
 
     def to_config(self) -> dict[str, Any]:
         """The architecture as a JSON value, for `model.json`; the weights are the state dict."""
@@ -334,6 +352,10 @@ def model_from_source(source: Source) -> FaceModel:
     if source.image is None:
         raise ValueError(f"{source.name} does not tell the size and normalisation of its pictures")
     return build_model(ModelConfig(), 0, source=source)
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and len(module) > 0
 
 
 def _belongs(name: str, members: Sequence[str]) -> bool:

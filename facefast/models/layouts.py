@@ -83,8 +83,11 @@ def _mobilefacenet(state: Mapping[str, Tensor]) -> Layout | None:
     kernel, last = state.get("linear7.conv.weight"), state.get("linear1.conv.weight")
     if kernel is None or last is None or "dw_conv1.conv.weight" not in state:
         return None
-    if "conv1.prelu.weight" not in state:  # no file of that kind is published: nothing tells its pictures
+    # No files of our smaller ones are published: nothing tells their pictures.
+    if "conv1.prelu.weight" not in state:
         return Layout("mobilefacenet_half", last.shape[0]) if kernel.shape[0] == 256 else None
+    if "blocks.14.conv.0.weight" not in state:
+        return Layout("mobilefacenet_short", last.shape[0]) if "blocks.8.conv.0.weight" in state else None
     std = (128.0, 128.0, 128.0)
     images: dict[tuple[int, ...], ImageSpec] = {
         (7, 6): ImageSpec(size=112, width=96, template="arcface_112x96", std=std),

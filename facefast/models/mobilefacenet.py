@@ -1,7 +1,8 @@
 """MobileFaceNet (Chen et al. 2018, arXiv:1804.07573), built by `backbones` for face sizes of any shape.
 
 Names of layers and parameters are those of github.com/Xiaoccer/MobileFaceNet_Pytorch, so that its checkpoints load key
-for key. Half the channels and ReLU make the student that integer arithmetic runs: such runtimes have no PReLU.
+for key. There are two smaller ones: half of the residual blocks, to start from the layers of a whole one, and half the
+channels with ReLU, for integer runtimes without PReLU.
 """
 
 from __future__ import annotations
@@ -15,14 +16,10 @@ from facefast.models.residual import drop_paths
 
 # Expansion, channels, blocks, stride of the first block: table 1 of the paper.
 BLOCKS = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
+SHORT = ((2, 64, 3, 2), (4, 128, 1, 2), (2, 128, 3, 1), (4, 128, 1, 2), (2, 128, 1, 1))
+"""Half of the residual blocks of each stage."""
 REDUCTION = 16
-STAGES = {
-    "stem": ("conv1", "dw_conv1"),
-    "stage1": tuple(f"blocks.{i}" for i in range(5)),
-    "stage2": tuple(f"blocks.{i}" for i in range(5, 12)),
-    "stage3": tuple(f"blocks.{i}" for i in range(12, 15)),
-    "embedding": ("conv2", "linear7", "linear1"),
-}
+Blocks = tuple[tuple[int, int, int, int], ...]
 Activation = Callable[[int], nn.Module]
 """A layer for a number of channels, such as `nn.PReLU`."""
 
@@ -30,6 +27,18 @@ Activation = Callable[[int], nn.Module]
 def relu(channels: int) -> nn.Module:
     """ReLU as an `Activation`: it needs no channels."""
     return nn.ReLU()
+
+
+def stages(blocks: Blocks) -> dict[str, tuple[str, ...]]:
+    """Stage names and what they hold; a block that halves the pictures begins one."""
+    named: dict[str, tuple[str, ...]] = {"stem": ("conv1", "dw_conv1")}
+    first = number = 0
+    for _, _, count, stride in blocks:
+        number += stride > 1
+        stage = f"stage{number}"
+        named[stage] = (*named.get(stage, ()), *(f"blocks.{i}" for i in range(first, first + count)))
+        first += count
+    return named | {"embedding": ("conv2", "linear7", "linear1")}
 
 
 class ConvBlock(nn.Module):
@@ -91,6 +100,7 @@ class MobileFaceNet(nn.Module):
         shape: (height, width) of the pictures; the global depthwise convolution has a weight per cell of the last
             feature map, so a trained network takes this shape only.
         embedding: numbers in an embedding.
+        blocks: as `BLOCKS`.
         width: factor on every number of channels of the paper.
         activation: what follows a BatchNorm; the paper's is PReLU.
         drop_path: stochastic depth of the last residual block, see `residual.drop_paths`.
@@ -101,6 +111,7 @@ class MobileFaceNet(nn.Module):
         shape: tuple[int, int],
         embedding: int = 128,
         *,
+        blocks: Blocks = BLOCKS,
         width: float = 1.0,
         activation: Activation = nn.PReLU,
         drop_path: float = 0.0,
@@ -110,16 +121,16 @@ class MobileFaceNet(nn.Module):
         self.conv1 = ConvBlock(3, channels, 3, stride=2, padding=1, activation=activation)
         self.dw_conv1 = ConvBlock(channels, channels, 3, padding=1, groups=channels, activation=activation)
         # A block that changes the number of channels or the stride adds nothing to its input and is never left out.
-        next_drop = drop_paths(drop_path, sum(count - (stride > 1) for _, _, count, stride in BLOCKS))
-        blocks = []
-        for expansion, paper, count, stride in BLOCKS:
+        next_drop = drop_paths(drop_path, sum(count - (stride > 1) for _, _, count, stride in blocks))
+        layers = []
+        for expansion, paper, count, stride in blocks:
             out = round(paper * width)
             for i in range(count):
                 residual = i > 0 or stride == 1
                 drop = next_drop() if residual else nn.Identity()
-                blocks.append(Bottleneck(channels, out, stride if i == 0 else 1, expansion, activation, drop))
+                layers.append(Bottleneck(channels, out, stride if i == 0 else 1, expansion, activation, drop))
                 channels = out
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(*layers)
         self.conv2 = ConvBlock(channels, last, 1, activation=activation)
         grid = (math.ceil(shape[0] / REDUCTION), math.ceil(shape[1] / REDUCTION))
         self.linear7 = ConvBlock(last, last, grid, groups=last)

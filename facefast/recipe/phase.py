@@ -109,11 +109,12 @@ class Phase:
     """Shown in every metric line; `--phases.NAME.FIELD` reaches this phase from the command line."""
     split: Literal["all", "train", "val", "test"] = "all"
     """Identities it trains on: all, or one part of the data set's own partition."""
-    start: Literal["previous", "source", "scratch"] = "previous"
-    """Weights it starts from: the phase before it, model.source, or random ones."""
+    start: Literal["previous", "source", "teacher", "scratch"] = "previous"
+    """Weights it starts from: the phase before it, model.source, those layers of model.teacher that a shallower model
+    has too, or random ones."""
     head_start: Literal["random", "class_mean", "previous"] = "random"
-    """Head: random, each class's mean embedding (the loss then starts low instead of exploding), or that of the phase
-    before."""
+    """Head: random, each class's mean embedding (the loss then starts low instead of exploding), by the teacher where
+    the phase starts from it, or that of the phase before."""
     epochs: float = 1.0
     """Passes over the training pictures; give this or `steps`."""
     steps: int = 0
@@ -231,6 +232,11 @@ class Phase:
     def trains_only_head(self) -> bool:
         """Whether the backbone is fixed."""
         return self.trainable in (("head",), ("last:1",))
+
+    @property
+    def uses_unnamed(self) -> bool:
+        """Whether pictures without a name teach it something."""
+        return self.labels == "pseudo" or self.align != "none" or self.distill.active
 
     def _sets(self, name: str) -> bool:
         value = self.distill if name.startswith("distill.") else self.loss if name.startswith("loss.") else self

@@ -57,7 +57,7 @@ class Recipe:
                 f"{self.save_every} at least 0, ema {self.ema} in [0, 1)"
             )
         if self.phases[0].start == "previous":
-            raise ValueError(f"phase {names[0]} comes first: its start must be source or scratch")
+            raise ValueError(f"phase {names[0]} comes first: its start must be source, teacher or scratch")
         for phase in self.phases:
             if phase.loss.margin != "none" and self.model.head != "cosine":
                 raise ValueError(
@@ -76,13 +76,16 @@ class Recipe:
             raise ValueError(
                 f"model.source {self.model.source} has no effect: no phase has start source (phases: {names})"
             )
-        asks = [phase.name for phase in self.phases if phase.distill.active]
+        asks = [phase for phase in self.phases if phase.distill.active or phase.start == "teacher"]
         if asks and self.model.teacher == "none":
-            raise ValueError(f"phase {asks[0]} distils, but model.teacher is none; set it to a run folder or a file")
+            does = "distils" if asks[0].distill.active else "starts from the teacher"
+            raise ValueError(
+                f"phase {asks[0].name} {does}, but model.teacher is none; set it to a run folder or a file"
+            )
         if not asks and self.model.teacher != "none":
             raise ValueError(
-                f"model.teacher {self.model.teacher} has no effect: no phase sets distill.logits, distill.embeddings "
-                f"or distill.features (phases: {names})"
+                f"model.teacher {self.model.teacher} has no effect: no phase has start teacher or sets distill.logits, "
+                f"distill.embeddings or distill.features (phases: {names})"
             )
         if self.compile and any(phase.distill.features for phase in self.phases):
             raise ValueError("compile hides the stages' outputs that distill.features compares; leave one out")
@@ -106,13 +109,13 @@ class Recipe:
             raise ValueError("binary and tasks.attributes are not combined; leave one out")
         if self.tasks.weighting == "uncertainty" and not self.learns_attributes:
             raise ValueError("tasks.weighting uncertainty has no effect without tasks.attributes")
-        unlabelled = any(phase.labels == "pseudo" or phase.align != "none" for phase in self.phases)
+        unlabelled = any(phase.uses_unnamed for phase in self.phases)
         if self.data.label_fraction < 1 and self.data.labels:
             raise ValueError("data.label_fraction hides names and data.labels gives some; leave one out")
         if self.data.more and not (self.learns_attributes or unlabelled):
             raise ValueError(
                 f"data.more {', '.join(self.data.more)} has no effect: nothing learns from pictures without a name; "
-                "set tasks.attributes, phases.K.labels pseudo or phases.K.align"
+                "set tasks.attributes, phases.K.labels pseudo, phases.K.distill or phases.K.align"
             )
 
     @property
