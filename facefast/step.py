@@ -24,6 +24,7 @@ from facefast.checkpoint import pack_optimizer, read_tensors, unpack_optimizer
 from facefast.data import Batch
 from facefast.distill import Teacher
 from facefast.models import FaceModel
+from facefast.models.backbones import DEPTHWISE
 from facefast.objective import Objective, Share
 from facefast.optim import build_optimizer, rate_factor
 from facefast.prune import Pruner
@@ -47,7 +48,7 @@ class Precision(NamedTuple):
         name = recipe.precision
         if name == "auto":
             # On a CPU bfloat16 doubles a ResNet's speed, but depthwise convolutions lose a fifth to it.
-            cpu_gains = cpu_has_bf16() and recipe.model.backbone != "mobilefacenet"
+            cpu_gains = cpu_has_bf16() and recipe.model.backbone not in DEPTHWISE
             name = "bf16" if device.type == "cuda" or cpu_gains else "fp32"
         return cls(name, DTYPES[name], recipe.channels_last)
 

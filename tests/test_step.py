@@ -205,7 +205,7 @@ def test_a_state_taken_up_from_its_checkpoint_goes_on_bit_for_bit(tmp_path: Path
 
 def test_auto_precision_is_the_fast_one_of_this_machine() -> None:
     native = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    for backbone, gains in (("resnet18", True), ("mobilefacenet", False)):
+    for backbone, gains in (("resnet18", True), ("mobilefacenet", False), ("mobilefacenet_short", False)):
         recipe = Recipe(phases=(PHASE,), model=ModelConfig(backbone=backbone))
         chosen = Precision.choose(recipe, torch.device("cpu"))
         assert chosen.name == ("bf16" if native and gains else "fp32")

@@ -21,11 +21,10 @@ RESNET_STAGES = {
     "stage3": ("layer3",),
     "stage4": ("layer4",),
 }
+DEPTHWISE = ("mobilefacenet", "mobilefacenet_short", "mobilefacenet_half", "insightface_mbf")
+"""Backbones of ours that are made of depthwise convolutions."""
 NAMES = (
-    "mobilefacenet",
-    "mobilefacenet_short",
-    "mobilefacenet_half",
-    "insightface_mbf",
+    *DEPTHWISE,
     *iresnet.DEPTHS,
     *adaface.DEPTHS,
     "vggface",
@@ -33,7 +32,7 @@ NAMES = (
     "inception_resnet_v1",
     *RESNETS,
 )
-DROPPING = (*NAMES[:4], *iresnet.DEPTHS, *adaface.DEPTHS)
+DROPPING = (*DEPTHWISE, *iresnet.DEPTHS, *adaface.DEPTHS)
 """Backbones of ours that have stochastic depth."""
 STUDENTS = {
     "mobilefacenet": "mobilefacenet_short",
