@@ -63,7 +63,7 @@ def _all_layers(name: str, *flags: str) -> tuple[str, ...]:
 COMPRESS = "compress"
 """Instead of a recipe: `facefast compress` of the run that the row needs."""
 UNNAMED = "--data.label-fraction=0.2"
-STUDENT_EPOCHS = 6
+STUDENT_EPOCHS = 4
 ROWS: dict[str, Row] = {
     "staged": Row("staged fine-tuning (default)", "finetune"),
     "scratch": Row("from scratch", "scratch", ("--phases.scratch.epochs=4",), sourced=False),

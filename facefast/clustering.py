@@ -20,8 +20,6 @@ Numbers = NDArray[np.int64]
 
 BLOCK_CELLS = 1 << 24
 """Similarities held at a time: 64 MiB of float32."""
-JOIN = 0.9
-"""Confidence from which a row that got a name counts in the mean of its class."""
 MOST_LOSSES = 1 << 22
 """Similarities that the temperature is fitted on; more rows, evenly chosen, would not change it."""
 
@@ -217,11 +215,11 @@ def assign(
 ) -> tuple[Numbers, Floats]:
     """Gives rows without a label the identity of known ones, and says how sure that is.
 
-    Class means of the labelled rows classify the others; those that are sure (`JOIN`) join the means, and again: what
-    is named does not depend on how much is wanted. The confidence
-    is a softmax over the cosines whose temperature makes the labelled rows, each left out in turn, most likely (Guo et
-    al. 2017), times the probability that the row shows somebody who is known at all: a mixture fitted to the rows
-    without a label of what labelled rows score with their own class and with the best of the others.
+    Class means of the labelled rows classify the others, which then count in every mean by how likely they belong to
+    it, and again (expectation maximisation): what is named does not depend on how much is wanted. The confidence is a
+    softmax over the cosines whose temperature makes the labelled rows, each left out in turn, most likely (Guo et al.
+    2017), times the probability that the row shows somebody who is known at all: a mixture fitted to the rows without a
+    label of what labelled rows score with their own class and with the best of the others.
 
     Args:
         embeddings: [N, D].
@@ -250,23 +248,37 @@ def assign(
     own, other, _ = own_and_other(unit, labels, num_classes, block=block)
     known = np.isfinite(own) & np.isfinite(other)
     scale = _temperature(unit, labels, num_classes, own, block)
-    for _ in range(rounds):
-        weights = np.where(labels >= 0, 1, sure * (result >= 0)).astype(np.float32)
-        sums = class_sums(unit, result, num_classes, weights)
-        lengths = np.linalg.norm(sums, axis=1, keepdims=True)
-        means = np.divide(sums, lengths, out=np.zeros_like(sums), where=lengths > 1e-3)
-        absent = np.flatnonzero(lengths[:, 0] <= 1e-3)
-        best, score = np.zeros(len(open_rows), np.int64), np.zeros(len(open_rows), np.float32)
-        chance = np.zeros(len(open_rows), np.float32)
-        for part, found in similarity_blocks(unit[open_rows], means, block):
-            found[:, absent] = -np.inf
-            best[part], score[part] = found.argmax(1), found.max(1)
-            chance[part] = 1 / np.exp(scale * (found - score[part][:, None])).sum(1)
-        chance *= _somebody_known(score, own[known], other[known])
-        sure[open_rows] = chance
-        result[open_rows] = np.where(chance >= JOIN, best, -1)
+    sums = class_sums(unit, labels, num_classes)
+    means, strange = _directions(sums), unit[open_rows]
+    best, score = np.zeros(len(strange), np.int64), np.zeros(len(strange), np.float32)
+    chance, somebody = np.zeros(len(strange), np.float32), np.ones(len(strange), np.float32)
+    for number in range(rounds):
+        if number:
+            all_sums = sums.copy()
+            for part, found in similarity_blocks(strange, means, block):
+                all_sums += (_chances(found, scale, means) * somebody[part, None]).T @ strange[part]
+            means = _directions(all_sums)
+        for part, found in similarity_blocks(strange, means, block):
+            chances = _chances(found, scale, means)
+            best[part], score[part], chance[part] = chances.argmax(1), found.max(1), chances.max(1)
+        somebody = _somebody_known(score, own[known], other[known])
+    chance *= somebody
+    sure[open_rows] = chance
     result[open_rows] = np.where(chance >= confidence, best, -1)
     return result, sure
+
+
+def _directions(sums: Floats) -> Floats:
+    """[C, D] sums with length 1; 0 for a class without rows, or whose rows cancel out."""
+    lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+    return np.divide(sums, lengths, out=np.zeros_like(sums), where=lengths > 1e-3)
+
+
+def _chances(cosines: Floats, scale: float, means: Floats) -> Floats:
+    """Softmax over the classes, [M, C]; those without a mean get cosine -inf in place and chance 0."""
+    cosines[:, ~means.any(1)] = -np.inf
+    powers = np.exp(scale * (cosines - cosines.max(1, keepdims=True)))
+    return np.asarray(powers / powers.sum(1, keepdims=True), np.float32)
 
 
 def _temperature(unit: Floats, labels: Numbers, num_classes: int, own: Floats, block: int) -> float:
@@ -276,13 +288,12 @@ def _temperature(unit: Floats, labels: Numbers, num_classes: int, own: Floats, b
     if len(rows) == 0:  # one row a class says nothing of how far pictures of one person lie apart
         return 1 / max(strangers(unit)[1], 1e-2)
     rows = rows[:: max(1, len(rows) * num_classes // MOST_LOSSES)]
-    sums = class_sums(unit, labels, num_classes)
-    lengths = np.linalg.norm(sums, axis=1, keepdims=True)
-    means = np.divide(sums, lengths, out=np.zeros_like(sums), where=lengths > 1e-3)
+    means = _directions(class_sums(unit, labels, num_classes))
+    absent = ~means.any(1)
     losses = np.zeros(len(scales))
     for part, found in similarity_blocks(unit[rows], means, block):
         mine = own[rows[part]].astype(np.float64)
-        found[:, lengths[:, 0] <= 1e-3] = -np.inf
+        found[:, absent] = -np.inf
         found[np.arange(len(found)), labels[rows[part]]] = mine
         for place, scale in enumerate(scales.tolist()):
             losses[place] += np.log(np.exp(scale * (found - mine[:, None])).sum(1)).sum()

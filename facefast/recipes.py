@@ -244,13 +244,13 @@ def distill(given: Given) -> Recipe:
         name="distill",
         start="teacher",
         head_start="class_mean",
-        epochs=6,
+        epochs=10,
         batch_size=64,
         lr=0.05,
         warmup=0.1,
         loss=COSINE_SOFTMAX,
         distill=DistillConfig(embeddings=20.0),
-        augment=FLIP,
+        augment=MILD,
     )
     model = ModelConfig(teacher=given.teacher, head="cosine")
     return Recipe(model=model, phases=(student,))

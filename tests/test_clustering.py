@@ -144,6 +144,15 @@ def test_who_wants_less_certainty_gets_more_names_and_the_same_ones() -> None:
     assert (sure < 0.5).any() and (sure[seeds < 0] > 0.95).any()
 
 
+def test_rows_without_a_name_sharpen_the_means_of_few_named_ones() -> None:
+    unit, labels, _ = people([16] * 40, spread=0.25)
+    seeds = np.where(np.arange(len(labels)) % 16 < 2, labels, -1)
+    opened = seeds < 0
+    once, thrice = (assign(unit, seeds, 40, rounds=rounds)[0] for rounds in (1, 3))
+    wrong_once, wrong_thrice = ((found[opened] != labels[opened]).mean() for found in (once, thrice))
+    assert wrong_thrice < 0.7 * wrong_once, (wrong_once, wrong_thrice)
+
+
 def test_the_temperature_is_fitted_on_a_part_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     unit, _, _ = people([20] * 30, spread=0.2)
     whole = cluster(unit)
