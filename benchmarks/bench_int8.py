@@ -28,7 +28,7 @@ from facefast import export, int8, onnx_graph
 from facefast.models import FaceModel, build_model
 from facefast.recipe import ImageSpec, ModelConfig
 
-BACKBONES = ("mobilefacenet", "mobilefacenet_half")
+BACKBONES = ("mobilefacenet", "mobilefacenet_short")
 BATCHES = (1, 32)
 THREADS = (1, 2)
 IMAGE = ImageSpec(size=112, width=96, template="arcface_112x96")

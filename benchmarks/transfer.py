@@ -16,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,47 +179,64 @@ def measured() -> dict[tuple[str, int], dict[str, Any]]:
     return {(line["row"], line["seed"]): line for line in lines}
 
 
+HEADER = (
+    "method", "seeds", "top-1", "against staged", "TAR at FAR 1 %", "verification", "against the source", "core-minutes"
+)  # fmt: skip
+
+
 def table() -> str:
-    """The lines of results/transfer.jsonl as a table: means over the seeds, and the range of the difference to the
-    default on the same seeds."""
+    """The lines of results/transfer.jsonl as a table: means over the seeds, and ranges of the differences to the
+    default and to the source model on the same seeds."""
     lines = measured()
-    rows = [
-        "| method | seeds | top-1 | against staged | TAR at FAR 1 %, people never seen | core-minutes |",
-        "|---|---|---|---|---|---|",
-    ]
     seeds = sorted({seed for _, seed in lines})
-    first = [lines["staged", seed] for seed in seeds if ("staged", seed) in lines]
+    staged = {seed: lines["staged", seed] for seed in seeds if ("staged", seed) in lines}
+    rows = [_cells(HEADER), "|---" * len(HEADER) + "|"]
     for key, title in BASELINES.items():
-        found = [line for line in first if key in line]
-        rows.append(_line(f"source model, {title}", found, key, "source_tar", lines, minutes=False))
+        found = [
+            {"seed": seed, "top1": line[key], "tar": line["source_tar"], "verification": line["source_verification"]}
+            for seed, line in staged.items()
+        ]
+        rows.append(_row(f"source model, {title}", found, staged))
     for name, row in ROWS.items():
         found = [lines[name, seed] for seed in seeds if (name, seed) in lines]
         if found:
-            rows.append(_line(row.title, found, "top1", "tar", lines))
+            rows.append(_row(row.title, found, staged))
     return "\n".join(rows)
 
 
-def _line(
-    title: str,
-    found: list[dict[str, Any]],
-    top1: str,
-    tar: str,
-    lines: dict[tuple[str, int], dict[str, Any]],
-    minutes: bool = True,
-) -> str:
-    def percent(key: str) -> str:
-        values = [line[key] for line in found if line.get(key) is not None]
-        return f"{100 * statistics.mean(values):.1f}" if values else "-"
+def _row(title: str, found: list[dict[str, Any]], staged: dict[int, dict[str, Any]]) -> str:
+    def mean(key: str, factor: float = 100) -> str:
+        values = [factor * line[key] for line in found if line.get(key) is not None]
+        return f"{statistics.mean(values):.1f}" if values else "-"
 
-    pairs = [
-        100 * (line[top1] - lines["staged", line["seed"]]["top1"])
-        for line in found
-        if line.get(top1) is not None and ("staged", line["seed"]) in lines
-    ]
-    gap = f"{min(pairs):+.1f} to {max(pairs):+.1f}" if len(pairs) > 1 else f"{pairs[0]:+.1f}" if pairs else "-"
-    times = [line["core_minutes"] for line in found if "core_minutes" in line]
-    took = f"{statistics.mean(times):.1f}" if minutes and times else "-"
-    return f"| {title} | {len(found)} | {percent(top1)} | {gap} | {percent(tar)} | {took} |"
+    def against(key: str, other: str) -> str:
+        gaps = [
+            100 * (line[key] - staged[line["seed"]][other])
+            for line in found
+            if line.get(key) is not None and line["seed"] in staged
+        ]
+        if not gaps:
+            return "-"
+        if not any(gaps):
+            return "0"
+        return f"{gaps[0]:+.1f}" if len(gaps) == 1 else f"{min(gaps):+.1f} to {max(gaps):+.1f}"
+
+    return _cells(
+        (
+            title,
+            str(len(found)),
+            mean("top1"),
+            against("top1", "top1"),
+            mean("tar"),
+            mean("verification"),
+            against("verification", "source_verification"),
+            mean("core_minutes", 1),
+        )
+    )
+
+
+def _cells(values: Sequence[str]) -> str:
+    return f"| {' | '.join(values)} |"
 
 
 def main() -> None:
