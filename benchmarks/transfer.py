@@ -45,12 +45,11 @@ class Row(NamedTuple):
 
 def _few(shots: int) -> dict[str, Row]:
     """What there is to gain from so few pictures of a person; as many updates as a large set would get in an epoch."""
-    steps, few = 40, f"--data.shots={shots}"
-    last, every = (f"--phases.last.steps={steps}", f"--phases.all.steps={steps // 4}")
-    flags = (few, NO_BASELINES)
+    few = f"--data.shots={shots}"
+    staged = (few, NO_BASELINES, "--phases.last.steps=40", "--phases.all.steps=10")
     return {
         f"shots{shots}-fixed": Row(f"{shots} a person: fixed weights", "fixed", (few, "--phases.fixed.steps=200")),
-        f"shots{shots}-staged": Row(f"{shots} a person: staged", "finetune", (*flags, *last, *every)),
+        f"shots{shots}-staged": Row(f"{shots} a person: staged", "finetune", staged),
         f"shots{shots}-scratch": Row(
             f"{shots} a person: from scratch", "scratch", (few, "--phases.scratch.steps=80"), sourced=False
         ),
