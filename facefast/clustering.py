@@ -271,7 +271,7 @@ def assign(
 def _directions(sums: Floats) -> Floats:
     """[C, D] sums with length 1; 0 for a class without rows, or whose rows cancel out."""
     lengths = np.linalg.norm(sums, axis=1, keepdims=True)
-    return np.divide(sums, lengths, out=np.zeros_like(sums), where=lengths > 1e-3)
+    return np.asarray(np.divide(sums, lengths, out=np.zeros_like(sums), where=lengths > 1e-3), np.float32)
 
 
 def _chances(cosines: Floats, scale: float, means: Floats) -> Floats:

@@ -41,14 +41,16 @@ def named_metric(config: EvalConfig, results: dict[str, float]) -> tuple[float, 
 
 
 def best_of(state: TrainState) -> dict[str, Any] | None:
-    """The best checkpoint of this phase so far, for status.json; None before its first exam."""
+    """The best checkpoint of this phase and those that it goes on from, for status.json; None before their first exam."""
     if state.best is None:
         return None
-    return {
-        "phase": state.settings.name,
-        "metric": named_metric(state.recipe.eval, state.results[state.settings.name])[1],
-        "value": state.best,
-    }
+    first = max(k for k in range(state.phase + 1) if not state.continues(k))
+    for phase in state.recipe.phases[first : state.phase + 1]:
+        if phase.name in state.results:
+            value, name = named_metric(state.recipe.eval, state.results[phase.name])
+            if value == state.best:
+                return {"phase": phase.name, "metric": name, "value": value}
+    raise AssertionError("the best number is that of an exam")
 
 
 def write_status(folder: Path, state: str, code: int | None = None, **fields: Any) -> None:

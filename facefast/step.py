@@ -93,13 +93,15 @@ class TrainState:
         self.step = 0  # updates done in the whole run
         self.phase = 0
         self.phase_step = 0  # updates done in this phase
-        self.best: float | None = None  # the named metric's best value in this phase
+        self.best: float | None = (
+            None  # the named metric's best value in this phase and those before that it goes on from
+        )
         self.results: dict[str, dict[str, float]] = {}  # the best exam of each phase: that of its best checkpoint
 
     def enter(self, number: int, model: FaceModel, supply: Supply | None = None) -> None:
         """Begins phase `number` with `model`: what learns, how fast, and the objective as DDP and the compiler want
         it."""
-        if not self._continues(number):
+        if not self.continues(number):
             self.best = None
         self.phase, self.phase_step = number, 0
         self.model, self.supply = model, supply or Supply()
@@ -136,7 +138,7 @@ class TrainState:
             )
         self.set_modes()
 
-    def _continues(self, number: int) -> bool:
+    def continues(self, number: int) -> bool:
         """Whether phase `number` goes on from the weights of the one before and faces the same exam, so that the best
         of both is the best."""
         phases = self.recipe.phases

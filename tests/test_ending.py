@@ -192,5 +192,19 @@ def test_the_summary_of_drawn_faces_says_so_and_compares_nothing_with_itself() -
 def test_the_best_checkpoint_is_unknown_before_the_first_exam() -> None:
     state = make_state(Recipe(phases=(Phase(name="scratch", start="scratch"),)), {"scratch": {"top1": 0.7}})
     assert ending.best_of(state) is None
-    state.best = 0.75
-    assert ending.best_of(state) == {"phase": "scratch", "metric": "top1", "value": 0.75}
+    state.best = 0.7
+    assert ending.best_of(state) == {"phase": "scratch", "metric": "top1", "value": 0.7}
+
+
+def test_the_best_checkpoint_may_be_one_of_the_phase_before() -> None:
+    phases = tuple(
+        Phase(name=name, start=start)
+        for name, start in (("other", "scratch"), ("first", "scratch"), ("second", "previous"))
+    )
+    state = make_state(Recipe(phases=phases), {"other": {"top1": 0.7}, "first": {"top1": 0.7}})
+    state.phase, state.best = 2, 0.7
+    assert ending.best_of(state) == {"phase": "first", "metric": "top1", "value": 0.7}
+    state.results["second"] = {"top1": 0.6}
+    assert ending.best_of(state)["phase"] == "first"
+    state.results["second"], state.best = {"top1": 0.8}, 0.8
+    assert ending.best_of(state) == {"phase": "second", "metric": "top1", "value": 0.8}

@@ -128,6 +128,19 @@ def test_fixed_weights_move_the_head_alone_and_see_each_picture_once(runs: Runs,
     assert set(speeds) == {0.0}  # no picture was decoded after the features were computed
 
 
+def test_a_later_phase_may_go_on_for_epochs_without_an_exam(drawn: Path, source: Path, tmp_path: Path) -> None:
+    small = [f"--phases.{phase}.{flag}" for phase in ("last", "all") for flag in ("batch-size=8", "steps=12")]
+    words = ["finetune", *TINY, *small, "--eval.every=100", f"--model.source={source}", f"--data.root={drawn}"]
+    assert train.main([*words, f"--out={tmp_path}"]) == 0
+    assert [exam["phase"] for exam in lines(tmp_path, "eval")] == ["last", "last", "all"]
+    best, exams = files.read_json(tmp_path / "status.json")["best"], lines(tmp_path, "eval")
+    assert best == {
+        "phase": next(exam["phase"] for exam in exams if exam["top1"] == best["value"]),
+        "metric": "top1",
+        "value": max(exam["top1"] for exam in exams),
+    }
+
+
 def test_shared_weights_stay_in_the_first_stages(runs: Runs, source: Path) -> None:
     names = moved(runs["share"], source)
     assert names and not any(
