@@ -41,7 +41,7 @@ def named_metric(config: EvalConfig, results: dict[str, float]) -> tuple[float, 
 
 
 def best_of(state: TrainState) -> dict[str, Any] | None:
-    """The best checkpoint of this phase and those that it goes on from, for status.json; None before their first exam."""
+    """The best checkpoint of this phase and those it goes on from, for status.json; None before their first exam."""
     if state.best is None:
         return None
     first = max(k for k in range(state.phase + 1) if not state.continues(k))
