@@ -122,13 +122,11 @@ def measure(name: str, seed: int, root: str, source: str, runs: Path) -> dict[st
     if name == "audit" and not (needed / "audit" / "suspects.csv").exists():
         _run("facefast.audit", source, f"--data.root={root}", "--data.format=celeba", f"--out={needed}/audit")
     flags = [flag.replace("{run}", str(needed)) for flag in row.flags]
-    began = _core_seconds()
     given = [f"--model.source={source}"] if row.sourced else []
-    _run(
+    minutes = _run(
         "facefast.train", row.recipe, f"--data.root={root}", "--data.format=celeba", *given, *COMMON, *flags,
         f"--seed={seed}", f"--out={folder}", "--resume=never",
     )  # fmt: skip
-    minutes = (_core_seconds() - began) / 60
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     exams = [line for line in lines if line["split"] == "eval"]
     last = exams[-1]
@@ -143,9 +141,7 @@ def measure(name: str, seed: int, root: str, source: str, runs: Path) -> dict[st
 
 def _measure_int8(name: str, seed: int, root: str, needed: Path, folder: Path) -> dict[str, Any]:
     """What is left of a finished run in int8: embeddings only, verified without mirror images."""
-    began = _core_seconds()
-    _run("facefast.compress", str(needed), f"--data.root={root}", "--data.format=celeba", f"--out={folder}")
-    minutes = (_core_seconds() - began) / 60
+    minutes = _run("facefast.compress", str(needed), f"--data.root={root}", "--data.format=celeba", f"--out={folder}")
     found = json.loads((folder / "int8.json").read_text())
     before, after = (found["gate"][f"verification_{when}"] for when in ("before", "after"))
     return record(
@@ -163,12 +159,15 @@ def _core_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _run(module: str, *words: str) -> None:
+def _run(module: str, *words: str) -> float:
+    """Runs a command and returns its minutes of processor time."""
+    began = _core_seconds()
     command = [sys.executable, "-m", module, *words]
     print(" ".join(command), flush=True)
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
+    return (_core_seconds() - began) / 60
 
 
 def measured() -> dict[tuple[str, int], dict[str, Any]]:

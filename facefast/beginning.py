@@ -149,9 +149,10 @@ def begin(
     wants_means = phase.head_start == "class_mean"
     fresh: tuple[Tensor, Tensor] | None = None
     if not saved and (from_source or wants_means or phase.labels == "pseudo"):
-        # The layers that a student took over do not fit each other yet, but what it will say is known.
-        asks_teacher = teacher and phase.start == "teacher" and teacher.embedding_size == model.embedding_size
-        fresh = embed_training_rows(state, teacher if teacher and asks_teacher else model, stage, mirror=True)
+        seer = model
+        if phase.start == "teacher" and teacher is not None and teacher.embedding_size == model.embedding_size:
+            seer = teacher  # the layers that a student took over do not fit each other yet
+        fresh = embed_training_rows(state, seer, stage, mirror=True)
     if phase.labels == "pseudo":
         stage = name_pictures(
             folder / f"pseudo-labels-{phase.name}.csv", state, stage, phase.pseudo_confidence, fresh, log

@@ -93,9 +93,7 @@ class TrainState:
         self.step = 0  # updates done in the whole run
         self.phase = 0
         self.phase_step = 0  # updates done in this phase
-        self.best: float | None = (
-            None  # the named metric's best value in this phase and those before that it goes on from
-        )
+        self.best: float | None = None  # the named metric's best value in this phase and those it goes on from
         self.results: dict[str, dict[str, float]] = {}  # the best exam of each phase: that of its best checkpoint
 
     def enter(self, number: int, model: FaceModel, supply: Supply | None = None) -> None:

@@ -21,13 +21,16 @@ from facefast.recipe import ImageSpec, ModelConfig
 SMALL = ImageSpec(size=48, width=32)
 VIT = "timm/vit_tiny_patch16_224"
 CONVNET = "timm/mobilenetv3_small_050"
-EVERY_KIND = (
+DROPPING = (
     "mobilefacenet",
     "mobilefacenet_short",
     "mobilefacenet_half",
     "insightface_mbf",
     "iresnet18",
     "adaface_ir18",
+)
+EVERY_KIND = (
+    *DROPPING,
     "vggface",
     "vggface2_resnet50",
     "vggface2_senet50",
@@ -36,14 +39,6 @@ EVERY_KIND = (
     "resnet50",
     CONVNET,
     VIT,
-)
-DROPPING = (
-    "mobilefacenet",
-    "mobilefacenet_short",
-    "mobilefacenet_half",
-    "insightface_mbf",
-    "iresnet18",
-    "adaface_ir18",
 )
 
 
