@@ -45,6 +45,19 @@ def vgg_caffe(cells: int = 49) -> Shapes:
     return shapes
 
 
+TORCH7_PLACES = (1, 3, 6, 8, 11, 13, 15, 18, 20, 22, 25, 27, 29, 33, 36, 39)
+"""Of the layers with weights in the nn.Sequential of VGG_FACE.t7; ReLU, pooling, View and dropout lie between."""
+
+
+def vgg_torch7(cells: int = 49) -> Shapes:
+    """Kernels with two axes, as nn.SpatialConvolutionMM keeps them."""
+    shapes: Shapes = {}
+    for k, (key, shape) in enumerate(vgg_torch(cells).items()):
+        flat = shape if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+        shapes[f"modules.{TORCH7_PLACES[k // 2]}.{key.split('.')[1]}"] = flat
+    return shapes
+
+
 def vgg_keras(cells: int = 49, numbered: bool = False) -> Shapes:
     """keras-vggface's, or DeepFace's whose layers have numbers for names and are convolutions to the end."""
     shapes: Shapes = {}
@@ -108,6 +121,21 @@ def vggface2_dag(squeeze: bool) -> Shapes:
         layer, _, variable = key.rpartition(".")
         full = (*shape, 1, 1) if key == "fc.weight" else shape
         found[f"{oxford_name(layer, '_bn')}.{variable}"] = full
+    return found
+
+
+def vggface2_caffe(state: State, factor: float = 1.0) -> State:
+    """Blobs of the weights `state` of VGGFace2-pytorch: statistics times `factor`, which stands beside them."""
+    found = {}
+    for key, tensor in state.items():
+        layer, _, variable = key.rpartition(".")
+        name = oxford_name(layer, "/bn")
+        if variable in ("weight", "bias"):
+            name += "/scale" * name.endswith("/bn")
+            found[f"{name}/{('weight', 'bias').index(variable)}"] = tensor
+        else:
+            found[f"{name}/{('running_mean', 'running_var').index(variable)}"] = tensor * factor
+            found[f"{name}/2"] = torch.full((1,), factor, device=tensor.device)
     return found
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import published
 import pytest
 import torch
@@ -16,11 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from facefast.models import FaceModel, build_model, load_source
+from facefast.models import FaceModel, build_model
 from facefast.models import source as source_module
 from facefast.models.backbones import NAMES, build_backbone
 from facefast.models.layouts import keep, recognise
-from facefast.models.readers import read
 from facefast.recipe import ImageSpec, ModelConfig
 
 BGR1, BGR2 = (93.5940, 104.7624, 129.1863), (91.4953, 103.8827, 131.0912)
@@ -81,10 +78,16 @@ def timm_shapes(name: str) -> Shapes:
     return {key: tuple(tensor.shape) for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
 
 
+def vggface2_caffe_shapes(squeeze: bool) -> Shapes:
+    state = {k: torch.empty(shape, device="meta") for k, shape in published.vggface2_torch(squeeze).items()}
+    return {key: tuple(tensor.shape) for key, tensor in published.vggface2_caffe(state).items()}
+
+
 # What a file holds, the backbone that it is, size, mean, std, colour order, template, whether mean and colour are sure.
 LAYOUTS: dict[str, tuple[Callable[[], Shapes], str, int, tuple[float, ...], tuple[float, ...], str, str, bool]] = {
     "vgg_face_dag.pth": (published.vgg_torch, "vggface", 224, RGB1, ONE, "rgb", "auto", False),
     "VGG_FACE.caffemodel": (published.vgg_caffe, "vggface", 224, BGR1, ONE, "bgr", "auto", True),
+    "VGG_FACE.t7": (published.vgg_torch7, "vggface", 224, BGR1, ONE, "bgr", "auto", False),
     "rcmalli_vggface_tf_vgg16.h5": (published.vgg_keras, "vggface", 224, BGR1, ONE, "bgr", "auto", True),
     "vgg_face_weights.h5": (
         lambda: published.vgg_keras(numbered=True),
@@ -133,6 +136,26 @@ LAYOUTS: dict[str, tuple[Callable[[], Shapes], str, int, tuple[float, ...], tupl
         RGB2,
         ONE,
         "rgb",
+        "auto",
+        True,
+    ),
+    "resnet50_ft.caffemodel": (
+        lambda: vggface2_caffe_shapes(False),
+        "vggface2_resnet50",
+        224,
+        BGR2,
+        ONE,
+        "bgr",
+        "auto",
+        True,
+    ),
+    "senet50_ft.caffemodel": (
+        lambda: vggface2_caffe_shapes(True),
+        "vggface2_senet50",
+        224,
+        BGR2,
+        ONE,
+        "bgr",
         "auto",
         True,
     ),
@@ -222,7 +245,7 @@ def agree(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("form", ["torch", "caffe", "keras", "numbered"])
+@pytest.mark.parametrize("form", ["torch", "caffe", "torch7", "keras", "numbered"])
 def test_vggface_gives_the_numbers_of_torchvisions_vgg16_or_of_keras(form: str, load: Callable[..., FaceModel]) -> None:
     cells, images = 4, pictures(64)
     with torch.no_grad():
@@ -230,10 +253,12 @@ def test_vggface_gives_the_numbers_of_torchvisions_vgg16_or_of_keras(form: str, 
             state = fill(published.vgg_keras(cells, numbered=form == "numbered"))
             agree(load(state, 64).encode(images), published.keras_vgg_forward(state, images))
             return
-        state = fill(published.vgg_torch(cells) if form == "torch" else published.vgg_caffe(cells))
+        shapes = {"torch": published.vgg_torch, "caffe": published.vgg_caffe, "torch7": published.vgg_torch7}[form]
+        state = fill(shapes(cells))
         found = load(state, 64).encode(images)
-        if form == "caffe":
-            state = {k.replace("/0", ".weight").replace("/1", ".bias"): v.squeeze() for k, v in state.items()}
+        if form != "torch":
+            usual = published.vgg_torch(cells).items()
+            state = {key: state[given].view(shape) for given, (key, shape) in zip(state, usual, strict=True)}
         with torch.device("meta"):
             features = torchvision.models.vgg16().features
         places = [k for k, layer in enumerate(features) if isinstance(layer, torch.nn.Conv2d)]
@@ -356,80 +381,3 @@ def test_colours_of_a_port_that_does_not_tell_them_can_be_typed() -> None:
     assert (typed.color, typed.mean, typed.size) == ("bgr", BGR1, 224)
     with pytest.raises(ValueError, match="image.size is 112, but the source model was trained with 224"):
         ImageSpec(size=112).settled(layout.image, layout.fixed)
-
-
-def test_numpys_archives_are_read_without_pickles(tmp_path: Path) -> None:
-    path = tmp_path / "weights.npz"
-    arrays = {"conv1_1/0": np.arange(6, dtype=">f4").reshape(2, 3), "conv1_1/1": np.ones(2), "names": np.array(["a"])}
-    np.savez(path, **arrays)  # type: ignore[arg-type]
-    found = read(path)
-    assert set(found) == {"conv1_1/0", "conv1_1/1"}
-    assert torch.equal(found["conv1_1/0"], torch.arange(6.0).view(2, 3))
-    np.savez(tmp_path / "objects.npz", weights=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(ValueError, match="objects.npz was refused.*numpy.savez"):
-        load_source(tmp_path / "objects.npz")
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match="weights.npz was refused"):
-        load_source(path)
-
-
-def test_a_pickle_of_arrays_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    import pickle
-
-    (tmp_path / "resnet50_ft_weight.pkl").write_bytes(pickle.dumps({"conv1.weight": np.ones((2, 2))}))
-    with pytest.raises(ValueError, match=r"resnet50_ft_weight.pkl was refused.*numpy.savez\(NAME.npz"):
-        load_source(tmp_path / "resnet50_ft_weight.pkl")
-
-
-def test_keras_files_name_the_package_that_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def without(name: str) -> object:
-        raise ImportError(name)
-
-    monkeypatch.setattr(importlib, "import_module", without)
-    (tmp_path / "weights.h5").write_bytes(b"")
-    with pytest.raises(ValueError, match="pip install h5py"):
-        load_source(tmp_path / "weights.h5")
-
-
-@pytest.mark.parametrize("names", [("kernel:0", "bias:0"), ("W_1:0", "b_1:0")], ids=["keras2", "keras1"])
-@pytest.mark.parametrize("whole", [False, True], ids=["weights", "model"])
-def test_keras_files_are_read_in_the_order_of_their_layers(names: tuple[str, str], whole: bool, tmp_path: Path) -> None:
-    h5py = pytest.importorskip("h5py")
-    layers = [f"conv2d_{k}" for k in range(1, 12)]  # in the alphabet, 10 comes before 2
-    with h5py.File(tmp_path / "weights.h5", "w") as file:
-        root = file.create_group("model_weights") if whole else file
-        root.attrs["layer_names"] = [name.encode() for name in ("input", *layers, "conv1/7x7_s2/bn")]
-        root.create_group("input").attrs["weight_names"] = []
-        for k, layer in enumerate(layers):
-            full = [f"{layer}/{n}" if n.endswith("l:0") or n[:4] == "bias" else f"{layer}_{n}" for n in names]
-            group = root.create_group(layer)
-            group.attrs["weight_names"] = [name.encode() for name in full]
-            group[full[0]], group[full[1]] = np.full((1, 1, 1, 2), k, "f4"), np.zeros(2, "f4")
-        group = root.create_group("conv1/7x7_s2/bn")
-        variables = ("gamma", "beta", "moving_mean", "moving_variance")
-        group.attrs["weight_names"] = [f"conv1/7x7_s2/bn/{v}:0".encode() for v in variables]
-        for v in variables:
-            group[f"conv1/7x7_s2/bn/{v}:0"] = np.ones(3, "f4")
-    found = read(tmp_path / "weights.h5")
-    assert list(found) == [f"{layer}/{v}" for layer in layers for v in ("kernel", "bias")] + [
-        f"conv1/7x7_s2/bn/{v}" for v in variables
-    ]
-    assert [found[f"{layer}/kernel"][0, 0, 0, 0].item() for layer in layers] == list(range(11))
-
-
-def test_keras_files_that_point_elsewhere_or_hold_something_else_are_refused(tmp_path: Path) -> None:
-    h5py = pytest.importorskip("h5py")
-    with h5py.File(tmp_path / "other.h5", "w") as file:
-        file["kernel:0"] = np.ones(3)
-    with h5py.File(tmp_path / "link.h5", "w") as file:
-        file.attrs["layer_names"] = [b"dense"]
-        group = file.create_group("dense")
-        group.attrs["weight_names"] = [b"kernel:0"]
-        group["kernel:0"] = h5py.ExternalLink("other.h5", "kernel:0")
-    with pytest.raises(ValueError, match="points out of the file"):
-        load_source(tmp_path / "link.h5")
-    with pytest.raises(ValueError, match="names no layers: it holds kernel:0"):
-        load_source(tmp_path / "other.h5")
-    (tmp_path / "cut.h5").write_bytes((tmp_path / "other.h5").read_bytes()[:100])
-    with pytest.raises(ValueError, match="cut.h5 is not a sound HDF5 file"):
-        load_source(tmp_path / "cut.h5")

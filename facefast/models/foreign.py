@@ -1,4 +1,4 @@
-"""Names and axes of other frameworks' weights, turned into ours: VGGFace and VGGFace2 from Caffe, Keras and MatConvNet.
+"""Names and axes of other frameworks' weights, turned into ours: VGGFace's and VGGFace2's.
 
 `layouts` recognises such a state dict and names the function here that translates it. What these functions do not know
 keeps its name, so that `source.Report` counts it.
@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from facefast.models import vggface
@@ -24,6 +25,7 @@ KERAS_VARIABLES = {
     "moving_variance": "running_var",
 }
 CAFFE_BLOBS = {"0": "weight", "1": "bias"}
+CAFFE_STATISTICS = {"0": "running_mean", "1": "running_var"}
 VGG_LAYERS = (*vggface.LAYERS, "fc6", "fc7", "fc8")
 FLAT = ("fc6", "fc7", "fc8", "classifier")
 """Layers that are linear here and sometimes convolutions elsewhere."""
@@ -59,16 +61,57 @@ def from_dag(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_caffe(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """VGGFace as Caffe numbers blobs: conv1_1/0 the weight, conv1_1/1 the bias, old linear layers [1, 1, out, in]."""
+    """VGGFace or VGGFace2 as Caffe numbers blobs: LAYER/0 the weight, LAYER/1 the bias.
+
+    Old files have four axes for each blob, [1, 1, out, in] for a linear layer's weight. A BatchNorm is two layers:
+    LAYER/bn has mean and variance, both multiplied by its third blob, LAYER/bn/scale weight and bias.
+    """
     found = {}
     for key, tensor in state.items():
         layer, _, blob = key.rpartition("/")
-        if blob == "1":
+        factor = state.get(f"{layer}/2")
+        names = CAFFE_BLOBS if factor is None else CAFFE_STATISTICS
+        if factor is not None and blob == "2":
+            continue
+        if layer.endswith(("/bn", "/scale")) or blob == "1":
             tensor = tensor.flatten()
         elif layer in FLAT:
             tensor = tensor.flatten(0, 2) if tensor.ndim == 4 and tensor.shape[:2] == (1, 1) else tensor.flatten(1)
-        found[f"{layer}.{CAFFE_BLOBS[blob]}" if blob in CAFFE_BLOBS else key] = tensor
+        if factor is not None:
+            tensor = torch.where(factor.flatten() == 0, 0, tensor / factor.flatten())  # Caffe takes 1 / 0 for 0
+        ours = f"{resnet_layer(layer.removesuffix('/scale'))}.{names.get(blob)}"
+        found[ours if blob in names else key] = tensor
     return found
+
+
+def from_torch7(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """VGGFace as `torch7` reads it: its layers have numbers for names and are told by their order. A convolution's
+    kernel may have two axes, [out, in * 3 * 3]."""
+    channels = dict(zip(VGG_LAYERS, _vgg_channels(), strict=False))
+    names = dict(zip(torch7_kernels(state), VGG_LAYERS, strict=False))
+    found = {}
+    for key, tensor in state.items():
+        layer, _, variable = key.rpartition(".")
+        name = names.get(layer, layer)
+        if variable == "weight" and name in channels:
+            tensor = tensor.reshape(channels[name][1], channels[name][0], 3, 3)
+        elif variable == "weight" and name in FLAT:
+            tensor = tensor.flatten(1)
+        found[f"{name}.{variable}"] = tensor
+    return found
+
+
+def torch7_kernels(state: Mapping[str, Tensor]) -> list[str]:
+    """Modules of a Torch7 network that have a weight, in their order."""
+    return [k.removesuffix(".weight") for k in state if k.startswith("modules.") and k.endswith(".weight")]
+
+
+def is_torch7_vgg(state: Mapping[str, Tensor]) -> bool:
+    """Whether the modules with a weight are a VGG-16's convolutions, in order, whatever comes after them."""
+    kernels = torch7_kernels(state)
+    wanted = [(out, channels * 9) for channels, out in _vgg_channels()]
+    shapes = [tuple(state[f"{kernel}.weight"].flatten(1).shape) for kernel in kernels[: len(wanted)]]
+    return shapes == wanted and len(kernels) <= len(VGG_LAYERS)
 
 
 def from_keras(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,14 +142,15 @@ def keras_kernels(state: Mapping[str, Tensor]) -> list[str]:
 
 def is_keras_vgg(state: Mapping[str, Tensor]) -> bool:
     """Whether the kernels are a VGG-16's convolutions, in order, whatever comes after them."""
-    kernels = [tensor for key, tensor in state.items() if key.endswith("/kernel")]
-    channels, wanted = 3, []
-    for count, out in vggface.BLOCKS:
-        for _ in range(count):
-            wanted.append((3, 3, channels, out))
-            channels = out
-    shapes = [tuple(kernel.shape) for kernel in kernels]
+    shapes = [tuple(tensor.shape) for key, tensor in state.items() if key.endswith("/kernel")]
+    wanted = [(3, 3, channels, out) for channels, out in _vgg_channels()]
     return shapes[: len(wanted)] == wanted and len(shapes) <= len(VGG_LAYERS)
+
+
+def _vgg_channels() -> list[tuple[int, int]]:
+    """(in, out) of a VGG-16's convolutions."""
+    outs = [out for count, out in vggface.BLOCKS for _ in range(count)]
+    return list(zip([3, *outs], outs, strict=False))
 
 
 def _torch_kernel(kernel: Tensor, layer: str) -> Tensor:

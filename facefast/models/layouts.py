@@ -29,7 +29,7 @@ RESNETV2_IMAGE = ImageSpec(size=224)
 ARCFACE_IMAGE = ImageSpec(size=112, template="arcface")
 ADAFACE_IMAGE = ImageSpec(size=112, template="arcface", color="bgr")
 FACENET_IMAGE = ImageSpec(size=160, std=(128.0, 128.0, 128.0))
-# Means of the two data sets. Caffe and Keras order channels blue first, MatConvNet and its converters red first.
+# Means of the two data sets. Caffe, Torch7 and Keras order channels blue first, MatConvNet and its converters red.
 VGGFACE_BGR = ImageSpec(size=224, mean=(93.5940, 104.7624, 129.1863), std=UNSCALED, color="bgr")
 VGGFACE_RGB = ImageSpec(size=224, mean=(129.1863, 104.7624, 93.5940), std=UNSCALED)
 VGGFACE2_BGR = ImageSpec(size=224, mean=(91.4953, 103.8827, 131.0912), std=UNSCALED, color="bgr")
@@ -153,6 +153,16 @@ def _vggface_caffe(state: Mapping[str, Tensor]) -> Layout | None:
     return _vgg("fc6/0", state, VGGFACE_BGR, NORMALISATION, foreign.from_caffe)
 
 
+def _vggface_torch7(state: Mapping[str, Tensor]) -> Layout | None:
+    """Oxford's VGG_FACE.t7, which takes blue first. The mean is that of the training pictures; the demo that comes with
+    the file takes red's from blue and blue's from red, so that it is not fixed here."""
+    if not foreign.is_torch7_vgg(state):
+        return None
+    kernels = foreign.torch7_kernels(state)
+    fc6 = f"{kernels[len(vggface.LAYERS)]}.weight" if len(kernels) > len(vggface.LAYERS) else ""
+    return _vgg(fc6, state, VGGFACE_BGR, frozenset({"std", "color"}), foreign.from_torch7)
+
+
 def _vggface_keras(state: Mapping[str, Tensor]) -> Layout | None:
     """VGGFace with Keras' axes: keras-vggface's takes blue first; one whose layers have no names may take either."""
     if not foreign.is_keras_vgg(state):
@@ -206,8 +216,10 @@ def _vggface2_by_names(state: Mapping[str, Tensor], name: str) -> Layout | None:
 
 
 def _vggface2_foreign(state: Mapping[str, Tensor]) -> Layout | None:
-    """The authors' names: with Keras' variables blue first, with PyTorch's, from MatConvNet, red first."""
+    """The authors' names: Caffe's blobs and Keras' variables blue first, PyTorch's, from MatConvNet, red first."""
     name = "vggface2_senet50" if any("_1x1_down" in key for key in state) else "vggface2_resnet50"
+    if "conv1/7x7_s2/0" in state and "conv5_3_3x3/0" in state:
+        return Layout(name, image=VGGFACE2_BGR, fixed=NORMALISATION, translate=foreign.from_caffe)
     if "conv1/7x7_s2/kernel" in state and "conv5_3_3x3/kernel" in state:
         return Layout(name, image=VGGFACE2_BGR, fixed=NORMALISATION, translate=foreign.from_keras)
     if "conv1_7x7_s2.weight" in state and "conv5_3_3x3.weight" in state:
@@ -284,6 +296,7 @@ KNOWN = (
     _adaface,
     _vggface,
     _vggface_caffe,
+    _vggface_torch7,
     _vggface_keras,
     _vggface2,
     _vggface2_foreign,

@@ -1,7 +1,7 @@
 """Reading a file of weights as tensors by name, whatever program wrote it.
 
 `source` calls `read`. A file is data here, never a program: pickles are read by torch's weights-only loader and by
-nothing else, NumPy's archives without pickles, HDF5 without links to other files.
+nothing else, NumPy's archives without pickles, HDF5 without links to other files, Torch7's objects without their code.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from facefast.models import caffe, torch7
+
 HDF5 = (".h5", ".hdf5")
 # The end of a Keras variable's name. Keras 1 calls a kernel W and a variance running_std, and numbers them.
 VARIABLE = re.compile(
@@ -27,7 +29,8 @@ OLD_VARIABLES = {"W": "kernel", "b": "bias", "running_mean": "moving_mean", "run
 
 
 def read(path: Path) -> Any:
-    """What a file holds: by its suffix safetensors, NumPy's .npz, Keras' .h5, else what `torch.save` wrote.
+    """What a file holds: by its suffix safetensors, NumPy's .npz, Keras' .h5, .caffemodel, Torch7's .t7, else what
+    `torch.save` wrote.
 
     Raises:
         ValueError: no such file, a damaged one, one that holds more than tensors, or h5py is missing for .h5.
@@ -45,6 +48,10 @@ def read(path: Path) -> Any:
         return _read_npz(path)
     if path.suffix in HDF5:
         return _read_keras(path)
+    if path.suffix == ".caffemodel":
+        return caffe.read(path)
+    if path.suffix == ".t7":
+        return torch7.read(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -104,8 +104,9 @@ def load_source(source: str | Path, backbone: str = "auto") -> Source:
     """Reads source weights and finds out what they are.
 
     Args:
-        source: a file that `readers.read` knows (safetensors, torch.save, .npz, Keras' .h5), a facefast run, checkpoint
-            or package folder, or "imagenet" for the weights that torchvision or timm publish for `backbone`.
+        source: a file that `readers.read` knows (safetensors, torch.save, .npz, Keras' .h5, .caffemodel, Torch7's .t7),
+            a facefast run, checkpoint or package folder, or "imagenet" for the weights that torchvision or timm publish
+            for `backbone`.
         backbone: its architecture where the weights do not tell; auto asks them.
 
     Raises:

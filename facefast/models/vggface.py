@@ -1,8 +1,7 @@
 """VGGFace (Parkhi et al. 2015, "Deep Face Recognition"): VGG-16 up to fc7, built by `backbones`.
 
 Names of layers and parameters are those of the published Caffe network and of its port to PyTorch (S. Albanie's
-vgg_face_dag.pth), whose keys load one for one; `foreign` says how Caffe's and Keras' files get them. Torch7's .t7 is
-not read: it is a format of its own for any object, not for tensors only.
+vgg_face_dag.pth), whose keys load one for one; `foreign` says how Caffe's, Torch7's and Keras' files get them.
 """
 
 from __future__ import annotations
