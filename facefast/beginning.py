@@ -18,6 +18,7 @@ from facefast.distill import Teacher, caches_teacher
 from facefast.evaluate import embed_rows
 from facefast.log import RunLog
 from facefast.models import STUDENTS, FaceModel, Source, build_model, inherit, load_source
+from facefast.models.face import DEFAULT_BACKBONE
 from facefast.prepare import Stage
 from facefast.recipe import ImageSpec, Recipe
 from facefast.step import Supply, TrainState
@@ -31,14 +32,24 @@ def find_source(recipe: Recipe) -> Source | None:
     return load_source(recipe.model.source, recipe.model.backbone)
 
 
-def find_teacher(recipe: Recipe, device: torch.device) -> FaceModel | None:
-    """The model that phases distil from, in evaluation mode."""
+def find_teacher(recipe: Recipe, source: Source | None, device: torch.device) -> FaceModel | None:
+    """The model that phases distil from, in evaluation mode.
+
+    Raises:
+        ValueError: there is none, or the student could not start from its layers, which is found out before any
+            photograph is read.
+    """
     if recipe.model.teacher == "none":
         return None
     path = Path(recipe.model.teacher)
     if not path.exists():
         raise ValueError(f"model.teacher {path} does not exist; give a run, checkpoint or package folder, or weights")
-    return checkpoint.load_model(path, device)
+    teacher = checkpoint.load_model(path, device)
+    if any(phase.start == "teacher" for phase in recipe.phases):
+        config = dataclasses.replace(recipe.model, source="none", backbone=_backbone(recipe, source, teacher))
+        with torch.device("meta"):
+            inherit(build_model(config, 0, teacher.image), teacher)
+    return teacher
 
 
 def settle(recipe: Recipe, source: Source | None, teacher: FaceModel | None, stages: tuple[Stage, ...]) -> Recipe:
@@ -50,14 +61,18 @@ def settle(recipe: Recipe, source: Source | None, teacher: FaceModel | None, sta
     if image.template == "auto":
         has_landmarks = all(stage.train.landmarks is not None for stage in stages)
         image = dataclasses.replace(image, template="arcface" if has_landmarks else "none")
-    backbone = recipe.model.backbone
-    if backbone == "auto" and teacher is not None and source is None:
-        backbone = STUDENTS.get(teacher.config.backbone, "auto")
-    if backbone == "auto":
-        backbone = source.backbone if source and source.backbone else "mobilefacenet"
     embedding = recipe.model.embedding or (source.embedding if source else 0)
-    model = dataclasses.replace(recipe.model, backbone=backbone, embedding=embedding)
+    model = dataclasses.replace(recipe.model, backbone=_backbone(recipe, source, teacher), embedding=embedding)
     return dataclasses.replace(recipe, image=image, model=model)
+
+
+def _backbone(recipe: Recipe, source: Source | None, teacher: FaceModel | None) -> str:
+    """The user's, the source's, the next shallower than the teacher's, or MobileFaceNet."""
+    if recipe.model.backbone != "auto":
+        return recipe.model.backbone
+    if source is not None:
+        return source.backbone or DEFAULT_BACKBONE
+    return STUDENTS.get(teacher.config.backbone, DEFAULT_BACKBONE) if teacher else DEFAULT_BACKBONE
 
 
 def starting_model(

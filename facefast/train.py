@@ -30,7 +30,8 @@ from facefast.transfer import CachedLoader
 
 def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     """Runs a recipe in a run folder, from its start or from where it was stopped; returns the exit code."""
-    source, teacher = find_source(recipe), find_teacher(recipe, run.device)
+    source = find_source(recipe)
+    teacher = find_teacher(recipe, source, run.device)
     stages = prepare(recipe, folder, run)  #                         files -> index -> splits and exams
     recipe = settle(recipe, source, teacher, stages)
     plan = resolve(recipe, tuple(stage.facts() for stage in stages), run.world.size)

@@ -200,6 +200,8 @@ def test_unsure_labels_are_left_out(tmp_path: Path, index: FaceIndex) -> None:
         ([Label("8.jpg", "ann", 1)], "line 2: 8.jpg is no picture of"),
         ([Label("ann/0.jpg", "bob", 1)], "ann/0.jpg is ann already, bob here"),
         ([Label("9.jpg", "bob", 1), Label("9.jpg", "ann", 1)], "line 3: 9.jpg is bob on a line above"),
+        ([Label("9.jpg", "bob", 85)], "line 2: the confidence of 9.jpg is 85.0, which lies outside"),
+        ([Label("9.jpg", "bob", float("nan"))], "line 2: the confidence of 9.jpg is nan"),
     ],
 )
 def test_labels_that_do_not_fit_are_named(tmp_path: Path, index: FaceIndex, lines: list[Label], message: str) -> None:

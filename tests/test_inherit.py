@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import small
 import torch
 from torch.testing import assert_close
 
+from facefast import train
 from facefast.models import STUDENTS, FaceModel, build_model, inherit
 from facefast.models.backbones import build_backbone
 from facefast.recipe import ImageSpec, ModelConfig
@@ -71,6 +74,17 @@ def test_a_student_of_another_kind_is_refused() -> None:
         inherit(student_of("resnet18"), small.make_model("mobilefacenet"))
     with pytest.raises(ValueError, match=r"vit_tiny.* start teacher takes over; use start scratch"):
         inherit(student_of("timm/vit_tiny_patch16_224"), small.make_model("mobilefacenet"))
+
+
+def test_a_teacher_of_another_kind_is_refused_before_photographs_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photographs").mkdir()  # none: what is read first complains
+    torch.save(build_backbone("mobilefacenet", (112, 112), 128).module.state_dict(), tmp_path / "teacher.pt")
+    words = ["distill", f"--data.root={tmp_path / 'photographs'}", f"--model.teacher={tmp_path / 'teacher.pt'}"]
+    for backbone, message in (("resnet18", "neither starts from the other's layers"), ("auto", "photographs")):
+        assert train.main([*words, f"--model.backbone={backbone}", f"--out={tmp_path / backbone}"]) != 0
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("teacher", "student"), STUDENTS.items())

@@ -153,7 +153,7 @@ def read_labels(index: FaceIndex, path: str | os.PathLike[str], min_confidence: 
 
     Raises:
         ValueError: the file is no such table, lines do not fit the index (a picture that is not there, one that has
-            another identity, one named twice), or `min_confidence` is outside [0, 1].
+            another identity, one named twice, a confidence outside [0, 1]), or `min_confidence` is outside [0, 1].
     """
     path = Path(path)
     if not 0 <= min_confidence <= 1:
@@ -166,7 +166,9 @@ def read_labels(index: FaceIndex, path: str | os.PathLike[str], min_confidence: 
             continue
         row = rows.get(line.path, -1)
         label = int(index.labels[row]) if row >= 0 else -1
-        if row < 0:
+        if not 0 <= line.confidence <= 1:
+            faults.append((number, f"the confidence of {line.path} is {line.confidence}, which lies outside [0, 1]"))
+        elif row < 0:
             faults.append((number, f"{line.path} is no picture of {index.root}"))
         elif label >= 0 and index.class_names[label] != line.identity:
             faults.append((number, f"{line.path} is {index.class_names[label]} already, {line.identity} here"))
