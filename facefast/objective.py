@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from facefast import ops
@@ -154,8 +155,7 @@ class Objective(nn.Module):
             parts |= self._attributes(told, values, batch.rows, share, world)
         readable = batch.rows >= 0
         portion = readable.sum() * (world / share.rows)
-        for name, value in self._pairwise(embeddings, batch.labels, readable):
-            parts[name] = value * portion
+        parts |= self._pairwise(embeddings, batch.labels, readable, share)
         if self.distillation:
             found = self.distillation(images, batch.rows, embeddings, logits, stages)
             parts |= {name: value * (world / share.rows) for name, value in found.items()}
@@ -198,16 +198,21 @@ class Objective(nn.Module):
             start += spec.outputs
         return found
 
-    def _pairwise(self, embeddings: Tensor, labels: Tensor, readable: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Means over one batch of this rank of the terms that compare its embeddings."""
-        loss = self.phase.loss
+    def _pairwise(self, embeddings: Tensor, labels: Tensor, readable: Tensor, share: Share) -> dict[str, Tensor]:
+        """The terms that compare pictures with each other, over the micro-batch of all ranks."""
+        loss, align = self.phase.loss, self.phase.align
+        if not (loss.triplet or loss.contrastive or align != "none"):
+            return {}
+        embeddings, labels, readable = of_all_ranks(embeddings, labels, readable)
+        found = {}
         if loss.triplet:
-            yield "triplet", batch_hard_triplet(embeddings, labels, loss.triplet_margin)
+            found["triplet"] = batch_hard_triplet(embeddings, labels, loss.triplet_margin)
         if loss.contrastive:
-            yield "contrastive", supervised_contrastive(embeddings, labels, loss.temperature)
-        if self.phase.align != "none":
-            target = readable & (labels < 0)
-            yield "align", matched_statistics(embeddings, target, readable & (labels >= 0), self.phase.align)
+            found["contrastive"] = supervised_contrastive(embeddings, labels, loss.temperature)
+        if align != "none":
+            named = labels >= 0
+            found["align"] = matched_statistics(embeddings, readable & ~named, readable & named, align)
+        return {name: value * (readable.sum() / share.rows) for name, value in found.items()}
 
     def _weighed(self, values: Tensor, portion: Tensor) -> Tensor:
         """The sum of the terms by the recipe's weights, or by exp(-s) with s / 2 on top, s the learnt log-variances
@@ -215,6 +220,33 @@ class Objective(nn.Module):
         if self.log_variances is None:
             return (values * self.term_weights).sum()
         return ((-self.log_variances).exp() * values + self.log_variances / 2 * portion).sum()
+
+
+def of_all_ranks(embeddings: Tensor, labels: Tensor, readable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of every rank, so that what compares them does not depend on how many ranks share a batch.
+
+    Each rank computes the same loss on them. Its gradient reaches this rank's embeddings only, W times as large: DDP
+    takes the mean over ranks.
+
+    Args:
+        embeddings: [B, D] of this rank.
+        labels: [B] int64.
+        readable: [B] bool.
+
+    Returns:
+        [W B, D], [W B] and [W B], in the order of the ranks.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1:
+        return embeddings, labels, readable
+    gathered = []
+    for rows in (embeddings.detach(), labels, readable.to(labels.dtype)):
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world)]
+        dist.all_gather(parts, rows.contiguous())
+        gathered.append(parts)
+    gathered[0][dist.get_rank()] = embeddings + (world - 1) * (embeddings - embeddings.detach())
+    vectors, names, seen = map(torch.cat, gathered)
+    return vectors, names, seen.bool()
 
 
 def focal_sum(

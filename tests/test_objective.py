@@ -342,10 +342,12 @@ def test_stochastic_depth_leaves_blocks_out_in_training_only() -> None:
 
 
 def half_an_update(rank: int, out: str, world: int) -> int:
-    """One update of a run with attributes, a projection and learnt weights, on this rank's part of the batch."""
+    """One update of a run with attributes, a projection, learnt weights and terms that compare pictures, on this rank's
+    part of the batch; of two ranks neither has pictures of different people."""
     with runtime.start() as run:
         values = torch.tensor([[1.0], [torch.nan], [0.0], [1.0], [torch.nan], [0.0], [1.0], [0.0]])
-        phase = phase_with(distill=DistillConfig(embeddings=1.0), loss=LossConfig(scale=8), accumulate=2)
+        loss = LossConfig(scale=8, triplet=0.5, contrastive=0.5)
+        phase = phase_with(distill=DistillConfig(embeddings=1.0), loss=loss, accumulate=2, sampler="pk")
         recipe = Recipe(
             image=ImageSpec(size=small.SIZE, template="none"),
             model=ModelConfig(backbone="mobilefacenet", embedding=16, head="cosine", teacher="teacher"),
@@ -359,7 +361,7 @@ def half_an_update(rank: int, out: str, world: int) -> int:
         teacher = build_model(ModelConfig(backbone="mobilefacenet", embedding=24), 0, image).eval()
         state.enter(0, model_with(attributes=SPECS[:1]), Supply(values=values, teacher=Teacher(teacher)))
         whole = batch_of()
-        parts = [Batch(*(column[rank + world * k :: world * 2] for column in whole)) for k in range(2)]
+        parts = [Batch(*(column[k + 2 * rank :: 2 * world] for column in whole)) for k in range(2)]
         train_step(state, parts, Share(8, 8, (6,)))
         if rank == 0:
             found = state.model.state_dict() | {f"own.{n}": p for n, p in state.objective.own_parameters()}

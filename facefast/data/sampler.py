@@ -118,8 +118,8 @@ class BalancedSampler(Sampler):
 class PKSampler(Sampler):
     """P identities x K pictures in every batch: what triplet and contrastive losses learn from.
 
-    An identity with fewer than K pictures repeats some. A batch is laid out picture by picture (place k P + p), so that
-    an identity stays on one rank wherever the world size divides P. All batches are full.
+    An identity with fewer than K pictures repeats some. A batch is laid out picture by picture (place k P + p). All
+    batches are full.
 
     Args:
         labels: int [N], one per entry of `rows`, at least 0.
