@@ -83,7 +83,11 @@ ROWS: dict[str, Row] = {
     "arcface": Row("ArcFace", "arcface", (NO_BASELINES,)),
     "cosface": Row("CosFace 0.35", "cosface", (NO_BASELINES,)),
     "adaface": Row("AdaFace", "adaface", (NO_BASELINES,)),
-    "triplet": Row("triplets and softmax", "triplet", (NO_BASELINES, "--phases.triplet.loss.weight=1")),
+    "triplet": Row(
+        "triplets and softmax",
+        "triplet",
+        (NO_BASELINES, "--phases.triplet.loss.weight=1", "--phases.triplet.head-start=class_mean"),
+    ),
     "triplet-only": Row("triplets only, no names", "triplet"),
     "contrastive-only": Row("contrasts only, no names", "contrastive"),
     "l2sp": Row("staged + L2-SP", "finetune", (NO_BASELINES, *_all_layers("last+all", "l2sp=0.1"))),

@@ -217,9 +217,10 @@ def adaface(given: Given) -> Recipe:
 
 
 def triplet(given: Given) -> Recipe:
-    """Triplets instead of classes, for sets that are only verified; --phases.triplet.loss.weight 1 mixes both.
+    """Triplets instead of classes, for sets that are only verified.
 
-    Command: `facefast train triplet --data.root DIR --model.source FILE`.
+    Command: `facefast train triplet --data.root DIR --model.source FILE`; classes beside the triplets with
+    --phases.triplet.loss.weight 1 --phases.triplet.head-start class_mean.
     """
     return _pairwise(given, "triplet", LossConfig(weight=0.0, triplet=1.0))
 
