@@ -33,13 +33,13 @@ def find_source(recipe: Recipe) -> Source | None:
 
 
 def find_teacher(recipe: Recipe, source: Source | None, device: torch.device) -> FaceModel | None:
-    """The model that phases distil from, in evaluation mode.
+    """The model that phases distil from, in evaluation mode; None where there is none beside the source.
 
     Raises:
         ValueError: there is none, or the student could not start from its layers, which is found out before any
             photograph is read.
     """
-    if recipe.model.teacher == "none":
+    if recipe.model.teacher in ("none", "source"):
         return None
     path = Path(recipe.model.teacher)
     if not path.exists():
@@ -209,6 +209,9 @@ def supply_of(
     cached = embeddings_of(model) if caches_features(phase) else None
     asked: Teacher | None = None
     if phase.distill.active:
+        if state.recipe.model.teacher == "source":
+            whole = build_model(state.recipe.model, 0, state.recipe.image, source=source)
+            teacher = whole.to(state.run.device).eval()
         assert teacher is not None
         asked = Teacher(teacher, embeddings_of(teacher) if caches_teacher(phase) else None)
     return Supply(counts, stage.values(), cached, asked, source.state if source and phase.l2sp else None)

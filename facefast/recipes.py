@@ -293,11 +293,13 @@ def binary(given: Given) -> Recipe:
 
 
 def prune(given: Given) -> Recipe:
-    """Magnitude pruning with fine-tuning: half of the weights end at 0, the others make up for them.
+    """Magnitude pruning with fine-tuning: half of the weights end at 0, the others make up for them, drawn to the
+    embeddings of the source model with all its weights.
 
     Command: `facefast train prune --data.root DIR --model.source FILE [--phases.prune.prune 0.7]`.
     """
-    return _from_source(given, _varied("prune", trainable=("all",), prune=0.5, epochs=4))
+    phase = _varied("prune", trainable=("all",), prune=0.5, epochs=4, distill=DistillConfig(embeddings=20.0))
+    return _from_source(given, phase, model=ModelConfig(head="cosine", teacher="source"))
 
 
 def pseudolabel(given: Given) -> Recipe:

@@ -81,6 +81,17 @@ def test_json_of_the_wrong_type_is_refused_by_name(kind: type, data: dict, messa
             "phase train starts from the teacher, but model.teacher is none",
         ),
         (
+            lambda: run_of(distill=DistillConfig(embeddings=1.0), model=ModelConfig(teacher="source")),
+            "model.teacher source is the model that start source begins with, and no phase has that",
+        ),
+        (
+            lambda: Recipe(
+                model=ModelConfig(source="x", teacher="source"),
+                phases=(Phase(start="source"), Phase(name="then", start="teacher")),
+            ),
+            "start teacher needs a model.teacher of its own",
+        ),
+        (
             lambda: run_of(model=ModelConfig(teacher="x")),
             "model.teacher x has no effect: no phase has start teacher or",
         ),

@@ -254,6 +254,12 @@ def test_pruned_weights_are_zero_in_the_model_that_is_handed_on(runs: Runs) -> N
     assert sparsity_of(checkpoint.load_model(runs["softmax"])) == 0
 
 
+def test_a_pruned_model_is_drawn_to_the_embeddings_of_the_whole_source(runs: Runs) -> None:
+    pulls = [line["loss/distill_embeddings"] for line in lines(runs["prune"], "train")]
+    assert pulls[0] == pytest.approx(0, abs=1e-5)  # before the first weight goes the model is the source
+    assert max(pulls) > 1e-3
+
+
 def test_pictures_without_a_name_are_named_and_trained_on(runs: Runs, drawn: Path) -> None:
     run = runs["pseudolabel"]
     with open(run / "pseudo-labels-round1.csv", newline="", encoding="utf-8") as file:

@@ -81,7 +81,8 @@ class ModelConfig:
     source: str = "none"
     """Source weights: a file, a run or checkpoint folder, imagenet (torchvision's), or none."""
     teacher: str = "none"
-    """The model that `phases.K.distill` learns from: a run, checkpoint or package folder, a weights file, or none."""
+    """The model that `phases.K.distill` learns from: a run, checkpoint or package folder, a weights file, source (the
+    source model as it is), or none."""
     embedding: int = 0
     """Numbers in an embedding; 0 is the source's, or the backbone's usual."""
     head: Literal["linear", "cosine"] = "linear"

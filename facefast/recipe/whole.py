@@ -87,6 +87,12 @@ class Recipe:
                 f"model.teacher {self.model.teacher} has no effect: no phase has start teacher or sets distill.logits, "
                 f"distill.embeddings or distill.features (phases: {names})"
             )
+        if self.model.teacher == "source" and not uses_source:
+            raise ValueError("model.teacher source is the model that start source begins with, and no phase has that")
+        if self.model.teacher == "source" and any(phase.start == "teacher" for phase in self.phases):
+            raise ValueError(
+                "start teacher needs a model.teacher of its own; layers of the source come by start source"
+            )
         if self.compile and any(phase.distill.features for phase in self.phases):
             raise ValueError("compile hides the stages' outputs that distill.features compares; leave one out")
         pulled = [phase.name for phase in self.phases if phase.l2sp]
