@@ -84,7 +84,15 @@ def vggface2_caffe_shapes(squeeze: bool) -> Shapes:
 
 
 # What a file holds, the backbone that it is, size, mean, std, colour order, template, whether mean and colour are sure.
-LAYOUTS: dict[str, tuple[Callable[[], Shapes], str, int, tuple[float, ...], tuple[float, ...], str, str, bool]] = {
+File = tuple[Callable[[], Shapes], str, int, tuple[float, ...], tuple[float, ...], str, str, bool]
+
+
+def vggface2(shapes: Callable[[bool], Shapes], squeeze: bool, color: str) -> File:
+    name = "vggface2_senet50" if squeeze else "vggface2_resnet50"
+    return (lambda: shapes(squeeze)), name, 224, BGR2 if color == "bgr" else RGB2, ONE, color, "auto", True
+
+
+LAYOUTS: dict[str, File] = {
     "vgg_face_dag.pth": (published.vgg_torch, "vggface", 224, RGB1, ONE, "rgb", "auto", False),
     "VGG_FACE.caffemodel": (published.vgg_caffe, "vggface", 224, BGR1, ONE, "bgr", "auto", True),
     "VGG_FACE.t7": (published.vgg_torch7, "vggface", 224, BGR1, ONE, "bgr", "auto", False),
@@ -99,86 +107,14 @@ LAYOUTS: dict[str, tuple[Callable[[], Shapes], str, int, tuple[float, ...], tupl
         "auto",
         False,
     ),
-    "resnet50_ft_weight.pkl": (
-        lambda: published.vggface2_torch(False),
-        "vggface2_resnet50",
-        224,
-        BGR2,
-        ONE,
-        "bgr",
-        "auto",
-        True,
-    ),
-    "senet50_ft_weight.pkl": (
-        lambda: published.vggface2_torch(True),
-        "vggface2_senet50",
-        224,
-        BGR2,
-        ONE,
-        "bgr",
-        "auto",
-        True,
-    ),
-    "resnet50_ft_dag.pth": (
-        lambda: published.vggface2_dag(False),
-        "vggface2_resnet50",
-        224,
-        RGB2,
-        ONE,
-        "rgb",
-        "auto",
-        True,
-    ),
-    "senet50_ft_dag.pth": (
-        lambda: published.vggface2_dag(True),
-        "vggface2_senet50",
-        224,
-        RGB2,
-        ONE,
-        "rgb",
-        "auto",
-        True,
-    ),
-    "resnet50_ft.caffemodel": (
-        lambda: vggface2_caffe_shapes(False),
-        "vggface2_resnet50",
-        224,
-        BGR2,
-        ONE,
-        "bgr",
-        "auto",
-        True,
-    ),
-    "senet50_ft.caffemodel": (
-        lambda: vggface2_caffe_shapes(True),
-        "vggface2_senet50",
-        224,
-        BGR2,
-        ONE,
-        "bgr",
-        "auto",
-        True,
-    ),
-    "rcmalli_vggface_tf_resnet50.h5": (
-        lambda: published.vggface2_keras(False),
-        "vggface2_resnet50",
-        224,
-        BGR2,
-        ONE,
-        "bgr",
-        "auto",
-        True,
-    ),
-    "rcmalli_vggface_tf_senet50.h5": (
-        lambda: published.vggface2_keras(True),
-        "vggface2_senet50",
-        224,
-        BGR2,
-        ONE,
-        "bgr",
-        "auto",
-        True,
-    ),
+    "resnet50_ft_weight.pkl": vggface2(published.vggface2_torch, False, "bgr"),
+    "senet50_ft_weight.pkl": vggface2(published.vggface2_torch, True, "bgr"),
+    "resnet50_ft_dag.pth": vggface2(published.vggface2_dag, False, "rgb"),
+    "senet50_ft_dag.pth": vggface2(published.vggface2_dag, True, "rgb"),
+    "resnet50_ft.caffemodel": vggface2(vggface2_caffe_shapes, False, "bgr"),
+    "senet50_ft.caffemodel": vggface2(vggface2_caffe_shapes, True, "bgr"),
+    "rcmalli_vggface_tf_resnet50.h5": vggface2(published.vggface2_keras, False, "bgr"),
+    "rcmalli_vggface_tf_senet50.h5": vggface2(published.vggface2_keras, True, "bgr"),
     "adaface_ir18.ckpt": (lambda: published.adaface(IR18), "adaface_ir18", 112, HALF, HALF, "bgr", "arcface", True),
     "adaface_ir50.ckpt": (lambda: published.adaface(IR50), "adaface_ir50", 112, HALF, HALF, "bgr", "arcface", True),
     "adaface_ir101.ckpt": (lambda: published.adaface(IR101), "adaface_ir101", 112, HALF, HALF, "bgr", "arcface", True),

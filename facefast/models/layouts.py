@@ -158,8 +158,7 @@ def _vggface_torch7(state: Mapping[str, Tensor]) -> Layout | None:
     the file takes red's from blue and blue's from red, so that it is not fixed here."""
     if not foreign.is_torch7_vgg(state):
         return None
-    kernels = foreign.torch7_kernels(state)
-    fc6 = f"{kernels[len(vggface.LAYERS)]}.weight" if len(kernels) > len(vggface.LAYERS) else ""
+    fc6 = _after_convolutions(foreign.torch7_kernels(state), ".weight")
     return _vgg(fc6, state, VGGFACE_BGR, frozenset({"std", "color"}), foreign.from_torch7)
 
 
@@ -169,9 +168,14 @@ def _vggface_keras(state: Mapping[str, Tensor]) -> Layout | None:
         return None
     kernels = foreign.keras_kernels(state)
     named = kernels[0] == "conv1_1"
-    fc6 = f"{kernels[len(vggface.LAYERS)]}/kernel" if len(kernels) > len(vggface.LAYERS) else ""
+    fc6 = _after_convolutions(kernels, "/kernel")
     image, fixed = (VGGFACE_BGR, NORMALISATION) if named else (VGGFACE_RGB, frozenset({"std"}))
     return _vgg(fc6, state, image, fixed, foreign.from_keras)
+
+
+def _after_convolutions(kernels: list[str], variable: str) -> str:
+    """The name of fc6's kernel in a VGG-16 whose layers are told by their order; empty without one."""
+    return f"{kernels[len(vggface.LAYERS)]}{variable}" if len(kernels) > len(vggface.LAYERS) else ""
 
 
 def _vgg(

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from facefast.models import caffe, torch7
+from facefast.models import torch7
 
 HDF5 = (".h5", ".hdf5")
 # The end of a Keras variable's name. Keras 1 calls a kernel W and a variance running_std, and numbers them.
@@ -49,6 +49,8 @@ def read(path: Path) -> Any:
     if path.suffix in HDF5:
         return _read_keras(path)
     if path.suffix == ".caffemodel":
+        from facefast.models import caffe  # brings protocol buffers along, which nothing else here needs
+
         return caffe.read(path)
     if path.suffix == ".t7":
         return torch7.read(path)
