@@ -32,9 +32,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
-from facefast.data import FaceIndex, make_loader, read_index, synthetic
+from facefast.data import FaceIndex, make_loader, read_index
 from facefast.data.augment import draw
 from facefast.data.dali import regions
+from facefast.data.drawn import synthetic
 from facefast.data.sampler import EpochSampler
 from facefast.recipe import AugmentSpec, ImageSpec
 

@@ -24,7 +24,8 @@ import torch
 from record import record
 from timing import interleaved, ratio, summary
 
-from facefast import export, int8, onnx_graph
+from facefast import export
+from facefast.deploy import int8, onnx_graph
 from facefast.models import FaceModel, build_model
 from facefast.recipe import ImageSpec, ModelConfig
 

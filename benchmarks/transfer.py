@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from record import RESULTS, record
 
-from facefast.baselines import BASELINES
+from facefast.evaluation.baselines import BASELINES
 
 NAME = "transfer"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "transfer.md"

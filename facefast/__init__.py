@@ -11,13 +11,13 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 if TYPE_CHECKING:
-    from facefast.checkpoint import load_model as load
+    from facefast.models.checkpoint import load_model as load
 
 
 def __getattr__(name: str) -> Any:
     """`facefast.load`, imported when it is first asked for: `import facefast` alone stays quick."""
     if name == "load":
-        from facefast.checkpoint import load_model
+        from facefast.models.checkpoint import load_model
 
         return load_model
     raise AttributeError(f"module 'facefast' has no attribute {name!r}")

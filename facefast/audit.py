@@ -26,17 +26,19 @@ from typing import Any
 import numpy as np
 import tyro
 
-from facefast import checkpoint, cli, runtime
-from facefast.clustering import Floats, Numbers, unit_rows
+from facefast import cli
 from facefast.data import FaceIndex, oracle
 from facefast.data.corrections import Correction, write_corrections
+from facefast.data.prepare import read_photographs
 from facefast.evaluate import embed_rows
-from facefast.prepare import read_photographs
+from facefast.labels.clustering import Floats, Numbers, unit_rows
+from facefast.labels.sheets import Strip, thumbnail, write_sheets
+from facefast.labels.suspects import KINDS, Suspect, Suspects, find_suspects
+from facefast.models import checkpoint
 from facefast.recipe import DataConfig, ModelConfig, Phase, Recipe
-from facefast.runtime import Runtime, decode_threads
-from facefast.sheets import Strip, thumbnail, write_sheets
-from facefast.step import Precision
-from facefast.suspects import KINDS, Suspect, Suspects, find_suspects
+from facefast.runtime import process
+from facefast.runtime.process import Runtime, decode_threads
+from facefast.training.step import Precision
 
 COPY_CORRELATION = 0.97
 """Of the grey thumbnails of two pictures: a photograph saved again, scaled or brightened stays above it."""
@@ -338,7 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
         given = tyro.cli(AuditArguments, args=arguments, prog="facefast.audit")
         if (given.out is None) == (given.plant == 0):
             raise ValueError("give either --out DIR, for the findings, or --plant FRACTION, for the self-test")
-        with runtime.start() as run:
+        with process.start() as run:
             index, embeddings = embed_photographs(given.model, given.data, run, given.batch_size)
             if len(np.unique(index.labels[index.labels >= 0])) < 2:
                 raise ValueError(

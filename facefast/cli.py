@@ -14,9 +14,9 @@ from typing import Annotated
 
 import tyro
 
-from facefast import runtime
 from facefast.recipe import Recipe
-from facefast.recipes import RECIPES, Given, with_scratch_baseline
+from facefast.recipe.named import RECIPES, Given, with_scratch_baseline
+from facefast.runtime import process
 
 COMMANDS = ("train", "index", "audit", "label", "evaluate", "predict", "export", "compress")
 EXAMPLE = Given(source="FILE", teacher="RUN", people=("NAME",), attributes=("NAME",))
@@ -100,7 +100,7 @@ def _by_number(word: str, numbers: dict[str, str]) -> str:
 class Outcome:
     """What a command came to."""
 
-    code: int = runtime.EXIT_DONE
+    code: int = process.EXIT_DONE
 
 
 @contextlib.contextmanager
@@ -111,9 +111,9 @@ def exit_codes(on_failure: Callable[[int, str], None] = lambda code, text: None)
     try:
         yield outcome
     except SystemExit as error:
-        outcome.code = runtime.EXIT_USAGE if error.code == 2 else int(error.code or 0)
+        outcome.code = process.EXIT_USAGE if error.code == 2 else int(error.code or 0)
     except Exception as error:
-        code = runtime.exit_code(error)
+        code = process.exit_code(error)
         if code is None:
             traceback.print_exc()
         else:
@@ -127,5 +127,5 @@ def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command not in COMMANDS:
         print(f"usage: facefast {{{','.join(COMMANDS)}}} ...   (--help after a command tells more)")
-        sys.exit(runtime.EXIT_DONE if command in ("-h", "--help") else runtime.EXIT_USAGE)
+        sys.exit(process.EXIT_DONE if command in ("-h", "--help") else process.EXIT_USAGE)
     sys.exit(importlib.import_module(f"facefast.{command}").main(sys.argv[2:]))

@@ -25,12 +25,13 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor
 
-from facefast import checkpoint, cli, export, files, runtime
+from facefast import cli, export
 from facefast.data import FaceIndex, PairSet, make_loader
+from facefast.data.prepare import read_photographs
 from facefast.evaluate import EvaluateArguments, find_exam, verification
-from facefast.models import FaceModel
-from facefast.prepare import read_photographs
+from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe, to_json
+from facefast.runtime import files, process
 
 Array = NDArray[np.float32]
 FORMAT = 1
@@ -229,7 +230,7 @@ def compress(given: CompressArguments, model: FaceModel, threads: int) -> dict[s
     try:
         import onnx  # noqa: F401 -- the export needs it first
 
-        from facefast import int8, onnx_graph
+        from facefast.deploy import int8, onnx_graph
     except ImportError as error:
         raise ValueError("compress needs ONNX's packages: pip install 'facefast[onnx]'") from error
     _check_out(given.out)
@@ -320,7 +321,7 @@ def _write(out: Path, content: bytes, document: dict[str, Any]) -> None:
         files.replace_folder(aside, out)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise runtime.StorageError(f"cannot write {out}: {error}; choose another --out") from error
+        raise process.StorageError(f"cannot write {out}: {error}; choose another --out") from error
 
 
 def table(document: dict[str, Any]) -> str:
@@ -363,10 +364,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with cli.exit_codes() as outcome:
         given = tyro.cli(CompressArguments, args=arguments, prog="facefast.compress")
-        with runtime.start("cpu") as run:
+        with process.start("cpu") as run:
             if run.world.size > 1:
                 raise ValueError(f"compress runs in one process, not in {run.world.size}; start it without torchrun")
-            threads = runtime.decode_threads(0, run.world)
+            threads = process.decode_threads(0, run.world)
             document = compress(given, checkpoint.load_model(given.model), threads)
         print(table(document))
         print(f"{given.out}: passed")

@@ -19,11 +19,12 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from facefast import checkpoint, cli, metrics, runtime
-from facefast.baselines import Gallery, baseline_accuracies
+from facefast import cli
 from facefast.data import FaceIndex, PairSet, make_loader, read_bin, read_lfw
-from facefast.models import FaceModel
-from facefast.prepare import Exam, check_budget, divide, read_photographs
+from facefast.data.prepare import Exam, check_budget, divide, read_photographs
+from facefast.evaluation import metrics
+from facefast.evaluation.baselines import Gallery, baseline_accuracies
+from facefast.models import FaceModel, checkpoint
 from facefast.recipe import (
     DataConfig,
     EvalConfig,
@@ -31,8 +32,9 @@ from facefast.recipe import (
     Recipe,
     from_json,
 )
-from facefast.runtime import Runtime, decode_threads
-from facefast.step import Precision
+from facefast.runtime import process
+from facefast.runtime.process import Runtime, decode_threads
+from facefast.training.step import Precision
 
 
 def embed_rows(
@@ -312,7 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with cli.exit_codes() as outcome:
         given = tyro.cli(EvaluateArguments, args=arguments, prog="facefast.evaluate")
-        with runtime.start() as run:
+        with process.start() as run:
             threads = decode_threads(0, run.world)
             model = checkpoint.load_model(given.model, run.device)
             precision = Precision.choose(_recipe_of(given.model), run.device)

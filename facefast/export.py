@@ -18,9 +18,10 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from facefast import checkpoint, cli, files
-from facefast.models import FaceModel
-from facefast.runtime import StorageError
+from facefast import cli
+from facefast.models import FaceModel, checkpoint
+from facefast.runtime import files
+from facefast.runtime.process import StorageError
 
 LEAST_COSINE = 0.9999
 """Between the embeddings of the model and of its export."""

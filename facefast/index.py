@@ -17,7 +17,7 @@ from tqdm import tqdm
 from facefast import cli
 from facefast.data import FAULTS, FaceIndex, read_index
 from facefast.data.index import MAX_PIXELS
-from facefast.runtime import DataError
+from facefast.runtime.process import DataError
 
 EXAMPLES = 3
 """Names on a line of the table; the JSON report has them all."""

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import tyro
 
-from facefast import cli, runtime
+from facefast import cli
 from facefast.audit import Photographs, embed_photographs
-from facefast.clustering import Floats, Numbers, agreement, assign, cluster
 from facefast.data import FaceIndex
 from facefast.data.corrections import Label, write_labels
-from facefast.data.folder import is_picture
+from facefast.data.formats.folder import is_picture
+from facefast.labels.clustering import Floats, Numbers, agreement, assign, cluster
+from facefast.runtime import process
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     with cli.exit_codes() as outcome:
         given = tyro.cli(LabelArguments, args=arguments, prog="facefast.label")
         given = dataclasses.replace(given, data=with_format(given.data))
-        with runtime.start() as run:
+        with process.start() as run:
             index, embeddings = embed_photographs(given.model, given.data, run, given.batch_size)
             if run.is_main:
                 names = name_pictures(given, embeddings, index.labels.astype(np.int64), index.class_names)

@@ -17,13 +17,14 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
-from facefast import checkpoint, cli, runtime
+from facefast import cli
 from facefast.data import FaceIndex, oracle
 from facefast.data.index import FAULTS, printable
 from facefast.evaluate import embed_rows
-from facefast.models import FaceModel
+from facefast.models import FaceModel, checkpoint
 from facefast.recipe import ModelConfig, Phase, Recipe
-from facefast.step import Precision
+from facefast.runtime import process
+from facefast.training.step import Precision
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -112,7 +113,7 @@ def index_of(paths: list[Path], detector: Detector | None) -> FaceIndex:
     return dataclasses.replace(index, landmarks=points)
 
 
-def predict(model: FaceModel, index: FaceIndex, run: runtime.Runtime, top: int = 1) -> Iterator[dict[str, Any]]:
+def predict(model: FaceModel, index: FaceIndex, run: process.Runtime, top: int = 1) -> Iterator[dict[str, Any]]:
     """One answer a row: path, names with probabilities and attributes, or what kept the picture from being read.
 
     An index with landmarks comes from a detector: a picture without them shows no face, and nobody is named.
@@ -153,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with cli.exit_codes() as outcome:
         given = tyro.cli(PredictArguments, args=arguments, prog="facefast.predict")
-        with runtime.start() as run:
+        with process.start() as run:
             model = checkpoint.load_model(given.model, run.device)
             if not model.num_classes and model.attribute_heads is None and given.embeddings is None:
                 raise ValueError(f"{given.model} knows no identities; ask for --embeddings OUT.npz")
@@ -170,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
             answer.pop("embedding", None)
             print(json.dumps(answer) if given.json else _line(answer))
         if not embedded:
-            raise runtime.DataError(f"none of {len(answers)} pictures could be embedded")
+            raise process.DataError(f"none of {len(answers)} pictures could be embedded")
     return outcome.code
 
 
@@ -187,7 +188,7 @@ def write_embeddings(path: Path, answers: list[dict[str, Any]]) -> None:
             embeddings=np.array([answer["embedding"] for answer in answers], np.float32),
         )
     except OSError as error:
-        raise runtime.StorageError(f"cannot write {path}: {error}; choose another --embeddings") from error
+        raise process.StorageError(f"cannot write {path}: {error}; choose another --embeddings") from error
 
 
 def _line(answer: dict[str, Any]) -> str:

@@ -13,19 +13,22 @@ from pathlib import Path
 
 import numpy as np
 
-from facefast import checkpoint, cli, ending, files, runtime
-from facefast.baselines import Gallery
-from facefast.beginning import Start, begin, find_source, find_teacher, settle
+from facefast import cli
 from facefast.data import Batch, Loader, Sampler, make_loader, make_sampler, oracle
+from facefast.data.prepare import Stage, prepare
 from facefast.evaluate import evaluate
-from facefast.log import Position, RunLog, environment
-from facefast.objective import Share
-from facefast.prepare import Stage, prepare
+from facefast.evaluation.baselines import Gallery
+from facefast.evaluation.report import with_baselines
+from facefast.models import checkpoint
 from facefast.recipe import EvalConfig, Recipe, resolve, to_json
-from facefast.report import with_baselines
-from facefast.runtime import Runtime, StorageError, decode_threads
-from facefast.step import TrainState, train_step
-from facefast.transfer import CachedLoader
+from facefast.runtime import files, process
+from facefast.runtime.log import Position, RunLog, environment
+from facefast.runtime.process import Runtime, StorageError, decode_threads
+from facefast.training import finish
+from facefast.training.begin import Start, begin, find_source, find_teacher, settle
+from facefast.training.objective import Share
+from facefast.training.step import TrainState, train_step
+from facefast.training.transfer import CachedLoader
 
 
 def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
@@ -54,8 +57,8 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
                     if improved or stopping or save_due(recipe, state):
                         save(folder, state, improved)
                     if stopping:
-                        return ending.leave(folder, state, log)
-        return ending.finish(folder, state, stages, log)
+                        return finish.leave(folder, state, log)
+        return finish.finish(folder, state, stages, log)
 
 
 def open_folder(folder: Path, run: Runtime) -> None:
@@ -67,7 +70,7 @@ def open_folder(folder: Path, run: Runtime) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if run.is_main:
-            ending.write_status(folder, "running")
+            finish.write_status(folder, "running")
     except OSError as error:
         raise StorageError(f"cannot write the run folder {folder}: {error}; choose another --out") from error
 
@@ -101,7 +104,7 @@ def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
         files.write_json(folder / "recipe.json", to_json(recipe))
         files.write_json(folder / "plan.json", to_json(plan))
         files.write_json(folder / "environment.json", environment(run.world.size, run.device))
-        ending.write_status(folder, "running", step=state.step)
+        finish.write_status(folder, "running", step=state.step)
     log = RunLog(
         folder,
         enabled=run.is_main,
@@ -239,9 +242,9 @@ def examine(state: TrainState, stage: Stage, log: RunLog, gallery: Gallery | Non
         gallery=gallery,
     )
     state.set_modes()
-    value, name = ending.named_metric(recipe.eval, results)
+    value, name = finish.named_metric(recipe.eval, results)
     before = state.results.get(state.settings.name)
-    if before is None or value > ending.named_metric(recipe.eval, before)[0]:
+    if before is None or value > finish.named_metric(recipe.eval, before)[0]:
         state.results = with_baselines(results) | state.results | {state.settings.name: results}
     improved = state.best is None or value > state.best
     if improved:
@@ -261,15 +264,15 @@ def save(folder: Path, state: TrainState, improved: bool) -> None:
             best=improved,
             keep=state.recipe.keep,
         )
-        ending.write_status(folder, "running", step=state.step, best=ending.best_of(state))
+        finish.write_status(folder, "running", step=state.step, best=finish.best_of(state))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     folder: Path | None = None
-    with cli.exit_codes(lambda code, error: ending.fail(folder, code, error)) as outcome:
+    with cli.exit_codes(lambda code, error: finish.fail(folder, code, error)) as outcome:
         recipe, folder, resume = cli.train_arguments(sys.argv[1:] if arguments is None else arguments)
-        with runtime.start() as run:
+        with process.start() as run:
             open_folder(folder, run)
             outcome.code = train(recipe, folder, resume, run)
     return outcome.code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from facefast.clustering import unit_rows
+from facefast.labels.clustering import unit_rows
 
 Floats = NDArray[np.float32]
 Numbers = NDArray[np.int64]

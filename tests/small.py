@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from facefast import checkpoint
-from facefast.data import synthetic
-from facefast.models import FaceModel, build_model
+from facefast.data.drawn import synthetic
+from facefast.models import FaceModel, build_model, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, ImageSpec, ModelConfig, Phase, Recipe, to_json
 
 NAMES = ("1", "2", "3", "4")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from facefast.data import read_index
-from facefast.data.afad import read_afad
+from facefast.data.formats.afad import read_afad
 
 
 def touch(root: Path, *names: str) -> Path:

@@ -12,11 +12,13 @@ import small
 from PIL import Image
 from points import people
 
-from facefast import audit, runtime, sheets
-from facefast.clustering import Floats, class_sums, unit_rows
+from facefast import audit
 from facefast.data import FaceIndex, read_index
 from facefast.data.corrections import apply_corrections, read_corrections
-from facefast.suspects import Suspects, find_suspects
+from facefast.labels import sheets
+from facefast.labels.clustering import Floats, class_sums, unit_rows
+from facefast.labels.suspects import Suspects, find_suspects
+from facefast.runtime import process
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +191,7 @@ def test_planted_labels_are_found_among_real_photographs_and_corrections_help(
     everybody.select(everybody.labels < 40).compact().save(tmp_path / "forty.npz")
     data = audit.Photographs(root=str(tmp_path / "forty.npz"))
     model = shared_weights / "mobilefacenet_casia_112x96.ckpt"
-    with runtime.start() as run:
+    with process.start() as run:
         index, embeddings = audit.embed_photographs(model, data, run, 64)
     found = audit.planted(audit.AuditArguments(model, data, plant=0.05), index, embeddings)
     assert found.recall >= 0.9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from facefast.baselines import BASELINES, Gallery, baseline_accuracies, linear_probe, nearest_neighbours
+from facefast.evaluation.baselines import BASELINES, Gallery, baseline_accuracies, linear_probe, nearest_neighbours
 from facefast.models.heads import unit
 
 

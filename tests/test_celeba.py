@@ -10,7 +10,7 @@ import pytest
 from faulty import jpeg
 
 from facefast.data import FAULTS, FaceIndex, read_index
-from facefast.data.celeba import read_celeba
+from facefast.data.formats.celeba import read_celeba
 
 IDENTITIES = "000001.jpg 2880\n000002.jpg 12\n000003.jpg 2880\n000004.jpg 7\n"
 PARTITION = "000001.jpg 0\n000002.jpg 1\n000003.jpg 0\n000004.jpg 2\n"

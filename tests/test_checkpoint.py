@@ -10,10 +10,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from facefast import checkpoint, files
-from facefast.models import build_model
+from facefast.models import build_model, checkpoint
 from facefast.recipe import ImageSpec, IndexFacts, ModelConfig, Phase, Recipe, resolve, to_json
-from facefast.runtime import StorageError
+from facefast.runtime import files
+from facefast.runtime.process import StorageError
 
 TENSORS = {"model": {"weight": torch.arange(6.0).reshape(2, 3)}}
 

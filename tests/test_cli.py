@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from facefast import cli, index
-from facefast.recipes import RECIPES, Given
-from facefast.runtime import DataError, NumericsError, StorageError
+from facefast.recipe.named import RECIPES, Given
+from facefast.runtime.process import DataError, NumericsError, StorageError
 
 
 @pytest.mark.parametrize(

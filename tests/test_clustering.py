@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from points import people
 
-from facefast import clustering
-from facefast.clustering import (
+from facefast.labels import clustering
+from facefast.labels.clustering import (
     agreement,
     assign,
     cluster,

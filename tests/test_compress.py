@@ -17,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from facefast import checkpoint, compress, export, int8, onnx_graph
+from facefast import compress, export
 from facefast.compress import CompressArguments, Gate
-from facefast.data import PairSet, synthetic
-from facefast.models import FaceModel
+from facefast.data import PairSet
+from facefast.data.drawn import synthetic
+from facefast.deploy import int8, onnx_graph
+from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig
 
 Array = NDArray[np.float32]

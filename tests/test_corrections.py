@@ -18,7 +18,7 @@ from facefast.data.corrections import (
     write_corrections,
     write_labels,
 )
-from facefast.runtime import StorageError
+from facefast.runtime.process import StorageError
 
 
 @pytest.fixture

@@ -13,8 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from facefast import checkpoint, evaluate, export, files, predict, train
-from facefast.data import synthetic
+from facefast import evaluate, export, predict, train
+from facefast.data.drawn import synthetic
+from facefast.models import checkpoint
+from facefast.runtime import files
 
 TINY = (
     "drawn",

@@ -14,10 +14,13 @@ import small
 import torch
 from ranks import run_ranks
 
-from facefast import checkpoint, ending, files, log, train
+from facefast import train
+from facefast.models import checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe
-from facefast.runtime import Runtime, World
-from facefast.step import TrainState
+from facefast.runtime import files, log
+from facefast.runtime.process import Runtime, World
+from facefast.training import finish
+from facefast.training.step import TrainState
 
 TINY = (
     "scratch",
@@ -128,10 +131,10 @@ def test_a_run_folder_that_cannot_be_written_ends_the_run_with_74(
 
 
 def test_a_failure_is_noted_only_where_there_is_a_run_folder(tmp_path: Path) -> None:
-    ending.fail(None, 64, "no folder yet")
-    ending.fail(tmp_path / "gone", 64, "never made")
+    finish.fail(None, 64, "no folder yet")
+    finish.fail(tmp_path / "gone", 64, "never made")
     assert list(tmp_path.iterdir()) == []
-    ending.fail(tmp_path, 65, "bad pictures")
+    finish.fail(tmp_path, 65, "bad pictures")
     assert files.read_json(tmp_path / "status.json") == {"state": "failed", "exit_code": 65, "error": "bad pictures"}
 
 
@@ -148,17 +151,17 @@ def test_a_failure_is_noted_only_where_there_is_a_run_folder(tmp_path: Path) -> 
 def test_the_best_checkpoint_is_chosen_by_the_number_asked_for(
     metric: Any, results: dict[str, float], expected: tuple[float, str]
 ) -> None:
-    assert ending.named_metric(EvalConfig(metric=metric), results) == expected
+    assert finish.named_metric(EvalConfig(metric=metric), results) == expected
 
 
 def test_a_number_that_the_exam_cannot_give_is_refused() -> None:
     with pytest.raises(ValueError, match="eval.metric is auc, but the exam gives only top1, top5"):
-        ending.named_metric(EvalConfig(metric="auc"), {"top1": 0.5, "top5": 0.5})
+        finish.named_metric(EvalConfig(metric="auc"), {"top1": 0.5, "top5": 0.5})
     with pytest.raises(ValueError, match="the exam gives only nothing"):
-        ending.named_metric(EvalConfig(), {})
+        finish.named_metric(EvalConfig(), {})
     # Nothing is ever greater than NaN: the first checkpoint would have stayed the best one without a word.
     with pytest.raises(ValueError, match="eval.metric is tar@1e-3, for which the exam has too few pairs"):
-        ending.named_metric(EvalConfig(metric="tar@1e-3", pairs=40), {"top1": 0.5, "tar@1e-3": float("nan")})
+        finish.named_metric(EvalConfig(metric="tar@1e-3", pairs=40), {"top1": 0.5, "tar@1e-3": float("nan")})
 
 
 def make_state(recipe: Recipe, results: dict[str, dict[str, float]]) -> TrainState:
@@ -175,7 +178,7 @@ def test_the_summary_compares_with_training_from_scratch_where_both_were_done() 
     phases = (Phase(name="scratch", start="scratch"), Phase(name="finetune", start="scratch"))
     recipe = Recipe(data=DataConfig(root="people", format="folder"), phases=phases)
     state = make_state(recipe, {"scratch": {"top1": 0.7}, "finetune": {"top1": 0.956}})
-    text = ending.summary(Path("run"), state, BOUND)
+    text = finish.summary(Path("run"), state, BOUND)
     assert "transfer against training from scratch on the same budget: +25.6 points top1" in text
     assert "166 images/s, bound by compute (data wait 1.4%); to change that: use bf16" in text
     assert "drawn" not in text
@@ -184,16 +187,16 @@ def test_the_summary_compares_with_training_from_scratch_where_both_were_done() 
 
 def test_the_summary_of_drawn_faces_says_so_and_compares_nothing_with_itself() -> None:
     recipe = Recipe(data=DataConfig(root="drawn", format="synthetic"), phases=(Phase(name="scratch", start="scratch"),))
-    text = ending.summary(Path("run"), make_state(recipe, {"scratch": {"top1": 0.7}}), BOUND)
+    text = finish.summary(Path("run"), make_state(recipe, {"scratch": {"top1": 0.7}}), BOUND)
     assert "These faces are drawn" in text
     assert "against training from scratch" not in text
 
 
 def test_the_best_checkpoint_is_unknown_before_the_first_exam() -> None:
     state = make_state(Recipe(phases=(Phase(name="scratch", start="scratch"),)), {"scratch": {"top1": 0.7}})
-    assert ending.best_of(state) is None
+    assert finish.best_of(state) is None
     state.best = 0.7
-    assert ending.best_of(state) == {"phase": "scratch", "metric": "top1", "value": 0.7}
+    assert finish.best_of(state) == {"phase": "scratch", "metric": "top1", "value": 0.7}
 
 
 def test_the_best_checkpoint_may_be_one_of_the_phase_before() -> None:
@@ -203,8 +206,8 @@ def test_the_best_checkpoint_may_be_one_of_the_phase_before() -> None:
     )
     state = make_state(Recipe(phases=phases), {"other": {"top1": 0.7}, "first": {"top1": 0.7}})
     state.phase, state.best = 2, 0.7
-    assert ending.best_of(state) == {"phase": "first", "metric": "top1", "value": 0.7}
+    assert finish.best_of(state) == {"phase": "first", "metric": "top1", "value": 0.7}
     state.results["second"] = {"top1": 0.6}
-    assert ending.best_of(state)["phase"] == "first"
+    assert finish.best_of(state)["phase"] == "first"
     state.results["second"], state.best = {"top1": 0.8}, 0.8
-    assert ending.best_of(state) == {"phase": "second", "metric": "top1", "value": 0.8}
+    assert finish.best_of(state) == {"phase": "second", "metric": "top1", "value": 0.8}

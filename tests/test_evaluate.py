@@ -11,14 +11,15 @@ import small
 import torch
 from pictures import encode, garbled_png, smooth_picture
 
-from facefast import evaluate, runtime
+from facefast import evaluate
 from facefast.data import FaceIndex, PairSet, oracle, read_index
+from facefast.data.prepare import Exam
 from facefast.evaluate import EvaluateArguments, embed_rows, find_exam, verification
-from facefast.prepare import Exam
 from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe
-from facefast.step import Precision
+from facefast.runtime import process
+from facefast.training.step import Precision
 
-RUN = runtime.Runtime(runtime.World(), torch.device("cpu"))
+RUN = process.Runtime(process.World(), torch.device("cpu"))
 FP32 = Precision.choose(Recipe(phases=(Phase(start="scratch"),), precision="fp32"), RUN.device)
 PEOPLE = ("ann", "bo", "cy")
 

@@ -13,8 +13,9 @@ import small
 import torch
 
 import facefast
-from facefast import checkpoint, evaluate, export, files, predict
-from facefast.models import FaceModel
+from facefast import evaluate, export, predict
+from facefast.models import FaceModel, checkpoint
+from facefast.runtime import files
 
 BATCHES = (1, 2, 5)
 

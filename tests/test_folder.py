@@ -10,7 +10,7 @@ from faulty import jpeg
 from pictures import encode, smooth_picture
 
 from facefast.data import FaceIndex, read_index
-from facefast.data.folder import read_folder
+from facefast.data.formats.folder import read_folder
 
 
 def touch(root: Path, *names: str) -> Path:

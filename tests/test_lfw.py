@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from facefast.data import FaceIndex, read_index, read_lfw, read_pairs
-from facefast.data.folder import read_folder
+from facefast.data.formats.folder import read_folder
 
 PAIRS = "2\t2\nAnn_Lee\t1\t2\nBo\t1\t3\nAnn_Lee\t1\tBo\t2\nBo\t3\tCy\t1\n"
 PAIRS += "Ann_Lee\t2\t3\nBo\t2\t3\nAnn_Lee\t3\tCy\t1\nBo\t1\tCy\t1\n"

@@ -15,9 +15,9 @@ from pictures import smooth_picture
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from facefast import log
-from facefast.log import LOST_UPDATES, Position, RunLog, Speed, environment, verdict
-from facefast.runtime import NumericsError
+from facefast.runtime import log
+from facefast.runtime.log import LOST_UPDATES, Position, RunLog, Speed, environment, verdict
+from facefast.runtime.process import NumericsError
 
 
 class Clock:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from facefast.losses import (
+from facefast.training.losses import (
     batch_hard_triplet,
     effective_weights,
     matched_statistics,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from facefast import metrics
+from facefast.evaluation import metrics
 
 # Four pairs, one of them a stranger who looks alike.
 SCORES = np.array([0.9, 0.6, 0.7, 0.1])

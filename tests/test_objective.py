@@ -11,13 +11,10 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from facefast import checkpoint, ops, runtime
+from facefast import ops
 from facefast.data import Batch
-from facefast.distill import Teacher, caches_teacher, stage_outputs
-from facefast.losses import effective_weights, mix, supervised_contrastive
-from facefast.models import AttributeSpec, FaceModel, build_model
+from facefast.models import AttributeSpec, FaceModel, build_model, checkpoint
 from facefast.models.heads import unit
-from facefast.objective import Objective, Share
 from facefast.recipe import (
     AugmentSpec,
     DistillConfig,
@@ -30,8 +27,12 @@ from facefast.recipe import (
     TaskConfig,
     resolve,
 )
-from facefast.runtime import Runtime, World
-from facefast.step import Supply, TrainState, train_step
+from facefast.runtime import process
+from facefast.runtime.process import Runtime, World
+from facefast.training.distill import Teacher, caches_teacher, stage_outputs
+from facefast.training.losses import effective_weights, mix, supervised_contrastive
+from facefast.training.objective import Objective, Share
+from facefast.training.step import Supply, TrainState, train_step
 
 RUN = Runtime(World(), torch.device("cpu"))
 SPECS = (AttributeSpec("Male"), AttributeSpec("age", (20.0, 30.0, 40.0, 50.0)))
@@ -315,7 +316,7 @@ def test_l2sp_keeps_the_backbone_near_the_source_and_leaves_the_head_alone() -> 
 
 
 def test_pruned_weights_are_zero_in_the_end_and_after_a_resume(tmp_path: Any) -> None:
-    from facefast.prune import sparsity_of
+    from facefast.training.prune import sparsity_of
 
     state = train_on(phase_with(prune=0.5, steps=8), steps=8)
     assert sparsity_of(state.model) == pytest.approx(0.5, abs=0.01)
@@ -344,7 +345,7 @@ def test_stochastic_depth_leaves_blocks_out_in_training_only() -> None:
 def half_an_update(rank: int, out: str, world: int) -> int:
     """One update of a run with attributes, a projection, learnt weights and terms that compare pictures, on this rank's
     part of the batch; of two ranks neither has pictures of different people."""
-    with runtime.start() as run:
+    with process.start() as run:
         values = torch.tensor([[1.0], [torch.nan], [0.0], [1.0], [torch.nan], [0.0], [1.0], [0.0]])
         loss = LossConfig(scale=8, triplet=0.5, contrastive=0.5)
         phase = phase_with(distill=DistillConfig(embeddings=1.0), loss=loss, accumulate=2, sampler="pk")

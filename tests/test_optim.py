@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from facefast.optim import Lamb, build_optimizer, rate_factor
 from facefast.recipe import Phase
+from facefast.training.optim import Lamb, build_optimizer, rate_factor
 
 
 def curve(phase: Phase, steps: int = 100, steps_per_epoch: int = 10) -> list[float]:

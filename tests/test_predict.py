@@ -17,11 +17,13 @@ from pictures import encode, exif, garbled_png, smooth_picture
 from PIL import Image
 
 import facefast
-from facefast import predict, runtime, step
+from facefast import predict
 from facefast.data import oracle, read_index
 from facefast.predict import Detector, find_images, index_of
+from facefast.runtime import process
+from facefast.training import step
 
-RUN = runtime.Runtime(runtime.World(), torch.device("cpu"))
+RUN = process.Runtime(process.World(), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from pictures import make_index
 
 from facefast.data import FaceIndex, read_index
 from facefast.data.index import FAULTS
+from facefast.data.prepare import check_budget, divide, read_photographs
 from facefast.models import AttributeSpec
-from facefast.prepare import check_budget, divide, read_photographs
 from facefast.recipe import BinaryConfig, DataConfig, DistillConfig, EvalConfig, LossConfig, Phase, Recipe, TaskConfig
-from facefast.runtime import DataError
+from facefast.runtime.process import DataError
 
 PHASE = Phase(start="scratch")
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from facefast.models import FaceModel
-from facefast.prune import RAMP, Pruner, prunable, scheduled_sparsity, sparsity_of
-from facefast.transfer import freeze_stages
+from facefast.training.prune import RAMP, Pruner, prunable, scheduled_sparsity, sparsity_of
+from facefast.training.transfer import freeze_stages
 
 STEPS = 12
 TARGET = 0.6

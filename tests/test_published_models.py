@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from facefast.models import FaceModel, build_model
-from facefast.models import source as source_module
 from facefast.models.backbones import NAMES, build_backbone
-from facefast.models.layouts import keep, recognise
+from facefast.models.weights import source as source_module
+from facefast.models.weights.layouts import keep, recognise
 from facefast.recipe import ImageSpec, ModelConfig
 
 BGR1, BGR2 = (93.5940, 104.7624, 129.1863), (91.4953, 103.8827, 131.0912)

@@ -14,8 +14,9 @@ import pytest
 import torch
 from published import Shapes, State, fill
 
-from facefast.models import build_model, foreign, load_source
-from facefast.models.readers import read
+from facefast.models import build_model, load_source
+from facefast.models.weights import foreign
+from facefast.models.weights.readers import read
 from facefast.recipe import ImageSpec, ModelConfig
 
 

@@ -23,7 +23,7 @@ from facefast.recipe import (
     resolve,
     to_json,
 )
-from facefast.recipes import RECIPES, Given, with_scratch_baseline
+from facefast.recipe.named import RECIPES, Given, with_scratch_baseline
 
 GIVEN = Given(source="weights.pt", teacher="run", people=("ann",), attributes=("Male",))
 FACTS = IndexFacts(num_rows=1000, num_classes=10, fingerprint="f")

@@ -13,12 +13,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from facefast import audit, checkpoint, evaluate, export, files, predict, train
-from facefast.data import synthetic
-from facefast.models import build_model
-from facefast.prune import sparsity_of
+from facefast import audit, evaluate, export, predict, train
+from facefast.data.drawn import synthetic
+from facefast.models import build_model, checkpoint
 from facefast.recipe import ImageSpec, ModelConfig
-from facefast.recipes import RECIPES, Given
+from facefast.recipe.named import RECIPES, Given
+from facefast.runtime import files
+from facefast.training.prune import sparsity_of
 
 SIZE = 32
 TINY = (

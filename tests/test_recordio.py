@@ -13,7 +13,7 @@ import pytest
 from pictures import encode, smooth_picture
 
 from facefast.data import FAULTS, FaceIndex, read_bin, read_index
-from facefast.data.recordio import read_recordio
+from facefast.data.formats.recordio import read_recordio
 
 MARK = struct.pack("<I", 0xCED7230A)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from facefast import files, report
+from facefast.evaluation import report
+from facefast.runtime import files
 
 RESULTS = {
     "scratch": {"loss": 1.5, "top1": 0.5, "auc": 0.91234, "tar@1e-3": float("nan")},

@@ -10,8 +10,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from facefast import runtime
-from facefast.runtime import DataError, NumericsError, Runtime, StorageError, World
+from facefast.runtime import process
+from facefast.runtime.process import DataError, NumericsError, Runtime, StorageError, World
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
@@ -48,12 +48,12 @@ def test_contradictory_variables_are_refused(wrong: dict[str, str], monkeypatch:
         world_of(TORCHRUN | wrong, monkeypatch)
 
 
-@pytest.mark.parametrize("number", runtime.STOP_SIGNALS)
+@pytest.mark.parametrize("number", process.STOP_SIGNALS)
 def test_a_stop_signal_is_noted_once_the_run_has_started_and_left_alone_after_it(number: signal.Signals) -> None:
     received = []
     before = signal.signal(number, lambda *_: received.append(number))
     try:
-        with runtime.start("cpu") as run:
+        with process.start("cpu") as run:
             assert not run.stop_requested
             os.kill(os.getpid(), number)
             assert run.stop_requested
@@ -69,7 +69,7 @@ def test_a_run_in_another_thread_catches_no_signals_and_works() -> None:
     found: list[bool] = []
 
     def work() -> None:
-        with runtime.start("cpu") as run:
+        with process.start("cpu") as run:
             found.append(run.agree(False))
 
     thread = threading.Thread(target=work)
@@ -80,7 +80,7 @@ def test_a_run_in_another_thread_catches_no_signals_and_works() -> None:
 
 def words_between_ranks(rank: int) -> int:
     """What the ranks of one run tell each other; an assertion that fails gives exit code 1."""
-    with runtime.start("cpu") as run:
+    with process.start("cpu") as run:
         assert run.world.rank == rank and run.is_main == (rank == 0)
         assert run.agree(rank == 2)  # one of them is enough
         assert not run.agree(False)
@@ -119,7 +119,7 @@ def test_one_process_agrees_with_itself() -> None:
     ],
 )
 def test_every_kind_of_error_has_its_exit_code(error: Exception, code: int | None) -> None:
-    assert runtime.exit_code(error) == code
+    assert process.exit_code(error) == code
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,10 +127,10 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="local rank 1 has no GPU: this machine has 1; .* --nproc-per-node 1"):
-        runtime.start("cuda").__enter__()
+        process.start("cuda").__enter__()
 
 
 def test_decoding_threads_are_shared_among_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
-    assert [runtime.decode_threads(0, World(0, n, 0, n)) for n in (1, 8, 64)] == [8, 4, 1]
-    assert runtime.decode_threads(3, World()) == 3
+    assert [process.decode_threads(0, World(0, n, 0, n)) for n in (1, 8, 64)] == [8, 4, 1]
+    assert process.decode_threads(3, World()) == 3

@@ -24,8 +24,8 @@ from facefast.models import (
     model_from_source,
 )
 from facefast.models.backbones import build_backbone
-from facefast.models.layouts import recognise
-from facefast.models.source import PREFIXES, strip_prefixes
+from facefast.models.weights.layouts import recognise
+from facefast.models.weights.source import PREFIXES, strip_prefixes
 from facefast.recipe import ImageSpec, ModelConfig
 
 PUBLISHED = "mobilefacenet_casia_112x96.ckpt"

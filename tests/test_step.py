@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from facefast import checkpoint
 from facefast.data import Batch
-from facefast.log import STATS
-from facefast.models import FaceModel, build_model
-from facefast.objective import Share
+from facefast.models import FaceModel, build_model, checkpoint
 from facefast.recipe import (
     ImageSpec,
     IndexFacts,
@@ -23,8 +20,10 @@ from facefast.recipe import (
     Recipe,
     resolve,
 )
-from facefast.runtime import Runtime, World
-from facefast.step import Precision, TrainState, train_step
+from facefast.runtime.log import STATS
+from facefast.runtime.process import Runtime, World
+from facefast.training.objective import Share
+from facefast.training.step import Precision, TrainState, train_step
 
 CLASSES = 5
 RUN = Runtime(World(), torch.device("cpu"))

@@ -7,7 +7,7 @@ import pytest
 from points import Floats, Numbers, people
 
 from facefast.audit import plant_wrong_labels, self_test
-from facefast.suspects import Suspects, doubt, find_suspects
+from facefast.labels.suspects import Suspects, doubt, find_suspects
 
 
 def rows_of(suspects: Suspects, kind: str = "wrong_label") -> set[int]:

@@ -11,10 +11,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from facefast.data import read_index, synthetic
-from facefast.data.drawing import draw
-from facefast.data.persona import Identity, Shot, draw_identity, draw_shot
-from facefast.data.synthetic import DrawnSpec, draw_face, main, write
+from facefast.data import read_index
+from facefast.data.drawn import synthetic
+from facefast.data.drawn.drawing import draw
+from facefast.data.drawn.persona import Identity, Shot, draw_identity, draw_shot
+from facefast.data.drawn.synthetic import DrawnSpec, draw_face, main, write
 
 SPEC = DrawnSpec(identities=(4, 2, 3), pictures=4, seed=3)
 

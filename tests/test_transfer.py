@@ -13,11 +13,11 @@ import torch
 from facefast.data import Batch
 from facefast.data.sampler import EpochSampler
 from facefast.models import FaceModel
-from facefast.objective import Share
 from facefast.recipe import AugmentSpec, IndexFacts, Phase, Recipe, resolve
-from facefast.runtime import Runtime, World
-from facefast.step import Supply, TrainState, train_step
-from facefast.transfer import (
+from facefast.runtime.process import Runtime, World
+from facefast.training.objective import Share
+from facefast.training.step import Supply, TrainState, train_step
+from facefast.training.transfer import (
     CachedLoader,
     advice,
     caches_features,

@@ -12,7 +12,7 @@ import pytest
 from pictures import encode, smooth_picture
 
 from facefast.data import FaceIndex, read_index
-from facefast.data.webdataset import read_webdataset
+from facefast.data.formats.webdataset import read_webdataset
 
 
 def shard(path: Path, members: dict[str, bytes], **extra: tarfile.TarInfo) -> Path:

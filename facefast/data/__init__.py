@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from facefast.data.afad import read_afad, recognises_afad
-from facefast.data.celeba import read_celeba, recognises_celeba
-from facefast.data.folder import read_folder, recognises_folder
+from facefast.data.formats.afad import read_afad, recognises_afad
+from facefast.data.formats.celeba import read_celeba, recognises_celeba
+from facefast.data.formats.folder import read_folder, recognises_folder
+from facefast.data.formats.lfw import read_lfw, read_pairs, recognises_lfw
+from facefast.data.formats.recordio import read_bin, read_recordio, recognises_recordio
+from facefast.data.formats.webdataset import read_webdataset, recognises_webdataset
 from facefast.data.index import FAULTS, MAX_PIXELS, FaceIndex, PairSet
-from facefast.data.lfw import read_lfw, read_pairs, recognises_lfw
 from facefast.data.loader import Batch, Loader, make_loader
-from facefast.data.recordio import read_bin, read_recordio, recognises_recordio
 from facefast.data.sampler import Sampler, make_sampler
-from facefast.data.webdataset import read_webdataset, recognises_webdataset
 
 __all__ = [
     "FAULTS",

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from facefast.models.backbones import build_backbone
 from facefast.models.heads import HEADS, AttributeHeads, AttributeSpec, CosineHead, LinearHead, unit
-from facefast.models.source import Report, Source, apply_source, load_source
+from facefast.models.weights.source import Report, Source, apply_source, load_source
 from facefast.recipe import ImageSpec, ModelConfig, from_json, to_json
 
 FORMAT = 1

@@ -1,0 +1,1 @@
+"""Faces drawn from numbers, for those who have no photographs at hand."""

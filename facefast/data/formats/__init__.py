@@ -1,0 +1,1 @@
+"""What data sets look like on disk: a reader for each layout."""

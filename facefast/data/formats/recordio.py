@@ -1,0 +1,238 @@
+"""Reads InsightFace's training sets (.rec, .idx) and verification sets (.bin) without mxnet.
+
+Formats: dmlc-core's recordio.h, mxnet's recordio.py (IRHeader), insightface's face2rec2.py and
+lfw2pack.py. Pictures stay where they are: a row is a byte range.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import pickletools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from facefast.data.index import FaceIndex, PairSet
+from facefast.runtime.process import DataError
+
+MAGIC = 0xCED7230A
+FRAME = 8  # bytes of magic and length
+HEADER = 24  # bytes of flag, label and two ids
+RECORD = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("length", "<u4"),  # in the low 29 bits; above them, which part of a split record this is
+        ("flag", "<u4"),  # floats in the array of labels after the header; 0: the label in it
+        ("label", "<f4"),
+        ("ids", "<u8", 2),
+        ("first_label", "<f4"),
+    ]
+)
+
+
+def read_recordio(root: str | os.PathLike[str]) -> FaceIndex:
+    """The pictures of a .rec file; `root` is the file or its folder.
+
+    InsightFace's header and identity records are no rows. Files of im2rec, which have neither, and
+    files without an .idx are read too. A label is the record's own or the first of its array, and
+    numbered anew over those that occur; -1 is nobody.
+
+    Raises:
+        ValueError: the folder holds several .rec files or none.
+        DataError: .rec and .idx do not belong together, or a label is no whole number.
+    """
+    file = _find(Path(root))
+    data = np.memmap(file, np.uint8, "r")
+    keys, offsets = _keys(file, data)
+    records, inside = _records(data, offsets)
+    strange = np.flatnonzero(inside & (records["magic"] != MAGIC))
+    if len(strange) > 0:
+        raise DataError(
+            f"{len(strange)} of {len(keys)} records of {file} lack RecordIO's mark (first: "
+            f"key {keys[strange[0]]}, byte {offsets[strange[0]]}); is the .idx another file's?"
+        )
+    part = records["length"] >> 29
+    labels_bytes = 4 * records["flag"].astype(np.int64)
+    starts = np.where(inside, offsets + FRAME + HEADER + labels_bytes, len(data))
+    lengths = (records["length"] & 0x1FFFFFFF).astype(np.int64) - HEADER - labels_bytes
+    lengths = np.where(inside, np.maximum(lengths, 0), 1)  # outside: one byte past the end
+    labels = np.where(records["flag"] > 0, records["first_label"], records["label"])
+    labels[~inside] = -1
+
+    wanted = np.ones(len(keys), bool)
+    if keys[0] == 0 and records["flag"][0] > 0 and lengths[0] == 0:  # InsightFace's header record
+        end = int(labels[0])
+        wanted = (keys >= 1) & (keys < end)
+        if np.count_nonzero(wanted) != end - 1:
+            raise DataError(
+                f"{file} announces {end - 1} pictures and its .idx lists "
+                f"{np.count_nonzero(wanted)}; take whole copies of both"
+            )
+    # The bytes of a split record are not contiguous: its data holds the mark by chance, once in
+    # a million pictures.
+    split = np.flatnonzero(wanted & (part != 0))
+    if len(split) > 0:
+        warnings.warn(
+            f"{len(split)} of {np.count_nonzero(wanted)} pictures of {file} are stored in parts "
+            f"and left out (first: key {keys[split[0]]})",
+            stacklevel=2,
+        )
+        wanted[split] = False
+    countable = np.isfinite(labels) & (labels == np.rint(labels)) & (labels >= -1)
+    bad = np.flatnonzero(wanted & ~countable)
+    if len(bad) > 0:
+        raise DataError(
+            f"{len(bad)} of {np.count_nonzero(wanted)} labels of {file} are no class numbers "
+            f"(first: {labels[bad[0]]} of key {keys[bad[0]]}); they must be whole and at least -1"
+        )
+    values, numbers = np.unique(labels[wanted].astype(np.int64), return_inverse=True)
+    unlabelled = np.count_nonzero(values < 0)
+    return FaceIndex.build(
+        file.parent,
+        np.full(len(numbers), os.fsencode(file.name)),
+        numbers - unlabelled,
+        [str(value) for value in values[unlabelled:]],
+        offsets=starts[wanted],
+        lengths=lengths[wanted],
+    )
+
+
+def recognises_recordio(root: Path) -> bool:
+    """Whether `root` is a .rec file or holds one."""
+    return root.suffix == ".rec" or (root.is_dir() and any(root.glob("*.rec")))
+
+
+def read_bin(path: str | os.PathLike[str]) -> tuple[FaceIndex, PairSet]:
+    """An InsightFace verification set (lfw.bin, agedb_30.bin, ...): 2P pictures, and their P pairs.
+
+    The pickle is read by an unpickler that knows bytes, numbers, lists, tuples and numpy arrays
+    and refuses everything else; the pictures are then found in the file as it is.
+
+    Raises:
+        DataError: the file is damaged, holds anything else, or its pictures are not stored raw.
+    """
+    content = Path(path).read_bytes()
+    try:
+        bins, same = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+        pictures = [bytes(picture) for picture in bins]
+        flags = np.array([bool(flag) for flag in same])
+        places = _raw_strings(content)
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise DataError(
+            f"{os.fspath(path)} is no verification set ({error}); it must be a pickle of "
+            "(pictures, is_same) as InsightFace writes it"
+        ) from error
+    if len(pictures) != 2 * len(flags):
+        raise DataError(
+            f"{os.fspath(path)} has {len(pictures)} pictures for {len(flags)} pairs; it must have two for each"
+        )
+    packed = sum(picture not in places for picture in pictures)
+    if packed > 0:
+        raise DataError(
+            f"{packed} of {len(pictures)} pictures of {os.fspath(path)} are not stored raw; "
+            "load it in Python 3 and write it again with pickle.dump(..., protocol=4)"
+        )
+    index = FaceIndex.build(
+        os.path.dirname(os.path.abspath(path)),
+        [os.fsencode(os.path.basename(path))] * len(pictures),
+        None,
+        (),
+        offsets=[places[picture] for picture in pictures],
+        lengths=[len(picture) for picture in pictures],
+    )
+    rows = np.arange(len(pictures))
+    return index, PairSet.of(rows[0::2], rows[1::2], flags)
+
+
+def _find(root: Path) -> Path:
+    if root.is_file():
+        return root
+    files = sorted(root.glob("*.rec"))
+    train = [file for file in files if file.name == "train.rec"] or files
+    if len(train) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise ValueError(f"{root} must hold one .rec file, or train.rec; it has {names}")
+    return train[0]
+
+
+def _keys(file: Path, data: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Keys and offsets of the records, from the .idx or, without one, from the .rec itself."""
+    listing = file.with_suffix(".idx")
+    if not listing.is_file():
+        offsets = _walk(file, data)
+        return np.arange(len(offsets)), offsets
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of an empty file, which is refused below
+            table = np.loadtxt(listing, np.int64, ndmin=2)
+    except ValueError as error:
+        raise DataError(f"{listing} must have a key and an offset on each line: {error}") from error
+    if table.shape[1:] != (2,) or len(table) == 0 or table.min() < 0:
+        raise DataError(f"{listing} must have a key and an offset on each line; it is {table.shape}")
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    return table[:, 0], table[:, 1]
+
+
+def _walk(file: Path, data: NDArray[np.uint8]) -> NDArray[np.int64]:
+    offsets, at = [], 0
+    while at + FRAME <= len(data):
+        magic, length = data[at : at + FRAME].view("<u4").tolist()
+        if magic != MAGIC:
+            raise DataError(f"{file} is no RecordIO file, or damaged: no mark at byte {at}")
+        if length >> 29 in (0, 1):  # whole, or the first part
+            offsets.append(at)
+        at += FRAME + ((length & 0x1FFFFFFF) + 3) // 4 * 4
+    if not offsets:
+        raise DataError(f"{file} holds no record")
+    return np.array(offsets, np.int64)
+
+
+def _records(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
+    """Record headers [N], and which of them lie inside the file (the others are zeros)."""
+    records = np.zeros(len(offsets), RECORD)
+    inside = offsets <= len(data) - RECORD.itemsize
+    if inside.any():
+        windows = sliding_window_view(data, RECORD.itemsize)
+        records[inside] = windows[offsets[inside]].view(RECORD)[:, 0]
+    return records, inside
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds what a verification set is made of; no other name is looked up, let alone called."""
+
+    ALLOWED = frozenset(
+        {("numpy", "dtype"), ("numpy", "ndarray")}
+        | {
+            (f"numpy.{core}.{name}", function)
+            for core in ("core", "_core")
+            for name, function in (
+                ("multiarray", "_reconstruct"),
+                ("multiarray", "scalar"),
+                ("numeric", "_frombuffer"),
+            )
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class or function `module.name`, if it is one of numpy's harmless few."""
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it wants {module}.{name}, which is not allowed")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _raw_strings(content: bytes) -> dict[bytes, int]:
+    """Where each byte string of a pickle begins."""
+    places = {}
+    for opcode, _, position in pickletools.genops(content):
+        width = {"BINBYTES": 4, "BINSTRING": 4, "BINBYTES8": 8, "BYTEARRAY8": 8}.get(opcode.name)
+        width = 1 if opcode.name in ("SHORT_BINBYTES", "SHORT_BINSTRING") else width
+        if width is not None and position is not None:
+            begin = position + 1 + width
+            length = int.from_bytes(content[begin - width : begin], "little")
+            places[content[begin : begin + length]] = begin
+    return places

@@ -1,0 +1,290 @@
+"""From a folder of photographs to what each phase trains on and is asked: index, bad-file budget, splits, exams."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from facefast.data import FaceIndex, PairSet, read_index
+from facefast.data.corrections import apply_corrections, read_labels
+from facefast.data.drawn import synthetic
+from facefast.data.index import FAULTS, SPLITS
+from facefast.data.subsets import joined, with_attributes, with_hidden_labels, with_shots
+from facefast.models import AttributeSpec
+from facefast.recipe import IndexFacts, Phase, Recipe
+from facefast.runtime.process import DataError, Runtime, decode_threads
+
+DRAWN_ROOT = Path("data/drawn-faces")
+YES = "match"
+"""The attribute that binary recognition learns."""
+MOST_LEVELS = 200
+"""Of an ordinal attribute."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What a model is asked: pictures of known identities to name, pairs of pictures to verify, attributes to tell."""
+
+    test: FaceIndex | None
+    """Labels are the model's classes."""
+    verification: FaceIndex | None
+    pairs: PairSet | None
+    held_out: bool
+    """Whether the verified identities were kept out of training."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One phase's data: labels of `train` and `exam.test` are the phase's classes."""
+
+    train: FaceIndex
+    exam: Exam
+    attributes: tuple[AttributeSpec, ...] = ()
+    """What is learnt beside names: columns of `train.attributes`."""
+
+    def facts(self) -> IndexFacts:
+        """What the plan needs."""
+        return self.train.facts()
+
+    def labels(self) -> Tensor:
+        """[N] int64 labels of the training rows, -1 where there is none."""
+        return torch.tensor(self.train.labels, dtype=torch.long)
+
+    def values(self) -> Tensor:
+        """[N, A] float32 values of the attributes that are learnt, NaN where unknown."""
+        if not self.attributes:
+            return torch.zeros(len(self.train), 0)
+        return torch.tensor(self.train.attributes)
+
+
+def prepare(recipe: Recipe, folder: Path, run: Runtime) -> tuple[Stage, ...]:
+    """Reads, checks and divides the photographs; every rank gets the same.
+
+    Rank 0 scans the files and leaves `index.npz` in the run folder for the others.
+
+    Raises:
+        DataError: more bad files than `data.max_bad_fraction` allows.
+        ValueError: the folder's layout is not what the recipe says.
+    """
+    saved = folder / "index.npz"
+    if run.is_main:
+        index = read_photographs(recipe, decode_threads(recipe.threads, run.world))
+        index.save(saved)
+    run.barrier()
+    index = FaceIndex.load(saved)
+    return tuple(divide(index, recipe, phase) for phase in recipe.phases)
+
+
+def read_photographs(recipe: Recipe, threads: int) -> FaceIndex:
+    """The sound rows of the recipe's photographs, scanned and corrected; in the end those of `data.more` and
+    `binary.negatives`."""
+    root = recipe.data.root
+    if not root:
+        root = str(synthetic.write(DRAWN_ROOT, synthetic.DrawnSpec()))
+    index = _scanned(root, recipe.data.format, recipe, threads)
+    if recipe.data.corrections:
+        index = apply_corrections(index, recipe.data.corrections)
+    if recipe.data.labels:
+        index = read_labels(index, recipe.data.labels)
+    others = [_scanned(folder, "auto", recipe, threads) for folder in recipe.data.more]
+    if recipe.binary.active:
+        index = _with_yes_and_no(index, recipe, threads)
+    return joined(index, others)
+
+
+def _scanned(root: str, format: str, recipe: Recipe, threads: int) -> FaceIndex:
+    index = read_index(root, format).scanned(threads=threads, max_pixels=recipe.data.max_pixels)
+    check_budget(index, recipe.data.max_bad_fraction)
+    return index.sound()
+
+
+def check_budget(index: FaceIndex, max_bad_fraction: float) -> None:
+    """Stops a run whose photographs are worse than it was told to accept.
+
+    Raises:
+        DataError: with the count, the limit, and the first ten files and their faults.
+    """
+    bad = np.flatnonzero(index.faults)
+    if len(bad) == 0 or len(bad) <= max_bad_fraction * len(index):
+        return
+    listed = "\n".join(f"  {index.path(row)}: {FAULTS[index.faults[row]]}" for row in bad[:10])
+    raise DataError(
+        f"{len(bad)} of {len(index)} files are bad, above data.max_bad_fraction {max_bad_fraction}:\n{listed}\n"
+        f"`python -m facefast.index {index.root}` lists them all"
+    )
+
+
+def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> Stage:
+    """Splits an index of `read_photographs` as one phase wants it.
+
+    Raises:
+        ValueError: a split without identities, identities both trained on and kept for verification, or an attribute
+            that the photographs do not have.
+    """
+    names = (YES,) if recipe.binary.active else recipe.tasks.attributes
+    if names:
+        index = with_attributes(index, names)
+    specs = tuple(_attribute(index, k) for k in range(len(names)))
+    if recipe.binary.active:
+        return Stage(*_divide_yes_and_no(index), specs)
+    nobody = index.select(index.labels < 0)
+    people = _part(index, phase.split)
+    verification, held_out = None, True
+    if recipe.eval.split != "none":
+        verification = _part(index, recipe.eval.split)
+        shared = set(people.class_names) & set(verification.class_names)
+        if shared:
+            raise ValueError(
+                f"{len(shared)} identities (first: {min(shared)}) are both in phase {phase.name}'s split "
+                f"{phase.split!r} and in eval.split {recipe.eval.split!r}; verification needs people it never saw"
+            )
+    elif recipe.data.verify_fraction:
+        people, verification = people.split_identities(recipe.data.verify_fraction, recipe.seed)
+        people = people.compact()
+    train, test = people.split_per_identity(recipe.data.test_fraction, recipe.seed)
+    if verification is None and _can_be_paired(test):
+        verification, held_out = test, False
+    train, test = _with_nobody(train, test, nobody, recipe, phase)
+    return Stage(
+        train=train,
+        exam=Exam(
+            test=test if len(test) else None,
+            verification=verification,
+            pairs=PairSet.random(verification, recipe.eval.pairs, recipe.eval.folds, recipe.seed)
+            if verification is not None
+            else None,
+            held_out=held_out,
+        ),
+        attributes=specs,
+    )
+
+
+def _with_nobody(
+    train: FaceIndex, test: FaceIndex, nobody: FaceIndex, recipe: Recipe, phase: Phase
+) -> tuple[FaceIndex, FaceIndex]:
+    """Training and test rows with the pictures without a name that the phase learns from; fewer names where the recipe
+    hides some."""
+    if recipe.data.shots:
+        train = with_shots(train, recipe.data.shots, recipe.seed)
+    if recipe.data.label_fraction < 1:
+        train = with_hidden_labels(train, recipe.data.label_fraction, recipe.seed)
+    if recipe.learns_attributes and len(nobody):
+        nobody, asked = _at_random(nobody, recipe.data.test_fraction, recipe.seed)
+        test = _chained(test, asked)
+    if phase.uses_unnamed or recipe.learns_attributes:
+        train = _chained(train, nobody)
+        if phase.labels == "pseudo" or phase.align != "none":
+            _require_nobody(train, phase)
+        return train, test
+    return train.select(train.labels >= 0), test
+
+
+def _require_nobody(train: FaceIndex, phase: Phase) -> None:
+    if (train.labels >= 0).all():
+        wish = "labels pseudo" if phase.labels == "pseudo" else f"align {phase.align}"
+        raise ValueError(
+            f"phase {phase.name}: {wish} has no effect: every training picture has a name; add pictures without one "
+            "with data.more, or hide names with data.label_fraction"
+        )
+
+
+def _chained(first: FaceIndex, second: FaceIndex) -> FaceIndex:
+    """The rows of two selections of one index; the classes are those of the first, the second has none."""
+    return dataclasses.replace(joined(first, [second]), class_names=first.class_names) if len(second) else first
+
+
+def _at_random(index: FaceIndex, fraction: float, seed: int) -> tuple[FaceIndex, FaceIndex]:
+    chosen = np.random.Generator(np.random.Philox(seed)).random(len(index)) < fraction
+    return index.select(~chosen), index.select(chosen)
+
+
+def _attribute(index: FaceIndex, column: int) -> AttributeSpec:
+    """Yes or no where the values are 0 and 1, else ordinal."""
+    name = index.attribute_names[column]
+    assert index.attributes is not None
+    values = index.attributes[:, column]
+    levels = np.unique(values[~np.isnan(values)])
+    if len(levels) < 2:
+        raise ValueError(f"attribute {name} has {len(levels)} different values in the photographs; 2 are needed")
+    if set(levels.tolist()) == {0.0, 1.0}:
+        return AttributeSpec(name)
+    if len(levels) > MOST_LEVELS or not np.array_equal(levels, np.rint(levels)):
+        raise ValueError(
+            f"attribute {name} has {len(levels)} values from {levels[0]:g} to {levels[-1]:g}; an ordinal one has at "
+            f"most {MOST_LEVELS} whole numbers"
+        )
+    return AttributeSpec(name, tuple(levels.tolist()))
+
+
+def _with_yes_and_no(index: FaceIndex, recipe: Recipe, threads: int) -> FaceIndex:
+    """The index with the attribute `YES` and a split: strangers of the test part are people that training never
+    sees.
+
+    Raises:
+        ValueError: a name that is not there, or no yes or no no.
+    """
+    data, people = recipe.data, recipe.binary.people
+    if people:
+        unknown = sorted(set(people) - set(index.class_names))
+        if unknown:
+            raise ValueError(
+                f"binary.people names {', '.join(unknown)}, who {'is' if len(unknown) == 1 else 'are'} not among the "
+                f"{index.num_classes} identities of {index.root} ({', '.join(index.class_names[:5])}, ...)"
+            )
+        ours = np.isin(index.labels, [index.class_names.index(name) for name in people])
+        yes, no = index.select(ours), index.select(~ours)
+    else:
+        yes, no = index, _scanned(recipe.binary.negatives, "auto", recipe, threads)
+    if not len(yes) or not len(no):
+        raise ValueError(f"binary has {len(yes)} pictures to say yes to and {len(no)} to say no to; both are needed")
+    yes_train, yes_test = (
+        yes.split_per_identity(data.test_fraction, recipe.seed)
+        if (yes.labels >= 0).any()
+        else _at_random(yes, data.test_fraction, recipe.seed)
+    )
+    named = len(np.unique(no.labels[no.labels >= 0])) > 1
+    no_train, no_test = (
+        no.split_identities(data.test_fraction, recipe.seed)
+        if named
+        else _at_random(no, data.test_fraction, recipe.seed)
+    )
+    parts = []
+    for part, answer, split in ((yes_train, 1, 0), (yes_test, 1, 2), (no_train, 0, 0), (no_test, 0, 2)):
+        parts.append(
+            dataclasses.replace(
+                part,
+                labels=np.full(len(part), -1, np.int32),
+                class_names=(),
+                splits=np.full(len(part), split, np.uint8),
+                attributes=np.full((len(part), 1), answer, np.float32),
+                attribute_names=(YES,),
+            )
+        )
+    return joined(parts[0], parts[1:])
+
+
+def _divide_yes_and_no(index: FaceIndex) -> tuple[FaceIndex, Exam]:
+    """Training rows and the exam of binary recognition, as `_with_yes_and_no` has divided them."""
+    train, test = index.select(index.splits == 0), index.select(index.splits == 2)
+    return train, Exam(test=test if len(test) else None, verification=None, pairs=None, held_out=False)
+
+
+def _can_be_paired(index: FaceIndex) -> bool:
+    """Whether there are two pictures of one identity, and another identity."""
+    counts = np.bincount(index.labels[index.labels >= 0])
+    return bool((counts > 1).any() and (counts > 0).sum() > 1)
+
+
+def _part(index: FaceIndex, split: str) -> FaceIndex:
+    """Rows with an identity, of one part of the data set's own partition."""
+    known = index.labels >= 0
+    if split != "all":
+        known &= index.splits == SPLITS.index(split)
+    if not known.any():
+        raise ValueError(f"{index.root} has no identities in split {split!r}; use --phases.K.split all")
+    return index.select(known).compact()

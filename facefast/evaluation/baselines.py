@@ -1,0 +1,96 @@
+"""What a source model does without any fine-tuning: class means, nearest neighbours, a linear probe on its embeddings.
+
+`beginning` measures them before a phase that starts from a source model; `report` shows them beside every result.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from facefast.models.heads import unit
+from facefast.training.transfer import class_means
+
+NEIGHBOURS = 5
+TEMPERATURE = 0.07
+"""Of the neighbours' votes, exp(cosine / temperature), as Wu et al. 2018 (arXiv:1805.01978) take it."""
+PROBE_PENALTY = 1e-3
+"""Half the probe's squared weights in its loss."""
+BASELINES = {
+    "class_means_top1": "class means",
+    "neighbours_top1": f"{NEIGHBOURS} nearest neighbours",
+    "probe_top1": "linear probe",
+}
+"""Their names in an exam's results, and for people."""
+
+
+class Gallery(NamedTuple):
+    """Embeddings of training pictures, for methods that train no network."""
+
+    embeddings: Tensor
+    """[N, D] of any length."""
+    labels: Tensor
+    """[N] int64, below 0 for rows that do not count."""
+    num_classes: int
+
+
+def baseline_accuracies(gallery: Gallery, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 accuracy of each of `BASELINES` on test pictures.
+
+    Args:
+        gallery: what is known.
+        embeddings: [M, D] of the test pictures, of any length.
+        labels: [M] int64.
+    """
+    known = gallery.labels >= 0
+    train, train_labels = unit(gallery.embeddings[known]), gallery.labels[known]
+    test = unit(embeddings)
+    means = class_means(train, train_labels, gallery.num_classes)
+    found = (
+        (test @ means.T).argmax(1),
+        nearest_neighbours(train, train_labels, test, gallery.num_classes),
+        linear_probe(train, train_labels, test, gallery.num_classes),
+    )
+    return {name: float((predicted == labels).float().mean()) for name, predicted in zip(BASELINES, found, strict=True)}
+
+
+def nearest_neighbours(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Tensor:
+    """[M] int64: the class with the most votes among the nearest training pictures, nearer ones voting more.
+
+    Args:
+        train: [N, D] of length 1.
+        labels: [N] int64.
+        test: [M, D] of length 1.
+        num_classes: C.
+    """
+    predicted = []
+    for block in test.split(1024):  # no M x N matrix
+        cosines, rows = (block @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)
+        votes = torch.zeros(len(block), num_classes)
+        votes.scatter_add_(1, labels[rows], (cosines / TEMPERATURE).exp())
+        predicted.append(votes.argmax(1))
+    return torch.cat(predicted)
+
+
+def linear_probe(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Tensor:
+    """[M] int64: the prediction of a multinomial logistic regression, fitted by L-BFGS; arguments as for
+    `nearest_neighbours`."""
+    spread = math.sqrt(train.shape[1])  # coordinates of about 1
+    weight = torch.zeros(num_classes, train.shape[1], requires_grad=True)
+    bias = torch.zeros(num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(train * spread, weight, bias), labels)
+        loss = loss + PROBE_PENALTY / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad(), torch.inference_mode(False):
+        optimizer.step(closure)
+    return F.linear(test * spread, weight, bias).argmax(1).detach()

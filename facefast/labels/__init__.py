@@ -1,0 +1,1 @@
+"""Doubts about labels, and labels for pictures that have none."""

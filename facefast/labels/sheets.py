@@ -1,0 +1,111 @@
+"""Contact sheets: photographs side by side under a line of text, to be looked at by whoever decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from facefast.data import FaceIndex, oracle
+from facefast.runtime.process import StorageError
+
+TILE = 96
+"""Pixels on a side of one photograph."""
+GAP = 12
+"""Pixels between groups of photographs."""
+LINE = 15
+"""Pixels of a line of text."""
+PAGE = (10 * TILE + 3 * GAP, 12 * (TILE + 2 * LINE))
+"""Width and height of a sheet, about, in pixels."""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Two lines of text over groups of photographs, given by their rows in an index."""
+
+    title: str
+    text: str
+    groups: list[list[int]]
+
+    @property
+    def width(self) -> int:
+        """Pixels that it takes."""
+        return sum(len(group) * TILE + GAP for group in self.groups)
+
+
+def thumbnail(picture: oracle.Picture, side: int) -> oracle.Picture:
+    """A picture [H, W] or [H, W, 3] scaled to a square of `side` pixels, each the mean of what it covers."""
+    return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BOX))
+
+
+def write_sheets(folder: Path, name: str, strips: Sequence[Strip], index: FaceIndex) -> list[Path]:
+    """Writes `name`_01.jpg and so on, and removes those of an earlier time; returns what was written.
+
+    Raises:
+        StorageError: a sheet cannot be written.
+    """
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"{name}_[0-9]*.jpg"):
+            old.unlink()
+        for number, page in enumerate(_pages(strips), 1):
+            path = folder / f"{name}_{number:02d}.jpg"
+            draw_sheet(page, index).save(path, quality=88)
+            written.append(path)
+    except OSError as error:
+        raise StorageError(f"cannot write contact sheets to {folder}: {error}; choose another --out") from error
+    return written
+
+
+Placed = tuple[int, int, Strip]
+"""x, y in pixels."""
+
+
+def _pages(strips: Sequence[Strip]) -> list[list[Placed]]:
+    """Strips from left to right, then down, then on a new page."""
+    pages: list[list[Placed]] = []
+    x = y = 0
+    for strip in strips:
+        if x and x + strip.width > PAGE[0]:
+            x, y = 0, y + TILE + 2 * LINE
+        if not pages or y >= PAGE[1]:
+            pages.append([])
+            x = y = 0
+        pages[-1].append((x, y, strip))
+        x += strip.width
+    return pages
+
+
+def draw_sheet(page: Sequence[Placed], index: FaceIndex) -> Image.Image:
+    """One sheet; a photograph that cannot be read is grey."""
+    width = max(x + strip.width for x, _, strip in page)
+    height = max(y for _, y, _ in page) + TILE + 2 * LINE
+    sheet = Image.new("RGB", (max(width, PAGE[0]), height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(LINE - 3)
+    for x, y, strip in page:
+        for line, text in enumerate((strip.title, strip.text)):
+            text = text[: strip.width // 3]  # no letter is narrower for long: the loop below stays short
+            while text and pen.textlength(text, font) > strip.width - GAP // 2:
+                text = text[:-1]
+            pen.text((x, y + line * LINE), text, "black", font)
+        for group in strip.groups:
+            for row in group:
+                sheet.paste(_tile(index, row), (x + 1, y + 2 * LINE + 1))
+                x += TILE
+            x += GAP
+    return sheet
+
+
+def _tile(index: FaceIndex, row: int) -> Image.Image:
+    tile = Image.new("RGB", (TILE - 2, TILE - 2), "lightgrey")
+    try:
+        picture = Image.fromarray(oracle.decode(oracle.read_bytes(index, row)))
+    except ValueError:
+        return tile
+    picture.thumbnail(tile.size)
+    tile.paste(picture, ((tile.width - picture.width) // 2, (tile.height - picture.height) // 2))
+    return tile

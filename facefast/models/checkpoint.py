@@ -1,0 +1,252 @@
+"""A training state on disk, and back: written aside, hashed, synced, renamed, verified before use.
+
+A checkpoint is a folder of safetensors and JSON (never a pickle); `manifest.json`, written last, holds the SHA-256 of
+every
+other file. `train` saves and restores through `save` and `newest`; everything that only wants the model calls
+`load_model`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from facefast.models import FaceModel, load_source, model_from_source
+from facefast.recipe import Plan, Recipe, to_json
+from facefast.runtime import files
+from facefast.runtime.process import StorageError
+
+FORMAT = 1
+FOLDER = "checkpoints"
+
+
+def save(
+    run_folder: Path,
+    step: int,
+    *,
+    tensors: dict[str, dict[str, Tensor]],
+    documents: dict[str, Any],
+    best: bool,
+    keep: int,
+) -> Path:
+    """Writes `checkpoints/step-N`, points `last` (and `best`) at it and removes old ones.
+
+    Args:
+        tensors: file stem -> named tensors, for instance {"model": model.state_dict()}.
+        documents: file stem -> JSON value, for instance {"state": {...}, "recipe": {...}}.
+        best: whether `best` points here from now on.
+        keep: step-N folders kept beside those that `last` and `best` point at.
+
+    Raises:
+        StorageError: the disk is full or refuses; earlier checkpoints are untouched.
+    """
+    folder = run_folder / FOLDER
+    path = folder / f"step-{step:07d}"
+    aside = folder / f".{path.name}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for stem, named in tensors.items():
+            safetensors.torch.save_file(savable(named), aside / f"{stem}.safetensors")
+        for stem, value in documents.items():
+            files.write_json(aside / f"{stem}.json", value)
+        write_manifest(aside, step)
+        files.replace_folder(aside, path)
+        files.replace_link(folder / "last", path.name)
+        if best:
+            files.replace_link(folder / "best", path.name)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        free = shutil.disk_usage(run_folder).free
+        raise StorageError(
+            f"cannot write {path}: {error}; {free} bytes are free there. Earlier checkpoints are untouched."
+        ) from error
+    _remove_old(folder, keep)
+    return path
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """manifest.json with size and hash of everything else in a folder."""
+    content = {
+        file.name: {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
+        for file in sorted(folder.iterdir())
+        if file.name != "manifest.json"
+    }
+    files.write_json(folder / "manifest.json", {"format": FORMAT, "step": step, "files": content})
+
+
+def savable(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    linked = {(folder / link).resolve() for link in ("last", "best") if (folder / link).exists()}
+    for path in _steps(folder)[keep:]:
+        if path.resolve() not in linked:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """step-N folders, newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def verify(path: Path) -> None:
+    """Checks every file of a checkpoint against its manifest.
+
+    Raises:
+        StorageError: naming the file that is missing, has another size or another hash.
+    """
+    try:
+        manifest = files.read_json(path / "manifest.json")
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} is not a finished checkpoint: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise StorageError(f"{path} has checkpoint format {manifest.get('format')}; this facefast reads {FORMAT}")
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            size = file.stat().st_size if file.is_file() else "no file"
+            raise StorageError(f"{file} should have {entry['bytes']} bytes, it has {size}")
+        if files.sha256(file) != entry["sha256"]:
+            raise StorageError(f"{file} does not match the hash in its manifest: it was changed or damaged")
+
+
+def newest(run_folder: Path) -> Path | None:
+    """The newest sound checkpoint of a run, or None; damaged ones are passed over with a warning on the terminal."""
+    for path in _steps(run_folder / FOLDER):
+        try:
+            verify(path)
+        except StorageError as error:
+            print(f"passing over a damaged checkpoint: {error}", flush=True)
+            continue
+        return path
+    return None
+
+
+def check_same_run(path: Path, recipe: Recipe, plan: Plan) -> None:
+    """Refuses to go on from a checkpoint of another recipe or of other photographs.
+
+    The number of processes, of threads and of lines logged may differ.
+
+    Raises:
+        ValueError: naming each field that differs with both values.
+    """
+    theirs, ours = files.read_json(path / "recipe.json"), to_json(recipe)
+    free = ("threads", "log_every", "keep", "save_every", "projector")
+    differs = [
+        f"{name}: {old!r} there, {new!r} now" for name, old, new in _differences(theirs, ours) if name not in free
+    ]
+    old_plan = files.read_json(path / "plan.json")
+    for old, new in zip(old_plan["phases"], plan.phases, strict=False):
+        if old["fingerprint"] != new.fingerprint:
+            differs.append(
+                f"photographs of phase {new.name}: {old['num_rows']} of {old['num_classes']} identities there, "
+                f"{new.num_rows} of {new.num_classes} now"
+            )
+    if differs:
+        raise ValueError(
+            f"{path} belongs to another run ({'; '.join(differs)}); give the run another --out, or --resume never "
+            "to throw its checkpoints away"
+        )
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(a, b, f"{name}.{number}")
+    elif old != new:
+        yield name, old, new
+
+
+def discard(run_folder: Path) -> None:
+    """Removes a run's checkpoints: it starts anew."""
+    shutil.rmtree(run_folder / FOLDER, ignore_errors=True)
+
+
+def read_tensors(path: Path, stem: str) -> dict[str, Tensor]:
+    """The named tensors of one file of a checkpoint, on the CPU; empty where the checkpoint has no such file."""
+    file = path / f"{stem}.safetensors"
+    return safetensors.torch.load_file(file) if file.exists() else {}
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as flat tensors plus a JSON value for what is not a tensor."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for number, slots in state["state"].items():
+        for name, value in slots.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value
+            else:
+                scalars.setdefault(str(number), {})[name] = value
+    return tensors, {"param_groups": state["param_groups"], "scalars": scalars}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
+    """The inverse of `pack_optimizer`, into an optimiser built for the same parameters."""
+    state: dict[int, dict[str, Any]] = {int(number): dict(slots) for number, slots in document["scalars"].items()}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": document["param_groups"]})
+    for parameter, slots in optimizer.state.items():
+        for name, value in slots.items():
+            if (
+                value.shape == parameter.shape
+            ):  # fused kernels walk both in memory order: channels-last like its parameter
+                slots[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def find_model(path: Path) -> Path:
+    """The checkpoint folder that MODEL means: a run folder's best (else last), or the folder itself.
+
+    Raises:
+        ValueError: there is no model there.
+    """
+    for candidate in (path / FOLDER / "best", path / FOLDER / "last", path):
+        if (candidate / "model.json").exists():
+            return candidate.resolve()
+    raise ValueError(f"{path} holds no model: give a run folder, a checkpoint folder, a package or a weights file")
+
+
+def read_recipe(model: Path) -> dict[str, Any] | None:
+    """The JSON form of the recipe that MODEL was trained with; None for a source model's weights file.
+
+    Raises:
+        ValueError: there is no model there.
+    """
+    if not model.is_dir():
+        return None
+    path = find_model(model) / "recipe.json"
+    return dict(files.read_json(path)) if path.exists() else None
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> FaceModel:
+    """A model in evaluation mode from a run folder, a checkpoint folder, a package, or a source model's weights file.
+
+    Raises:
+        ValueError: there is no model there, or it is of an unknown kind.
+        StorageError: a file of it is damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        model = model_from_source(load_source(path))
+        return model.to(device).eval()
+    folder = find_model(path)
+    verify(folder)
+    model = FaceModel.from_config(files.read_json(folder / "model.json"))
+    model.load_state_dict(read_tensors(folder, "ema") or read_tensors(folder, "model"))
+    return model.to(device).eval()

@@ -1,0 +1,1 @@
+"""Source weights as others publish them; hostile files stop here."""

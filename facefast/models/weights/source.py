@@ -1,0 +1,285 @@
+"""Source models: weights from a file, a facefast checkpoint or a library, and how they enter a model.
+
+`face.build_model` and `train` call `load_source` and `apply_source`; `readers` reads files, `layouts` says what they
+are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from facefast.models.backbones import NAMES, RESNETS, TIMM
+from facefast.models.weights.layouts import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    NORMALISATION,
+    WHOLE_CONTRACT,
+    Layout,
+    recognise,
+)
+from facefast.models.weights.readers import read
+from facefast.recipe import ImageSpec, from_json
+from facefast.runtime import files
+
+IMAGENET = "imagenet"
+# Where training programs keep the network inside a checkpoint, the surest name first.
+CONTAINERS = (
+    "net_state_dict",
+    "state_dict_backbone",
+    "model_state_dict",
+    "state_dict",
+    "backbone",
+    "model",
+    "net",
+    "weights",
+)
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "net.")
+HEADS = ("head.", "attribute_heads.")
+CLASSIFIERS = (
+    *HEADS,
+    "fc.",
+    "fc8.",
+    "classifier.",
+    "classif.",
+    "last_linear.",
+    "logits.",
+    "margin.",
+    "arc_face.",
+)
+MAX_NESTING = 4
+SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights that a model can start from."""
+
+    name: str
+    """Where they came from."""
+    backbone: str
+    """Name for `build_backbone`; empty where neither the file nor the user tells."""
+    embedding: int
+    """`ModelConfig.embedding` of a model that takes every weight."""
+    image: ImageSpec | None
+    """The pictures they were trained on, the preprocessing contract; None where nothing tells."""
+    fixed: frozenset[str]
+    """Fields of `image` that the weights depend on; the others are only usual."""
+    state: Mapping[str, Tensor]
+    """Tensors by their names in a `FaceModel`."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a source's tensors and of a model's."""
+
+    source: str
+    used: int
+    """Tensors copied."""
+    total: int
+    """Tensors that the backbone and the embedding layer have."""
+    missing: tuple[str, ...]
+    """The model's tensors that the source does not have; they keep their values."""
+    unused: tuple[str, ...]
+    """The source's tensors that the model has no place for."""
+    classifier: tuple[str, ...]
+    """The source's own classes, left out: the new identities are others."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.source}: {self.used} of {self.total} tensors used"]
+        if self.missing:
+            parts.append(f"{len(self.missing)} missing ({_first(self.missing)})")
+        if self.unused:
+            parts.append(f"{len(self.unused)} unused ({_first(self.unused)})")
+        if self.classifier:
+            parts.append(f"left out: classifier ({_first(self.classifier)})")
+        return ", ".join(parts)
+
+
+def load_source(source: str | Path, backbone: str = "auto") -> Source:
+    """Reads source weights and finds out what they are.
+
+    Args:
+        source: a file that `readers.read` knows (safetensors, torch.save, .npz, Keras' .h5, .caffemodel, Torch7's .t7),
+            a facefast run, checkpoint or package folder, or "imagenet" for the weights that torchvision or timm publish
+            for `backbone`.
+        backbone: its architecture where the weights do not tell; auto asks them.
+
+    Raises:
+        ValueError: no such file, a file that holds more than tensors, no state dict in it, names that clash, or
+            another architecture than `backbone`.
+    """
+    if str(source) == IMAGENET:
+        return _from_library(backbone)
+    path = Path(source)
+    if path.is_dir():
+        return _from_folder(path)
+    state = strip_prefixes(_find_state(read(path), path), path)
+    layout = recognise(state, backbone) or Layout("")
+    if backbone in NAMES and layout.backbone not in ("", backbone):
+        raise ValueError(f"{path} holds a {layout.backbone}, model.backbone is {backbone}; leave that out to take it")
+    return Source(
+        name=str(path),
+        backbone=layout.backbone if backbone == "auto" else backbone,
+        embedding=layout.embedding,
+        image=layout.image,
+        fixed=layout.fixed,
+        state={f"backbone.{key}": tensor for key, tensor in layout.translate(state).items()},
+    )
+
+
+def apply_source(model: nn.Module, source: Source) -> Report:
+    """Copies a source's weights into a `FaceModel`, its heads excepted.
+
+    Raises:
+        ValueError: a tensor of another shape, or not one that fits; the model is then as it was.
+    """
+    own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(HEADS)}
+    used = {key: tensor for key, tensor in source.state.items() if key in own}
+    left = [key for key in source.state if key not in own]
+    for key, tensor in used.items():
+        if tensor.shape != own[key].shape:
+            raise ValueError(
+                f"{source.name}: {key} has shape {list(tensor.shape)}, the model's has "
+                f"{list(own[key].shape)}; model.backbone, model.embedding and image.size must be "
+                "the source's (leave them out to take them)"
+            )
+    if not any(key.startswith("backbone.") for key in used):
+        raise ValueError(
+            f"{source.name}: none of its {len(source.state)} tensors fits the model; it has "
+            f"{_first(left)}, the model {_first(tuple(own))}; choose its architecture with "
+            "model.backbone"
+        )
+    model.load_state_dict(used, strict=False)
+    classifier = tuple(key for key in left if key.removeprefix("backbone.").startswith(CLASSIFIERS))
+    return Report(
+        source=source.name,
+        used=len(used),
+        total=len(own),
+        # Files older than PyTorch 0.4.1 have no such counters, and nothing reads them.
+        missing=tuple(k for k in own if k not in used and not k.endswith("num_batches_tracked")),
+        unused=tuple(key for key in left if key not in classifier),
+        classifier=classifier,
+    )
+
+
+def strip_prefixes(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Takes wrappers' prefixes off every key, as often as they occur and in any order.
+
+    Raises:
+        ValueError: two keys become one.
+    """
+    stripped: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for key, tensor in state.items():
+        short = key
+        while prefix := next((p for p in PREFIXES if short.startswith(p)), ""):
+            short = short.removeprefix(prefix)
+        short = short.replace("._orig_mod.", ".")
+        if short in stripped:
+            raise ValueError(
+                f"{path} holds {origin[short]} and {key}, two networks in one; save the one you want alone"
+            )
+        stripped[short], origin[short] = tensor, key
+    return stripped
+
+
+def _find_state(value: Any, path: Path, depth: int = 0) -> dict[str, Tensor]:
+    """The state dict in what a file holds, however a training program wrapped it."""
+    found = value if isinstance(value, Mapping) else {}
+    nested = [key for key in CONTAINERS if isinstance(found.get(key), Mapping)]
+    tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if not nested and not tensors:
+        nested = [key for key, inner in found.items() if isinstance(inner, Mapping) and _has_tensors(inner)]
+        nested = nested if len(nested) == 1 else []
+    if nested and depth < MAX_NESTING:
+        return _find_state(found[nested[0]], path, depth + 1)
+    if nested or not tensors:
+        holds = f"keys {_first([str(key) for key in found])}" if found else f"a {type(value).__name__}"
+        raise ValueError(f"{path} holds no state dict that can be told from others: {holds}")
+    return tensors
+
+
+def _has_tensors(value: Mapping[Any, Any]) -> bool:
+    return any(isinstance(item, Tensor) for item in value.values())
+
+
+def _from_folder(path: Path) -> Source:
+    """A run's best model, a checkpoint or a package; averaged weights where there are some."""
+    for folder in (path / "checkpoints" / "best", path / "checkpoints" / "last", path):
+        document = folder / "model.json"
+        weights = [folder / f"{stem}.safetensors" for stem in ("ema", "model")]
+        weights = [file for file in weights if file.is_file()]
+        if not document.is_file() or not weights:
+            continue
+        config = files.read_json(document)
+        try:
+            return Source(
+                name=str(path),
+                backbone=config["backbone"],
+                embedding=config["embedding"],
+                image=from_json(ImageSpec, config["image"]),
+                fixed=WHOLE_CONTRACT,
+                state=read(weights[0]),
+            )
+        except KeyError as error:
+            raise ValueError(f"{document} has no entry {error}; it is not a facefast model") from error
+    raise ValueError(
+        f"source folder {path} holds no facefast model (model.json beside model.safetensors); give "
+        "a run folder, a checkpoint folder, a package or a weights file"
+    )
+
+
+def _from_library(backbone: str) -> Source:
+    """ImageNet weights by torchvision's or timm's own loader, from its cache or the network."""
+    if backbone not in RESNETS and not backbone.startswith(TIMM):
+        raise ValueError(
+            f"source imagenet has no weights for backbone {backbone}; choose one of {', '.join(RESNETS)} or timm/NAME"
+        )
+    image, fixed = ImageSpec(size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD), NORMALISATION
+    try:
+        if backbone in RESNETS:
+            import torchvision
+
+            # Not version 2: label smoothing and mixup make features that transfer less well (Kornblith et al. 2021,
+            # arXiv:2010.16402).
+            weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
+            state = weights.get_state_dict(progress=False, check_hash=True)
+        else:
+            import timm
+
+            name = backbone.removeprefix(TIMM)
+            network: Any = timm.create_model(name, pretrained=True, num_classes=0)
+            state = network.state_dict()
+            config = network.pretrained_cfg
+            if config.get("fixed_input_size"):
+                fixed |= {"size", "width"}
+            image = ImageSpec(
+                size=config["input_size"][1],
+                width=config["input_size"][2],
+                mean=tuple(255 * m for m in config["mean"]),
+                std=tuple(255 * s for s in config["std"]),
+            )
+    except Exception as error:
+        raise ValueError(
+            f"no ImageNet weights for {backbone} ({error}). Without a network, bring the file by "
+            "other means and give its path as model.source"
+        ) from error
+    return Source(
+        name=f"{IMAGENET} ({backbone})",
+        backbone=backbone,
+        embedding=0,
+        image=image,
+        fixed=fixed,
+        state={f"backbone.{key}": tensor for key, tensor in state.items()},
+    )
+
+
+def _first(names: list[str] | tuple[str, ...]) -> str:
+    """The first few names, and how many more there are."""
+    shown = ", ".join(names[:SHOWN])
+    return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

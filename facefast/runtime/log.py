@@ -1,0 +1,268 @@
+"""What a run says while it trains: progress bar, metrics.jsonl, TensorBoard and the verdict on what bounds it.
+
+Rank 0 only. The device is read when a line is due, never in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TextIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+from tqdm import tqdm
+
+from facefast.runtime.process import NumericsError
+
+HEADLINES = ("loss", "top1", "verification_accuracy", "tar@1e-2", "known_verification_accuracy")
+STATS = ("loss_sum", "correct", "rows", "skipped", "labelled")
+"""What `step.train_step` adds up on the device, float32, over all ranks, before the terms of the objective."""
+LOST_UPDATES = 20
+"""Updates in a row with a non-finite gradient after which a run stops."""
+
+
+class Position(NamedTuple):
+    """Where a run stands after an update."""
+
+    step: int
+    """Updates done in the whole run."""
+    phase: str
+    epoch: float
+    lr: float
+    last: bool
+    """Whether the phase ends here."""
+
+
+class Speed(NamedTuple):
+    """One metric line's share of the clock."""
+
+    updates: int
+    pictures: int
+    seconds: float
+    waited: float
+
+
+class RunLog:
+    """Writes one run's metrics; on a rank other than 0 it only counts.
+
+    `first_step` is that of the checkpoint a run goes on from, None for a new start, which keeps nothing of a run that
+    was in the folder before.
+    """
+
+    def __init__(self, folder: Path, *, enabled: bool, total_steps: int, first_step: int | None, every: int) -> None:
+        self._enabled = enabled
+        self._every = every
+        self._lost = 0
+        self.speeds: list[Speed] = []
+        self._restart()
+        self._loader_waited = 0.0
+        if enabled:
+            self._file: TextIO = _open_from(folder / "metrics.jsonl", first_step)
+            purge = 0 if first_step is None else first_step + 1
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            self._bar = tqdm(total=total_steps, initial=first_step or 0, unit="step", dynamic_ncols=True, mininterval=1)
+
+    def _restart(self) -> None:
+        self._sums: Tensor | None = None
+        self._updates = self._pictures = 0
+        self._waited = 0.0
+        self._since = self._stepped = time.perf_counter()
+
+    def step(
+        self, at: Position, stats: Tensor, pictures: int, loader_waited: float, terms: tuple[str, ...] = ("identity",)
+    ) -> None:
+        """Takes one update; writes a line, and reads the device for it, when one is due.
+
+        Args:
+            at: where the run stands.
+            stats: [5 + T] float32 on the device, see `STATS`.
+            pictures: pictures of this update, over all ranks.
+            loader_waited: seconds for which this rank has waited for data since its loader was opened.
+            terms: names of the objective's T terms.
+
+        Raises:
+            NumericsError: `LOST_UPDATES` updates in a row were skipped for a non-finite gradient.
+        """
+        if loader_waited < self._loader_waited:  # a new phase opened another loader
+            self._loader_waited = 0.0
+        self._waited += loader_waited - self._loader_waited
+        self._loader_waited = loader_waited
+        self._sums = stats if self._sums is None else self._sums + stats
+        self._updates += 1
+        self._pictures += pictures
+        self._stepped = time.perf_counter()
+        if at.step % self._every and not at.last:
+            return
+        loss_sum, correct, rows, skipped, labelled, *sums = self._sums.tolist()
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        self.speeds.append(Speed(self._updates, self._pictures, seconds, self._waited))
+        self._lost = self._lost + self._updates if skipped == self._updates else 0
+        fields = {
+            "loss": loss_sum / rows if rows else math.nan,
+            "lr": at.lr,
+            "accuracy": correct / labelled if labelled else math.nan,
+            "images_per_second": self._pictures / seconds,
+            "data_wait_fraction": self._waited / seconds,
+            "rows": int(rows),
+            "unreadable_rows": self._pictures - int(rows),
+            "skipped_steps": int(skipped),
+        }
+        if len(terms) > 1:
+            fields |= {
+                f"loss/{name}": total / rows if rows else math.nan for name, total in zip(terms, sums, strict=True)
+            }
+        self._write(at, "train", fields)
+        if self._enabled:
+            self._bar.n = at.step
+            self._bar.set_description(at.phase)
+            self._bar.set_postfix_str(
+                f"loss {fields['loss']:.3f} acc {fields['accuracy']:.3f} lr {at.lr:.2g} "
+                f"{fields['images_per_second']:.0f} img/s, data wait {fields['data_wait_fraction']:.1%}"
+            )
+        self._restart()
+        if self._lost >= LOST_UPDATES:
+            raise NumericsError(
+                f"the last {self._lost} updates, up to step {at.step} of phase {at.phase}, had non-finite "
+                "gradients and were skipped; lower the learning rate or the loss scale, or use precision fp32"
+            )
+
+    def exam(self, at: Position, results: dict[str, float], metric: str, improved: bool) -> None:
+        """Logs an exam and says its headline numbers; the time since the last update does not count as training."""
+        self._write(at, "eval", results)
+        shown = [name for name in results if name in HEADLINES or name.endswith(("/accuracy", "/mae"))]
+        numbers = ", ".join(f"{name} {_human(name, results[name])}" for name in shown)
+        best = f"  (best {metric} so far)" if improved else ""
+        self.say(f"{at.phase} epoch {at.epoch:.3g}: {numbers}{best}")
+        self._since += time.perf_counter() - self._stepped
+        self._stepped = time.perf_counter()
+
+    def _write(self, at: Position, split: str, fields: Mapping[str, float]) -> None:
+        """One JSON object in metrics.jsonl and its scalars in TensorBoard."""
+        if not self._enabled:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in fields.items()}
+        record = {"step": at.step, "phase": at.phase, "epoch": round(at.epoch, 4), "split": split}
+        self._file.write(json.dumps(record | finite) + "\n")
+        self._file.flush()
+        for name, value in finite.items():
+            if value is not None:
+                self._board.add_scalar(f"{split}/{name}", value, at.step)
+
+    def pictures(self, name: str, pictures: NDArray[np.uint8], step: int) -> None:
+        """A batch as TensorBoard pictures: uint8 [B, H, W, 3], RGB."""
+        if self._enabled:
+            self._board.add_images(name, pictures, step, dataformats="NHWC")
+
+    def embeddings(self, embeddings: Tensor, names: list[str], step: int) -> None:
+        """[N, D] embeddings with a name each, for TensorBoard's projector."""
+        if self._enabled:
+            self._board.add_embedding(embeddings, metadata=names, global_step=step)
+
+    def say(self, text: str) -> None:
+        """A line on the terminal that does not break the progress bar."""
+        if self._enabled:
+            self._bar.write(text)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Flushes and closes; safe to call twice."""
+        if self._enabled:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+            self._enabled = False
+
+
+def _open_from(path: Path, first_step: int | None) -> TextIO:
+    """metrics.jsonl without the lines a run wrote after the checkpoint it resumes from, and without a torn last
+    line."""
+    kept = []
+    if path.exists() and first_step is not None:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= first_step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                continue
+    file = open(path, "w", encoding="utf-8")  # noqa: SIM115 -- closed by RunLog.close
+    file.writelines(kept)
+    file.flush()
+    return file
+
+
+def _human(name: str, value: float) -> str:
+    return f"{value:.4g}" if name == "loss" or name.endswith("/mae") else f"{value:.2%}"
+
+
+def verdict(speeds: list[Speed], allreduce_seconds: float, transfer_seconds: float = 0.0) -> dict[str, Any]:
+    """What bounded the run, and what would change that.
+
+    Args:
+        speeds: `RunLog.speeds`.
+        allreduce_seconds: measured time of one all-reduce of the gradients, 0 with one process.
+        transfer_seconds: measured time of one picture's way to the device, 0 on the CPU.
+
+    Returns:
+        {"bound_by", "advice", "images_per_second", "data_wait_fraction", "transfer_fraction", "allreduce_fraction"}.
+    """
+    seconds = max(sum(speed.seconds for speed in speeds), 1e-9)
+    wait = sum(speed.waited for speed in speeds) / seconds
+    allreduce = min(1.0, allreduce_seconds * sum(speed.updates for speed in speeds) / seconds)
+    pictures = sum(speed.pictures for speed in speeds)
+    transfer = min(1.0, transfer_seconds * pictures / seconds)
+    advice = {
+        "decode": "raise --threads, decode on a GPU, or store pictures nearer to image.size",
+        "transfer": "store pictures nearer to image.size, or use a machine with a faster way to its GPU",
+        "all-reduce": "raise the batch size or phases.K.accumulate, or use a faster network",
+        "compute": "use precision bf16 where the hardware has it, --compile, a smaller backbone or image.size",
+    }
+    if wait > 0.1:  # the step waits for pictures: for their bytes' way, where that alone explains most of it
+        bound = "transfer" if transfer > wait / 2 else "decode"
+    else:
+        bound = "all-reduce" if allreduce > 0.3 else "compute"
+    return {
+        "bound_by": bound,
+        "advice": advice[bound],
+        "images_per_second": pictures / seconds,
+        "data_wait_fraction": wait,
+        "transfer_fraction": transfer,
+        "allreduce_fraction": allreduce,
+    }
+
+
+PACKAGES = ("facefast", "torch", "torchvision", "nvidia-dali-cuda130", "numpy", "timm", "safetensors")
+
+
+def environment(world_size: int, device: torch.device) -> dict[str, Any]:
+    """Command, versions and hardware, for environment.json."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "command": [sys.executable, *sys.argv],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "world_size": world_size,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+        "packages": versions,
+    }

@@ -1,0 +1,249 @@
+"""How a phase begins: the source and the teacher, what the recipe left open, names for pictures without one, the head,
+and what the source model does untrained."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from facefast.data.corrections import Label, read_labels, write_labels
+from facefast.data.prepare import Stage
+from facefast.evaluate import embed_rows
+from facefast.evaluation.baselines import Gallery
+from facefast.labels.clustering import assign
+from facefast.models import STUDENTS, FaceModel, Source, build_model, checkpoint, inherit, load_source
+from facefast.models.face import DEFAULT_BACKBONE
+from facefast.recipe import ImageSpec, Recipe
+from facefast.runtime.log import RunLog
+from facefast.training.distill import Teacher, caches_teacher
+from facefast.training.step import Supply, TrainState
+from facefast.training.transfer import advice, caches_features, class_means
+
+
+def find_source(recipe: Recipe) -> Source | None:
+    """The source model's weights, read before anything slow happens."""
+    if recipe.model.source == "none":
+        return None
+    return load_source(recipe.model.source, recipe.model.backbone)
+
+
+def find_teacher(recipe: Recipe, source: Source | None, device: torch.device) -> FaceModel | None:
+    """The model that phases distil from, in evaluation mode; None where there is none beside the source.
+
+    Raises:
+        ValueError: there is none, or the student could not start from its layers, which is found out before any
+            photograph is read.
+    """
+    if recipe.model.teacher in ("none", "source"):
+        return None
+    path = Path(recipe.model.teacher)
+    if not path.exists():
+        raise ValueError(f"model.teacher {path} does not exist; give a run, checkpoint or package folder, or weights")
+    teacher = checkpoint.load_model(path, device)
+    if any(phase.start == "teacher" for phase in recipe.phases):
+        config = dataclasses.replace(recipe.model, source="none", backbone=_backbone(recipe, source, teacher))
+        with torch.device("meta"):
+            inherit(build_model(config, 0, teacher.image), teacher)
+    return teacher
+
+
+def settle(recipe: Recipe, source: Source | None, teacher: FaceModel | None, stages: tuple[Stage, ...]) -> Recipe:
+    """The recipe with everything that was left to the source model, the teacher or the photographs written down."""
+    image = recipe.image.settled(source.image, source.fixed) if source else recipe.image
+    if teacher is not None:
+        image = image.settled(teacher.image, [field.name for field in dataclasses.fields(ImageSpec)])
+    image = image.settled()
+    if image.template == "auto":
+        has_landmarks = all(stage.train.landmarks is not None for stage in stages)
+        image = dataclasses.replace(image, template="arcface" if has_landmarks else "none")
+    embedding = recipe.model.embedding or (source.embedding if source else 0)
+    model = dataclasses.replace(recipe.model, backbone=_backbone(recipe, source, teacher), embedding=embedding)
+    return dataclasses.replace(recipe, image=image, model=model)
+
+
+def _backbone(recipe: Recipe, source: Source | None, teacher: FaceModel | None) -> str:
+    """The user's, the source's, the next shallower than the teacher's, or MobileFaceNet."""
+    if recipe.model.backbone != "auto":
+        return recipe.model.backbone
+    if source is not None:
+        return source.backbone or DEFAULT_BACKBONE
+    return STUDENTS.get(teacher.config.backbone, DEFAULT_BACKBONE) if teacher else DEFAULT_BACKBONE
+
+
+def starting_model(
+    state: TrainState, number: int, stage: Stage, source: Source | None, teacher: FaceModel | None
+) -> FaceModel:
+    """Random weights, with those of the source model, the teacher or the phase before copied over them."""
+    recipe, phase = state.recipe, state.recipe.phases[number]
+    config = recipe.model if phase.start == "source" else dataclasses.replace(recipe.model, source="none")
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed + 1000 * number)
+        model = build_model(
+            config,
+            state.plan.phases[number].num_classes if phase.loss.weight else 0,
+            recipe.image,
+            stage.train.class_names if phase.loss.weight else (),
+            source if phase.start == "source" else None,
+            stage.attributes,
+        )
+    model.scale = phase.loss.scale
+    if model.attribute_heads is not None:
+        model.attribute_heads.start_from(stage.values())
+    if phase.start == "teacher":
+        assert teacher is not None
+        inherit(model, teacher)
+    if phase.start == "previous" and number > state.phase:
+        _take_over(model, state.evaluated, phase.head_start)
+    return model
+
+
+def _take_over(model: FaceModel, before: FaceModel, head_start: str) -> None:
+    """The weights of the phase before; its heads too where they stand for the same and are wanted."""
+    kept = dict(before.state_dict())
+    same_classes = model.class_names == before.class_names and type(model.head) is type(before.head)
+    if head_start != "previous" or not same_classes:
+        kept = {name: value for name, value in kept.items() if not name.startswith("head.")}
+    if model.to_config()["attributes"] != before.to_config()["attributes"]:
+        kept = {name: value for name, value in kept.items() if not name.startswith("attribute_heads.")}
+    model.load_state_dict(kept, strict=False)
+
+
+def embed_training_rows(state: TrainState, model: FaceModel, stage: Stage, *, mirror: bool) -> tuple[Tensor, Tensor]:
+    """[N, D] embeddings of the phase's training pictures without augmentation, and which rows were readable."""
+    return embed_rows(
+        model,
+        stage.train,
+        state.run,
+        state.precision,
+        batch_size=state.recipe.eval.batch_size,
+        threads=state.recipe.threads,
+        mirror=mirror,
+        max_bad_fraction=state.recipe.data.max_bad_fraction,
+        max_pixels=state.recipe.data.max_pixels,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A phase that has begun."""
+
+    stage: Stage
+    """The phase's data, with the names that were given to pictures without one."""
+    gallery: Gallery | None
+    """The source model's embeddings of it, where the model is examined before any training."""
+
+
+def begin(
+    folder: Path,
+    state: TrainState,
+    number: int,
+    stage: Stage,
+    source: Source | None,
+    teacher: FaceModel | None,
+    saved: Path | None,
+    log: RunLog,
+) -> Start:
+    """Enters a phase: its weights, its labels, its head, its optimiser; or all of them as a checkpoint has them."""
+    phase, plan = state.recipe.phases[number], state.plan.phases[number]
+    log.say(
+        f"phase {phase.name}: {plan.num_rows} pictures of {plan.num_classes} identities, {plan.steps} steps "
+        f"of {phase.batch_size}, {'goes on' if saved else 'starts from ' + phase.start}"
+    )
+    model = starting_model(state, number, stage, source, teacher)
+    if saved:
+        model.load_state_dict(checkpoint.read_tensors(saved, "model"))
+    model.to(state.run.device)
+    if state.precision.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    from_source = phase.start == "source" and state.recipe.eval.baselines and bool((stage.labels() >= 0).any())
+    wants_means = phase.head_start == "class_mean"
+    fresh: tuple[Tensor, Tensor] | None = None
+    if not saved and (from_source or wants_means or phase.labels == "pseudo"):
+        seer = model
+        if phase.start == "teacher" and teacher is not None and teacher.embedding_size == model.embedding_size:
+            seer = teacher  # the layers that a student took over do not fit each other yet
+        fresh = embed_training_rows(state, seer, stage, mirror=True)
+    if phase.labels == "pseudo":
+        stage = name_pictures(
+            folder / f"pseudo-labels-{phase.name}.csv", state, stage, phase.pseudo_confidence, fresh, log
+        )
+    labels = stage.labels()
+    counts = labels[labels >= 0].bincount(minlength=plan.num_classes)
+    for warning in advice(counts, phase):
+        log.say(f"note: {warning}")
+    if wants_means and fresh is not None and model.head is not None:
+        embeddings, seen = fresh
+        means = class_means(embeddings, labels.where(seen, -1), plan.num_classes)
+        model.head.start_from(means, float(embeddings[seen].norm(dim=1).mean()))
+    state.enter(number, model, supply_of(state, number, model, stage, source, teacher, counts))
+    if saved:
+        state.load(saved)
+    if fresh is None or not from_source:
+        return Start(stage, None)
+    return Start(stage, Gallery(fresh[0], labels.where(fresh[1], -1), plan.num_classes))
+
+
+def supply_of(
+    state: TrainState,
+    number: int,
+    model: FaceModel,
+    stage: Stage,
+    source: Source | None,
+    teacher: FaceModel | None,
+    counts: Tensor,
+) -> Supply:
+    """What the phase learns from beside its batches."""
+    phase = state.recipe.phases[number]
+
+    def embeddings_of(network: FaceModel) -> Tensor:
+        """[N, D], NaN where a picture could not be read."""
+        embeddings, seen = embed_training_rows(state, network, stage, mirror=False)
+        embeddings[~seen] = torch.nan
+        return embeddings.to(state.run.device)
+
+    cached = embeddings_of(model) if caches_features(phase) else None
+    asked: Teacher | None = None
+    if phase.distill.active:
+        if state.recipe.model.teacher == "source":
+            whole = build_model(state.recipe.model, 0, state.recipe.image, source=source)
+            teacher = whole.to(state.run.device).eval()
+        assert teacher is not None
+        asked = Teacher(teacher, embeddings_of(teacher) if caches_teacher(phase) else None)
+    return Supply(counts, stage.values(), cached, asked, source.state if source and phase.l2sp else None)
+
+
+def name_pictures(
+    path: Path,
+    state: TrainState,
+    stage: Stage,
+    least: float,
+    fresh: tuple[Tensor, Tensor] | None,
+    log: RunLog,
+) -> Stage:
+    """The stage with names for pictures without one, given by the model and kept in a CSV of the run folder.
+
+    A run that goes on in the phase takes the names from the file: it must not give others in the middle.
+
+    Args:
+        path: the CSV, as `facefast label` writes it.
+        least: confidence from which a name is trained on.
+        fresh: embeddings [N, D] and which rows are readable; None reads the file.
+    """
+    index = stage.train
+    if state.run.is_main and fresh is not None:
+        embeddings, seen = fresh
+        known = np.where(seen.numpy(), index.labels, -1)
+        found, confidences = assign(embeddings.numpy(), known, index.num_classes)
+        rows = np.flatnonzero((index.labels < 0) & seen.numpy()).tolist()
+        write_labels(path, [Label(index.name(r), index.class_names[found[r]], float(confidences[r])) for r in rows])
+    state.run.barrier()
+    named = read_labels(index, path, least)
+    before, after = int((index.labels < 0).sum()), int((named.labels < 0).sum())
+    log.say(
+        f"{before - after} of {before} pictures without a name got one with a confidence of {least} or more: {path}"
+    )
+    return dataclasses.replace(stage, train=named)

@@ -1,0 +1,120 @@
+"""How a run ends: status.json, the best checkpoint's number, the summary, report.html, and what failed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from facefast.data.prepare import Stage
+from facefast.evaluate import embed_rows
+from facefast.evaluation import report
+from facefast.models.checkpoint import FOLDER
+from facefast.recipe import EvalConfig
+from facefast.runtime import files, process
+from facefast.runtime.log import RunLog, verdict
+from facefast.training.step import TrainState
+
+
+def named_metric(config: EvalConfig, results: dict[str, float]) -> tuple[float, str]:
+    """The value and the name of the number that chooses the best checkpoint.
+
+    Raises:
+        ValueError: the exam did not give that number, or had too few pairs for it.
+    """
+    wishes = (config.metric,) if config.metric != "auto" else ("top1", "verification_accuracy", "tasks")
+    for name in wishes:
+        for candidate in (name, f"known_{name}"):
+            if math.isnan(results.get(candidate, 0)):  # no later exam would ever count as better
+                raise ValueError(
+                    f"eval.metric is {config.metric}, for which the exam has too few pairs; "
+                    f"raise eval.pairs, which is {config.pairs}, or choose another metric"
+                )
+            if candidate in results:
+                return results[candidate], candidate
+    raise ValueError(
+        f"eval.metric is {config.metric}, but the exam gives only {', '.join(results) or 'nothing'}; "
+        "set data.test_fraction, data.verify_fraction or eval.split"
+    )
+
+
+def best_of(state: TrainState) -> dict[str, Any] | None:
+    """The best checkpoint of this phase and those it goes on from, for status.json; None before their first exam."""
+    if state.best is None:
+        return None
+    first = max(k for k in range(state.phase + 1) if not state.continues(k))
+    for phase in state.recipe.phases[first : state.phase + 1]:
+        if phase.name in state.results:
+            value, name = named_metric(state.recipe.eval, state.results[phase.name])
+            if value == state.best:
+                return {"phase": phase.name, "metric": name, "value": value}
+    raise AssertionError("the best number is that of an exam")
+
+
+def write_status(folder: Path, state: str, code: int | None = None, **fields: Any) -> None:
+    """status.json: what a scheduler reads, since torchrun turns every worker's exit code into 1."""
+    files.write_json(folder / "status.json", {"state": state, "exit_code": code, **fields})
+
+
+def leave(folder: Path, state: TrainState, log: RunLog) -> int:
+    """A stop was asked for and the state is on disk."""
+    log.say(f"stopped at step {state.step}; the same command goes on from there")
+    log.close()
+    if state.run.is_main:
+        code = process.EXIT_PREEMPTED
+        write_status(folder, "preempted", code, step=state.step, best=best_of(state))
+    state.run.barrier()
+    return process.EXIT_PREEMPTED
+
+
+def fail(folder: Path | None, code: int, error: str) -> None:
+    """Leaves the reason in the run folder, where there is one by now and it can be written."""
+    if folder is not None and folder.is_dir():
+        with contextlib.suppress(OSError):  # a full disk: the exit code must still be that of the first error
+            write_status(folder, "failed", code, error=error)
+
+
+def finish(folder: Path, state: TrainState, stages: tuple[Stage, ...], log: RunLog) -> int:
+    """The summary on the terminal, the projector, report.html and the final status."""
+    recipe, run = state.recipe, state.run
+    trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    train, test = stages[-1].train, stages[-1].exam.test
+    decoded = int(3 * np.mean(train.widths.astype(np.float64) * train.heights))  # bytes: at most what travels
+    bound = verdict(log.speeds, run.allreduce_seconds(trained), run.transfer_seconds(decoded))
+    if recipe.projector and test is not None:
+        embeddings, seen = embed_rows(state.evaluated, test, run, state.precision, batch_size=recipe.eval.batch_size)
+        names = [test.class_names[label] for label in test.labels[seen.numpy()]]
+        log.embeddings(embeddings[seen], names, state.step)
+    log.close()
+    if run.is_main:
+        print(summary(folder, state, bound), flush=True)
+        write_status(folder, "done", process.EXIT_DONE, step=state.step, best=best_of(state), **bound)
+        report.write(folder)
+    run.barrier()
+    return process.EXIT_DONE
+
+
+def summary(folder: Path, state: TrainState, bound: dict[str, Any]) -> str:
+    """What a person wants to know at the end of a run."""
+    recipe, results = state.recipe, state.results
+    lines = ["", *report.table(results)]
+    if "scratch" in results and recipe.phases[-1].name != "scratch":
+        split = recipe.phases[-1].split
+        others = [phase.name for phase in recipe.phases if phase.split == split and phase.name != "scratch"]
+        value, name = max(named_metric(recipe.eval, results[phase]) for phase in others)
+        gap = 100 * (value - named_metric(recipe.eval, results["scratch"])[0])
+        lines.append(f"transfer against training from scratch on the same budget: {gap:+.1f} points {name}")
+    lines.append(
+        f"{bound['images_per_second']:.0f} images/s, bound by {bound['bound_by']} "
+        f"(data wait {bound['data_wait_fraction']:.1%}); to change that: {bound['advice']}"
+    )
+    if recipe.data.format == "synthetic" or not recipe.data.root:
+        lines.append(
+            "These faces are drawn, not photographed. With your own people: "
+            "facefast train --data.root DIR --model.source WEIGHTS"
+        )
+    lines.append(f"the model: {folder / FOLDER / 'best'}    the report: {folder / 'report.html'}")
+    return "\n".join(lines)

@@ -1,0 +1,272 @@
+"""What a phase minimises: the model, and every term that its recipe names, added up over the rows of an update.
+
+`step.TrainState` wraps it for DDP; what it learns beside the model (projections, log-variances) and remembers
+(AdaFace's norms) is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from facefast import ops
+from facefast.data import Batch
+from facefast.models import FaceModel
+from facefast.recipe import LossConfig, Phase, TaskConfig
+from facefast.training.distill import Distillation, Teacher, stage_outputs
+from facefast.training.losses import (
+    Mixture,
+    batch_hard_triplet,
+    effective_weights,
+    matched_statistics,
+    mix,
+    supervised_contrastive,
+)
+
+IGNORED = -100
+
+
+class Share(NamedTuple):
+    """How many rows of one update count, over all ranks and micro-batches, as the index promises it."""
+
+    rows: int
+    """Rows that the sampler holds valid."""
+    labelled: int
+    """Those with an identity."""
+    known: tuple[int, ...] = ()
+    """Those with a value, for each attribute."""
+
+
+class Terms(NamedTuple):
+    """An objective's value for one micro-batch of one rank."""
+
+    total: Tensor
+    """Scalar whose gradients, averaged over ranks and added over micro-batches, are the update's."""
+    parts: Tensor
+    """[T] of each term, unweighted, in the order of `Objective.names`; they add up like `total`."""
+    correct: Tensor
+    """Scalar, labelled rows whose most probable class is theirs."""
+
+
+class Objective(nn.Module):
+    """The model and its losses.
+
+    Attributes:
+        names: the terms whose weight is above 0.
+
+    Args:
+        model: what learns.
+        phase: the terms and their weights.
+        tasks: the attributes' losses.
+        counts: [C] training pictures of each class.
+        cached: whether batches hold the backbone's embeddings instead of pictures.
+        teacher: where the phase distils.
+        autocast: the context of the model's forward pass.
+        compile: whether the backbone is compiled.
+    """
+
+    term_weights: Tensor
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        model: FaceModel,
+        phase: Phase,
+        tasks: TaskConfig | None = None,
+        *,
+        counts: Tensor | None = None,
+        cached: bool = False,
+        teacher: Teacher | None = None,
+        autocast: torch.autocast | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.phase, self.cached = model, phase, cached
+        self.tasks = tasks or TaskConfig()
+        loss = phase.loss
+        self._autocast = autocast or torch.autocast("cpu", enabled=False)
+        self._encode = torch.compile(model.encode) if compile else model.encode
+        self.distillation = Distillation(model, teacher, phase) if teacher else None
+        self.margin = ops.AdaFace(loss.margin_size) if loss.margin == "ada" else None
+        weights = None
+        if loss.class_weights == "effective":
+            assert counts is not None
+            weights = effective_weights(counts, loss.effective_beta)
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.weights = self._term_weights()
+        self.names = tuple(self.weights)
+        self.register_buffer("term_weights", torch.tensor(list(self.weights.values())), persistent=False)
+        self.log_variances: nn.Parameter | None = None
+        if self.tasks.weighting == "uncertainty":
+            self.log_variances = nn.Parameter(torch.zeros(len(self.names)))
+
+    def _term_weights(self) -> dict[str, float]:
+        loss, distill = self.phase.loss, self.phase.distill
+        specs = self.model.attribute_heads.specs if self.model.attribute_heads else ()
+        given = self.tasks.weights or (1.0,) * len(specs)
+        weights = {
+            "identity": loss.weight,
+            "triplet": loss.triplet,
+            "contrastive": loss.contrastive,
+            **{spec.name: weight for spec, weight in zip(specs, given, strict=True)},
+            "distill_embeddings": distill.embeddings,
+            "distill_logits": distill.logits,
+            "distill_features": distill.features,
+            "align": self.phase.align_weight if self.phase.align != "none" else 0.0,
+        }
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is learnt beside the model."""
+        return ((name, p) for name, p in self.named_parameters() if not name.startswith("model."))
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the objective beside the model."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
+
+    def forward(self, batch: Batch, values: Tensor, share: Share, world: int) -> Terms:
+        """One micro-batch of one rank.
+
+        Args:
+            batch: pictures, or embeddings where they are cached.
+            values: [B, A] of the attributes, NaN where unknown.
+            share: what means are taken over.
+            world: number of ranks.
+        """
+        mixture = mix(batch.images, self.phase.mixup, self.phase.cutmix) if self._mixes else None
+        images = mixture.images if mixture else batch.images
+        with self._autocast:
+            embeddings, stages = self._embed(images)
+            logits = self.model.classify(embeddings) if self.model.head is not None else None
+            told = self.model.tell_logits(embeddings)
+        embeddings = embeddings.float()
+        parts: dict[str, Tensor] = {}
+        correct = torch.zeros((), device=embeddings.device)
+        if logits is not None:
+            parts["identity"] = (
+                self._identity(logits, embeddings, batch.labels, mixture) * world / max(1, share.labelled)
+            )
+            correct = ((logits.argmax(1) == batch.labels) & (batch.labels >= 0)).sum()
+        if told is not None:
+            parts |= self._attributes(told, values, batch.rows, share, world)
+        readable = batch.rows >= 0
+        portion = readable.sum() * (world / share.rows)
+        parts |= self._pairwise(embeddings, batch.labels, readable, share)
+        if self.distillation:
+            found = self.distillation(images, batch.rows, embeddings, logits, stages)
+            parts |= {name: value * (world / share.rows) for name, value in found.items()}
+        values_in_order = torch.stack([parts[name].float() for name in self.names])
+        return Terms(self._weighed(values_in_order, portion), values_in_order.detach(), correct)
+
+    @property
+    def _mixes(self) -> bool:
+        return self.phase.mixup > 0 or self.phase.cutmix > 0
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if self.cached:
+            return images, []
+        if self.phase.distill.features:
+            with stage_outputs(self.model) as stages:
+                return self._encode(images), stages
+        return self._encode(images), []
+
+    def _identity(self, logits: Tensor, embeddings: Tensor, labels: Tensor, mixture: Mixture | None) -> Tensor:
+        """Sum of the labelled rows' focal losses."""
+        loss, margin = self.phase.loss, None
+        if self.margin is not None:
+            margin = self.margin(embeddings.detach().norm(dim=1))
+        own = focal_sum(logits, labels, loss, margin, self.class_weights)
+        if mixture is None:
+            return own
+        other = focal_sum(logits, labels[mixture.partner], loss, margin, self.class_weights)
+        return mixture.share * own + (1 - mixture.share) * other
+
+    def _attributes(self, logits: Tensor, values: Tensor, rows: Tensor, share: Share, world: int) -> dict[str, Tensor]:
+        """Each attribute's mean of sigmoid focal losses over the rows that know it."""
+        heads = self.model.attribute_heads
+        assert heads is not None
+        targets = heads.targets(values.masked_fill((rows < 0)[:, None], torch.nan))
+        alpha = self.tasks.alpha if self.tasks.alpha >= 0 else None
+        losses = ops.sigmoid_focal_loss(logits.float(), targets, gamma=self.tasks.gamma, alpha=alpha, reduction="none")
+        found, start = {}, 0
+        for spec, known in zip(heads.specs, share.known, strict=True):
+            found[spec.name] = losses[:, start : start + spec.outputs].sum() * world / max(1, known)
+            start += spec.outputs
+        return found
+
+    def _pairwise(self, embeddings: Tensor, labels: Tensor, readable: Tensor, share: Share) -> dict[str, Tensor]:
+        """The terms that compare pictures with each other, over the micro-batch of all ranks."""
+        loss, align = self.phase.loss, self.phase.align
+        if not (loss.triplet or loss.contrastive or align != "none"):
+            return {}
+        embeddings, labels, readable = of_all_ranks(embeddings, labels, readable)
+        found = {}
+        if loss.triplet:
+            found["triplet"] = batch_hard_triplet(embeddings, labels, loss.triplet_margin)
+        if loss.contrastive:
+            found["contrastive"] = supervised_contrastive(embeddings, labels, loss.temperature)
+        if align != "none":
+            named = labels >= 0
+            found["align"] = matched_statistics(embeddings, readable & ~named, readable & named, align)
+        return {name: value * (readable.sum() / share.rows) for name, value in found.items()}
+
+    def _weighed(self, values: Tensor, portion: Tensor) -> Tensor:
+        """The sum of the terms by the recipe's weights, or by exp(-s) with s / 2 on top, s the learnt log-variances
+        (Kendall et al. 2018, arXiv:1705.07115)."""
+        if self.log_variances is None:
+            return (values * self.term_weights).sum()
+        return ((-self.log_variances).exp() * values + self.log_variances / 2 * portion).sum()
+
+
+def of_all_ranks(embeddings: Tensor, labels: Tensor, readable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of every rank, so that what compares them does not depend on how many ranks share a batch.
+
+    Each rank computes the same loss on them. Its gradient reaches this rank's embeddings only, W times as large: DDP
+    takes the mean over ranks.
+
+    Args:
+        embeddings: [B, D] of this rank.
+        labels: [B] int64.
+        readable: [B] bool.
+
+    Returns:
+        [W B, D], [W B] and [W B], in the order of the ranks.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1:
+        return embeddings, labels, readable
+    gathered = []
+    for rows in (embeddings.detach(), labels, readable.to(labels.dtype)):
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world)]
+        dist.all_gather(parts, rows.contiguous())
+        gathered.append(parts)
+    gathered[0][dist.get_rank()] = embeddings + (world - 1) * (embeddings - embeddings.detach())
+    vectors, names, seen = map(torch.cat, gathered)
+    return vectors, names, seen.bool()
+
+
+def focal_sum(
+    logits: Tensor,
+    labels: Tensor,
+    loss: LossConfig,
+    margin: ops.Combined | None = None,
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """Sum of the focal losses of the rows that count, float32 or wider; `margin` is the rows' own where a recipe's
+    depends on them."""
+    margins = {"none": None, "cos": ops.Cos(loss.margin_size), "arc": ops.Arc(loss.margin_size), "ada": margin}
+    return ops.focal_loss(
+        logits,
+        labels,
+        gamma=loss.gamma,
+        alpha=class_weights,
+        label_smoothing=loss.label_smoothing,
+        ignore_index=IGNORED,
+        margin=margins[loss.margin],
+        scale=loss.scale,
+        reduction="sum",
+    )
