@@ -36,7 +36,7 @@ else
 fi
 
 # Test files without a GPU test are left out: they may import packages that this machine lacks.
-mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
+mapfile -t files < <(grep -l 'mark\.gpu' tests --include='test_*.py' -r)
 step tests 240 "$python" -W ignore::pytest.PytestConfigWarning -m pytest -m gpu "${tests[@]}" "${files[@]}"
 for dtype in float32 bfloat16; do
   step "focal loss, $dtype" 120 "$python" benchmarks/bench_focal.py "${device[@]}" --dtype "$dtype" "${focal[@]}"

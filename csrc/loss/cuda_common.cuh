@@ -123,7 +123,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-#else  // on the host, under tests/cuda_on_host.h
+#else  // on the host, under tests/support/cuda_on_host.h
   const float y = ::exp2f(x);
   return y < std::numeric_limits<float>::min() ? 0.f : y;
 #endif

@@ -1,0 +1,208 @@
+"""The audit: its command on drawn faces, its contact sheets, and planted wrong labels among real photographs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from facefast import audit
+from facefast.data import FaceIndex, read_index
+from facefast.data.corrections import apply_corrections, read_corrections
+from facefast.labels import sheets
+from facefast.labels.clustering import Floats, class_sums, unit_rows
+from facefast.labels.suspects import Suspects, find_suspects
+from facefast.runtime import process
+from tests.support import small
+from tests.support.points import people
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn people; one picture of the second is a copy of one of the first, saved again."""
+    root = small.draw(tmp_path_factory.mktemp("drawn"))
+    index = read_index(root)
+    one, other = (int(np.flatnonzero(index.labels == label)[0]) for label in (0, 1))
+    with Image.open(index.path(one)) as picture:
+        picture.load()
+    picture.save(index.path(other), quality=70)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
+    return small.save_run(tmp_path_factory.mktemp("run"), small.make_model(template="none"), drawn)
+
+
+def arguments(run_folder: Path, drawn: Path, *more: str) -> list[str]:
+    return [str(run_folder), "--data.root", str(drawn), *more]
+
+
+def test_the_command_writes_a_table_and_sheets_that_training_can_use(
+    tmp_path: Path, run_folder: Path, drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "audit"
+    assert audit.main(arguments(run_folder, drawn, "--out", str(out))) == 0
+    said = capsys.readouterr().out
+    assert "16 pictures of 4 identities" in said
+    assert f"--data.corrections {out}/suspects.csv" in said
+    lines = [line for _, line in read_corrections(out / "suspects.csv")]
+    copies = [line for line in lines if line.kind == "duplicate"]
+    assert [{line.identity, line.suggested} for line in copies] == [{"1", "2"}]
+    with Image.open(out / "duplicate_01.jpg") as sheet:
+        assert sheet.size[0] >= 2 * sheets.TILE
+    index = read_index(drawn).scanned()
+    assert len(apply_corrections(index, out / "suspects.csv")) < len(index)
+
+
+def test_findings_can_be_had_as_json_and_without_photographs(
+    tmp_path: Path, run_folder: Path, drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert audit.main(arguments(run_folder, drawn, "--out", str(tmp_path), "--json", "--pictures", "0")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["duplicate"] == {"found": 1, "drop": 1}
+    assert {"wrong_label", "merge", "mixed_identities", "estimated_wrong_share"} <= set(found)
+    assert [path.name for path in tmp_path.iterdir()] == ["suspects.csv"]
+
+
+def test_the_self_test_prints_how_many_are_found_and_writes_nothing(
+    tmp_path: Path, run_folder: Path, drawn: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert audit.main(arguments(run_folder, drawn, "--plant", "0.1", "--json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["planted"] == 2
+    assert {"raw_precision", "precision", "recall"} <= set(found)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--out", "x", "--plant", "0.1"], "give either --out"),
+        ([], "give either --out"),
+        (["--plant", "0.9"], "must lie in"),
+        (["--out", "x", "--confidence", "2"], "confidence is 2"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    tmp_path: Path,
+    run_folder: Path,
+    drawn: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert audit.main(arguments(run_folder, drawn, *more)) == 64
+    assert message in capsys.readouterr().err
+
+
+def test_one_identity_cannot_be_audited(
+    tmp_path: Path, run_folder: Path, drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos" / "ann").mkdir(parents=True)
+    picture = read_index(drawn)
+    Path(tmp_path / "photos" / "ann" / "0.jpg").write_bytes(Path(picture.path(0)).read_bytes())
+    assert audit.main([str(run_folder), "--data.root", str(tmp_path / "photos"), "--out", str(tmp_path)]) == 64
+    assert "facefast label" in capsys.readouterr().err
+
+
+def set_of_points() -> tuple[FaceIndex, Suspects, np.ndarray]:
+    """Thirty people whose pictures are not there; some labels are wrong, and one person has two names."""
+    unit, labels, _ = people([10] * 30)
+    wrong, _ = audit.plant_wrong_labels(labels, 0.05, seed=0)
+    wrong[0:4] = 30
+    names = tuple(f"person {k}" for k in range(31))
+    index = FaceIndex.build("photos", [b"%d.jpg" % k for k in range(len(labels))], wrong, names)
+    return index, find_suspects(unit, wrong), unit
+
+
+def test_findings_fit_the_index_they_came_from(tmp_path: Path) -> None:
+    index, suspects, _ = set_of_points()
+    lines = audit.corrections_of(index, suspects)
+    assert {line.kind for line in lines} == {"wrong_label", "merge"}
+    assert {line.action for line in lines} >= {"relabel", "merge"}
+    audit.write_corrections(tmp_path / "suspects.csv", lines)
+    changed = apply_corrections(index, tmp_path / "suspects.csv")
+    assert changed.num_classes == 30
+    with open(tmp_path / "suspects.csv", encoding="utf-8") as file:
+        assert next(csv.reader(file))[:4] == ["kind", "path", "identity", "suggested"]
+
+
+def test_a_strip_shows_the_suspect_its_own_identity_and_the_suggested_one() -> None:
+    index, suspects, unit = set_of_points()
+    for strip, suspect in zip(
+        audit.strips(index, unit, suspects, "wrong_label", 5), suspects.of("wrong_label"), strict=False
+    ):
+        first, own, suggested = strip.groups
+        assert first == [suspect.row]
+        assert set(index.labels[own].tolist()) == {suspect.label}
+        assert set(index.labels[suggested].tolist()) == {int(suspects.doubt.suggested[suspect.row])}
+        assert suspect.row not in own
+    (strip,) = audit.strips(index, unit, suspects, "merge", 5)
+    assert "person 30 = person 0?" in strip.title
+    assert [set(index.labels[group].tolist()) for group in strip.groups] == [{30}, {0}]
+
+
+def test_sheets_are_filled_from_left_to_right_and_old_ones_go(tmp_path: Path) -> None:
+    index = FaceIndex.build("photos", [b"gone.jpg"], [0], ("ann",))
+    strips = [sheets.Strip("a title " * 40, "text", [[0, 0]])] * 120  # a file that is not there is a grey tile
+    written = sheets.write_sheets(tmp_path, "duplicate", strips, index)
+    assert len(written) > 1
+    with Image.open(written[0]) as first:
+        assert first.width == sheets.PAGE[0]
+        assert abs(first.height - sheets.PAGE[1]) <= sheets.TILE + 2 * sheets.LINE
+    assert sheets.write_sheets(tmp_path, "duplicate", strips[:1], index) == written[:1]
+    assert list(tmp_path.iterdir()) == written[:1]
+
+
+def test_thumbnails_are_means_of_what_they_cover() -> None:
+    picture = np.arange(16, dtype=np.uint8).reshape(4, 4) * 4
+    np.testing.assert_array_equal(sheets.thumbnail(picture, 2), [[10, 18], [42, 50]])
+
+
+def test_a_photograph_saved_again_is_the_same_and_another_is_not(drawn: Path) -> None:
+    index = read_index(drawn)
+    first, second = (np.flatnonzero(index.labels == label) for label in (0, 1))
+    same = audit.copies_by_pixels(index)
+    assert same(int(first[0]), int(second[0]))
+    assert not same(int(first[1]), int(second[1]))
+
+
+def accuracy_of_means(index: FaceIndex, embeddings: Floats) -> float:
+    """Part of a fifth of every person's pictures that are nearest to the mean of that person's others."""
+    labels = index.labels.astype(np.int64)
+    rows = {index.name(row): row for row in range(len(index))}
+    train, test = ([rows[part.name(row)] for row in range(len(part))] for part in index.split_per_identity(0.2, 0))
+    means = unit_rows(class_sums(embeddings[train], labels[train], index.num_classes))
+    return float(((embeddings[test] @ means.T).argmax(1) == labels[test]).mean())
+
+
+def test_planted_labels_are_found_among_real_photographs_and_corrections_help(
+    celeba: Path, shared_weights: Path, tmp_path: Path
+) -> None:
+    everybody = read_index(celeba)
+    everybody.select(everybody.labels < 40).compact().save(tmp_path / "forty.npz")
+    data = audit.Photographs(root=str(tmp_path / "forty.npz"))
+    model = shared_weights / "mobilefacenet_casia_112x96.ckpt"
+    with process.start() as run:
+        index, embeddings = audit.embed_photographs(model, data, run, 64)
+    found = audit.planted(audit.AuditArguments(model, data, plant=0.05), index, embeddings)
+    assert found.recall >= 0.9
+    assert found.precision >= 0.9
+    assert found.raw_precision >= 0.7  # about 2 % of the labels are wrong without planting: they count against it
+    assert found.relabelled >= 0.95
+
+    out = tmp_path / "audit"
+    audit.audit(audit.AuditArguments(model, data, out, pictures=0), index, embeddings, out)
+    clean = apply_corrections(index, out / "suspects.csv")
+    assert 0.95 * len(index) <= len(clean) < len(index)
+    rows = {index.name(row): row for row in range(len(index))}
+    kept = embeddings[[rows[clean.name(row)] for row in range(len(clean))]]
+    assert accuracy_of_means(clean, kept) >= max(0.985, accuracy_of_means(index, embeddings))

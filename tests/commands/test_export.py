@@ -1,0 +1,170 @@
+"""Exports: the file that leaves gives the embeddings of the model that stays, in other programs' hands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+
+import facefast
+from facefast import evaluate, export, predict
+from facefast.models import FaceModel, checkpoint
+from facefast.runtime import files
+from tests.support import small
+
+BATCHES = (1, 2, 5)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.draw(tmp_path_factory.mktemp("data") / "drawn")
+
+
+@pytest.fixture(scope="module")
+def run(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.save_run(tmp_path_factory.mktemp("runs") / "run", small.make_model(), drawn)
+
+
+def pictures(batch: int) -> torch.Tensor:
+    """Normalised pictures, none like those that `export` itself compares with."""
+    return torch.randn(batch, 3, small.SIZE, small.SIZE, generator=torch.Generator().manual_seed(batch))
+
+
+def test_the_models_under_test_tell_pictures_apart(run: Path) -> None:
+    similarity = facefast.load(run).embed(pictures(5), mirror=False)
+    similarity = similarity @ similarity.T
+    assert float((similarity - torch.eye(5)).max()) < 0.9  # else every comparison below would pass
+
+
+def test_an_onnx_file_gives_the_models_embeddings_in_onnxruntime_at_any_batch_size(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "model.onnx"
+    assert export.main([str(run), "--to", "onnx", str(out)]) == 0
+    assert [file.name for file in out.parent.iterdir()] == ["model.onnx"]  # weights inside: one file is enough
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    (given,), (taken,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, taken.name) == ("images", "embeddings")
+    assert given.shape[1:] == [3, small.SIZE, small.SIZE]
+    assert isinstance(given.shape[0], str)  # a name: any number
+    model = facefast.load(run)
+    for batch in BATCHES:
+        images = pictures(batch)
+        (found,) = session.run(None, {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model.embed(images, mirror=False), rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch about its own loader
+def test_a_torch_program_gives_the_models_embeddings_at_any_batch_size(tmp_path: Path) -> None:
+    model = small.make_model("resnet18")
+    out = tmp_path / "model.pt2"
+    export.export(model, "torch", out)
+    program = torch.export.load(out).module()
+    for batch in BATCHES:
+        images = pictures(batch)
+        torch.testing.assert_close(program(images), model.embed(images, mirror=False), rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def package(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exports") / "package"
+    assert export.main([str(run), str(out), "--to", "safetensors"]) == 0
+    return out
+
+
+def test_a_package_reads_back_as_the_same_model(run: Path, package: Path) -> None:
+    assert sorted(file.name for file in package.iterdir()) == sorted(export.PACKAGE)
+    checkpoint.verify(package)
+    one, two = facefast.load(run), facefast.load(package)
+    assert two.to_config() == one.to_config()
+    assert two.class_names == small.NAMES
+    assert not two.training
+    images = torch.randint(0, 256, (3, 3, small.SIZE, small.SIZE), dtype=torch.uint8)
+    assert torch.equal(one.embed(images), two.embed(images))
+    assert one.predict(images).names == two.predict(images).names
+
+
+def test_a_package_evaluates_on_the_pictures_that_its_run_kept_for_testing(
+    run: Path, package: Path, drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = []
+    for model in (run, package):
+        assert evaluate.main([str(model), f"--data.root={drawn}", "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out.strip().splitlines()[-1]))
+    assert results[0]["test_rows"] == 8  # two pictures of each person
+    assert results[0] == results[1]
+
+
+def test_a_package_predicts_what_its_run_predicts(
+    run: Path, package: Path, drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photographs = [str(path) for path in sorted((drawn / "img_align_celeba").iterdir())[:3]]
+    printed = []
+    for model in (run, package):
+        assert predict.main([str(model), *photographs, "--json"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0].count('"names"') == 3
+    assert printed[0] == printed[1]
+
+
+def test_a_package_does_not_tell_where_its_owners_photographs_lie(package: Path, drawn: Path) -> None:
+    assert str(drawn) not in (package / "recipe.json").read_text()
+    assert files.read_json(package / "recipe.json")["data"]["root"] == ""
+
+
+def test_a_package_may_replace_a_package_and_leaves_nothing_of_it(package: Path, tmp_path: Path) -> None:
+    out = tmp_path / "package"
+    shutil.copytree(package, out)
+    export.export(small.make_model(classes=("ann", "bo")), "safetensors", out)
+    assert facefast.load(out).class_names == ("ann", "bo")
+    assert not (out / "recipe.json").exists()
+
+
+def test_a_package_never_takes_a_folder_that_holds_something_else(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("...")
+    (tmp_path / "figures").mkdir()
+    assert export.main([str(run), str(tmp_path), "--to", "safetensors"]) == 64
+    assert "figures, which is no part of a model; choose an empty folder" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "thesis.tex"]
+
+
+def test_an_export_that_gives_other_embeddings_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = small.make_model(), small.make_model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    write = export.write_package
+    monkeypatch.setattr(export, "write_package", lambda _, out, recipe: write(other, out, recipe))
+    with pytest.raises(ValueError, match="other embeddings than the model: cosine .*, at least 0.9999"):
+        export.export(model, "safetensors", tmp_path / "out")
+
+
+def test_without_onnxs_packages_the_error_says_how_to_get_them(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert export.main([str(run), str(tmp_path / "model.onnx")]) == 64
+    assert "pip install 'facefast[onnx]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["torch", "safetensors"])
+def test_a_place_that_cannot_be_written_ends_with_74(
+    run: Path, tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: None)  # slow, and comes to nothing here
+    assert export.main([str(run), str(tmp_path / "file" / "out"), "--to", to]) == 74
+    assert f"cannot write {tmp_path / 'file' / 'out'}" in capsys.readouterr().err
+
+
+def test_wrong_use_ends_with_64(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export.main([str(tmp_path), str(tmp_path / "out")]) == 64
+    assert "holds no model" in capsys.readouterr().err
+    assert export.main([str(run), str(tmp_path / "out"), "--to", "tensorflow"]) == 64
+    with pytest.raises(ValueError, match="no export to 'pt'"):
+        export.export(FaceModel.from_config(small.make_model().to_config()), "pt", tmp_path / "out")

@@ -1,0 +1,132 @@
+"""Names for photographs without one: by known people, by clusters, as a command and through training's reader."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from facefast import label
+from facefast.data import read_index
+from facefast.data.corrections import read_labels
+from facefast.label import LabelArguments, name_pictures
+from tests.support import small
+from tests.support.points import people
+
+GIVEN = LabelArguments(Path("model"))
+NAMES = tuple(f"person {k}" for k in range(20))
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.draw(tmp_path_factory.mktemp("drawn"))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
+    return small.save_run(tmp_path_factory.mktemp("run"), small.make_model(template="none"), drawn)
+
+
+def loose(drawn: Path, folder: Path, known: int) -> Path:
+    """A folder per person with `known` of their pictures; the others lie beside the folders."""
+    index = read_index(drawn)
+    for row in range(len(index)):
+        name = index.class_names[index.labels[row]]
+        place = int(np.count_nonzero(index.labels[:row] == index.labels[row]))
+        target = folder / name if place < known else folder
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(index.path(row), target)
+    return folder
+
+
+def test_the_others_get_the_names_of_known_people() -> None:
+    unit, labels, _ = people([10] * 20)
+    seeds = np.where(np.arange(200) % 10 < 3, labels, -1)
+    found = name_pictures(GIVEN, unit, seeds, NAMES)
+    right = [name == NAMES[label] for name, label in zip(found.identities, labels.tolist(), strict=True)]
+    assert np.mean(right) > 0.9
+    assert set(found.identities) <= {*NAMES, ""}
+    assert found.clusters is None
+    np.testing.assert_array_equal(found.confidences > 0, [bool(name) for name in found.identities])
+
+
+def test_new_people_get_new_names_where_that_is_wanted() -> None:
+    unit, labels, _ = people([10] * 20 + [12, 8], spread=0.05)
+    seeds = np.where((labels < 20) & (np.arange(220) % 10 < 3), labels, -1)
+    names = ("cluster-0001", *NAMES[1:])
+    found = name_pictures(dataclasses.replace(GIVEN, new_identities=True), unit, seeds, names)
+    assert set(found.identities[200:212]) == {"cluster-0002"}  # the first is taken
+    assert set(found.identities[212:]) == {"cluster-0003"}
+
+
+def test_without_a_known_person_pictures_are_clustered() -> None:
+    unit, labels, _ = people([12, 8, 6, 1], spread=0.04, dimensions=512)
+    for given, seeds in ((GIVEN, np.full(27, -1)), (dataclasses.replace(GIVEN, ignore_labels=True), labels)):
+        found = name_pictures(given, unit, seeds, NAMES)
+        assert [set(found.identities[a:b]) for a, b in ((0, 12), (12, 20), (20, 26), (26, 27))] == [
+            {"cluster-0001"},
+            {"cluster-0002"},
+            {"cluster-0003"},
+            {""},
+        ]
+
+
+@pytest.mark.parametrize(
+    ("options", "known", "message"),
+    [
+        ({"confidence": 0.5}, False, "--confidence has no effect where no identity"),
+        ({"new_identities": True, "ignore_labels": True}, True, "--new-identities has no effect where --ignore"),
+        ({"similarity": 0.5}, True, "--similarity has no effect"),
+        ({"min_size": 5}, True, "--min-size has no effect"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, float], known: bool, message: str) -> None:
+    unit, labels, _ = people([3, 3])
+    with pytest.raises(ValueError, match=message):
+        name_pictures(dataclasses.replace(GIVEN, **options), unit, labels if known else labels * 0 - 1, NAMES)
+
+
+def test_the_command_names_loose_pictures_and_training_reads_them(
+    tmp_path: Path, run_folder: Path, drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = loose(drawn, tmp_path / "photos", known=2), tmp_path / "labels.csv"
+    given = [str(run_folder), "--data.root", str(root), "--data.format", "folder", "--out", str(out)]
+    assert label.main([*given, "--confidence", "0"]) == 0
+    said = capsys.readouterr().out
+    assert f"--data.format folder --data.labels {out}" in said
+    index = read_index(root, "folder")
+    assert np.count_nonzero(index.labels < 0) == 8
+    named = read_labels(index, out)
+    assert (named.labels >= 0).all()
+    assert named.class_names == index.class_names
+
+
+def test_ignored_labels_tell_how_good_the_clusters_are(
+    tmp_path: Path, run_folder: Path, drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "labels.csv"
+    given = [str(run_folder), "--data.root", str(drawn), "--out", str(out), "--ignore-labels", "--json"]
+    assert label.main([*given, "--similarity", "-1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pictures"] == 16
+    assert (found["clusters"], found["pair_recall"], found["pair_precision"]) == (1, 1, pytest.approx(4 * 6 / 120))
+    assert found["known"] == 0
+
+
+def test_pictures_without_any_identity_are_clustered(
+    tmp_path: Path, run_folder: Path, drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = loose(drawn, tmp_path / "photos", known=0), tmp_path / "labels.csv"
+    given = [str(run_folder), "--data.root", str(root), "--out", str(out)]
+    assert label.main([*given, "--similarity", "-1"]) == 0  # the layout is told from the pictures right below the root
+    assert "clusters" in capsys.readouterr().out
+    assert set(read_labels(read_index(root, "folder"), out).class_names) == {"cluster-0001"}
+
+
+def test_photographs_must_be_named(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert label.main([str(run_folder)]) == 64
+    assert "--data.root" in capsys.readouterr().err

@@ -1,0 +1,269 @@
+"""Prediction: which photographs, who is on them, what could not be read, and faces that a detector has to find."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+import facefast
+from facefast import predict
+from facefast.data import oracle, read_index
+from facefast.predict import Detector, find_images, index_of
+from facefast.runtime import process
+from facefast.training import step
+from tests.support import small
+from tests.support.pictures import encode, exif, garbled_png, smooth_picture
+
+RUN = process.Runtime(process.World(), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.save_run(tmp_path_factory.mktemp("runs") / "run", small.make_model(), Path("nowhere"))
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Three sound ones: without loss, so that every decoder reads the same, and of the model's own size."""
+    folder = tmp_path / "photographs"
+    (folder / "deeper").mkdir(parents=True)
+    for seed, name in enumerate(("b.png", "deeper/a.PNG", "deeper/c.bmp")):
+        picture = smooth_picture(small.SIZE, small.SIZE, seed)
+        (folder / name).write_bytes(encode(picture, "BMP" if name.endswith("bmp") else "PNG"))
+    (folder / "notes.txt").write_text("not a photograph")
+    return folder
+
+
+def answers_of(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
+    """What --json printed, by file name."""
+    lines = [json.loads(line) for line in capsys.readouterr().out.strip().splitlines()]
+    return {Path(line["path"]).name: line for line in lines}
+
+
+def test_folders_give_their_pictures_in_order_and_files_are_taken_as_they_are(photographs: Path) -> None:
+    odd = photographs / "notes.txt"
+    found = find_images((odd, photographs))
+    assert [path.name for path in found] == ["notes.txt", "b.png", "a.PNG", "c.bmp"]
+    with pytest.raises(ValueError, match="gone.jpg is neither a photograph nor a folder"):
+        find_images((photographs, photographs / "gone.jpg"))
+    (photographs / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no photographs in .*empty; they end in \.jpg"):
+        find_images((photographs / "empty",))
+
+
+def test_names_come_with_probabilities_best_first_and_embeddings_are_the_models(
+    run: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vectors = tmp_path / "vectors.npz"
+    assert predict.main([str(run), str(photographs), "--json", "--top", "9", f"--embeddings={vectors}"]) == 0
+    found = answers_of(capsys)
+    assert list(found) == ["b.png", "a.PNG", "c.bmp"]
+    for answer in found.values():
+        assert set(answer) == {"path", "names", "probabilities"}
+        assert sorted(answer["names"]) == sorted(small.NAMES)  # no more than there are
+        assert answer["probabilities"] == sorted(answer["probabilities"], reverse=True)
+        assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
+    model = small.make_model()
+    pictures = np.stack([oracle.decode(path) for path in find_images((photographs,))])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    with np.load(vectors) as stored:
+        assert stored["paths"].tolist() == [answer["path"] for answer in found.values()]
+        np.testing.assert_allclose(stored["embeddings"], model.embed(images).numpy(), atol=2e-3)  # bytes are rounded
+
+
+def test_a_line_for_people_has_the_path_and_the_best_name(
+    run: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict.main([str(run), str(photographs / "b.png")]) == 0
+    path, name = capsys.readouterr().out.strip().split("  ")
+    assert path == str(photographs / "b.png")
+    assert name.split()[0] in small.NAMES
+    assert name.endswith("%")
+
+
+def test_unreadable_pictures_are_named_and_the_others_answered(
+    run: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photographs / "html.jpg").write_bytes(b"<html>not found</html>")
+    (photographs / "garbled.png").write_bytes(garbled_png())  # its header is sound
+    assert predict.main([str(run), str(photographs), "--json"]) == 0
+    found = answers_of(capsys)
+    assert sorted(name for name, answer in found.items() if "names" in answer) == ["a.PNG", "b.png", "c.bmp"]
+    assert found["garbled.png"]["fault"] == "it could not be decoded"
+    assert found["html.jpg"]["fault"]
+    assert predict.main([str(run), str(photographs / "html.jpg"), str(photographs / "garbled.png")]) == 65
+    output = capsys.readouterr()
+    assert "html.jpg  not read: " in output.out
+    assert "none of 2 pictures could be embedded" in output.err
+
+
+def test_a_file_name_that_is_no_text_is_printed_all_the_same(
+    run: Path, photographs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    os.rename(photographs / "b.png", os.path.join(os.fsencode(photographs), b"b\xff.png"))
+    assert predict.main([str(run), str(photographs)]) == 0
+    assert r"b\xff.png  " in capfd.readouterr().out
+
+
+def test_a_model_without_identities_gives_embeddings_only(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small.save_run(tmp_path / "headless", small.make_model(classes=()), photographs)
+    assert predict.main([str(run), str(photographs)]) == 64
+    assert "knows no identities; ask for --embeddings" in capsys.readouterr().err
+    assert predict.main([str(run), str(photographs), f"--embeddings={tmp_path / 'vectors.npz'}", "--json"]) == 0
+    assert all(set(answer) == {"path"} for answer in answers_of(capsys).values())
+
+
+def test_classes_without_names_are_numbered(photographs: Path) -> None:
+    model = small.make_model()
+    model.class_names = ()
+    (answer,) = predict.predict(model, index_of([photographs / "b.png"], None), RUN)
+    assert answer["names"][0] in ("0", "1", "2", "3")
+
+
+def test_a_mobilefacenet_runs_in_full_precision_on_a_cpu_that_has_bfloat16(
+    photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, model = index_of(find_images((photographs,)), None), small.make_model()
+    embeddings = []
+    for bf16 in (False, True):
+        monkeypatch.setattr(step, "cpu_has_bf16", lambda has=bf16: has)
+        embeddings.append(np.stack([answer["embedding"] for answer in predict.predict(model, index, RUN)]))
+    np.testing.assert_array_equal(embeddings[0], embeddings[1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (("--top", "0"), 64, "--top is 0"),
+        (("--detect", "gone.onnx"), 64, "the detector gone.onnx is not there"),
+        (("--embeddings", "gone/vectors.npz"), 74, "cannot write gone/vectors.npz"),
+    ],
+)
+def test_wrong_use_says_why(
+    run: Path, photographs: Path, flags: tuple[str, ...], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict.main([str(run), str(photographs), *flags]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_a_detector_that_would_change_nothing_is_refused(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small.save_run(tmp_path / "run", small.make_model(template="none"), photographs)
+    assert predict.main([str(run), str(photographs), "--detect", "yunet.onnx"]) == 64
+    assert "--detect would change nothing" in capsys.readouterr().err
+
+
+def test_a_network_that_is_no_detector_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "yunet.onnx").write_bytes(b"not a network")
+    with pytest.raises(ValueError, match=r"yunet\.onnx is no YuNet detector"):
+        Detector(tmp_path / "yunet.onnx")
+
+
+# From here on: the real detector on real photographs.
+
+
+@pytest.fixture(scope="module")
+def yunet(shared_weights: Path) -> Path:
+    return shared_weights / "face_detection_yunet.onnx"
+
+
+@pytest.fixture(scope="module")
+def wild(celeba: Path) -> tuple[list[Path], NDArray[np.float32]]:
+    """Six photographs as they were taken, and the landmarks that another detector found on them."""
+    lines = (celeba / "list_landmarks_celeba.txt").read_text().splitlines()[2:8]
+    paths = [celeba / "img_celeba" / line.split()[0] for line in lines]
+    return paths, np.array([line.split()[1:] for line in lines], np.float32).reshape(-1, 5, 2)
+
+
+def distance(found: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
+    """Mean distance of five landmarks, in distances between the eyes."""
+    return float(np.linalg.norm(found - truth, axis=1).mean() / np.linalg.norm(truth[1] - truth[0]))
+
+
+def test_landmarks_come_in_the_pictures_own_pixels_left_before_right(
+    yunet: Path, wild: tuple[list[Path], NDArray[np.float32]]
+) -> None:
+    detector = Detector(yunet)
+    distances = []
+    for path, truth in zip(*wild, strict=True):
+        picture = oracle.decode(path)
+        found = detector.landmarks(picture)
+        distances.append(distance(found, truth))
+        large = np.array(Image.fromarray(picture).resize((picture.shape[1] * 3, picture.shape[0] * 3)))
+        if np.isfinite(found).all():  # seen smaller than it is, and still in its own pixels
+            assert distance(detector.landmarks(large) / 3, found) < 0.1
+    distances = [value for value in distances if np.isfinite(value)]
+    assert len(distances) >= 5
+    assert max(distances) < 0.25  # with left and right exchanged it would be about 1
+
+
+def test_the_largest_of_several_faces_is_taken(yunet: Path, wild: tuple[list[Path], NDArray[np.float32]]) -> None:
+    face = Image.open(wild[0][0]).convert("RGB")
+    size = (face.width // 2, face.height // 2)
+    scene = Image.new("RGB", (face.width + size[0], face.height), (128, 128, 128))
+    scene.paste(face.resize(size), (0, 0))
+    scene.paste(face, (size[0], 0))
+    detector = Detector(yunet)
+    alone = detector.landmarks(np.array(face))
+    assert distance(detector.landmarks(np.array(scene)) - (size[0], 0), alone) < 0.3  # the other one is 4 away
+    mirrored = np.array(scene)[:, ::-1]  # the large one comes first
+    expected = alone * (-1, 1) + (face.width - 1, 0)
+    assert distance(detector.landmarks(mirrored)[[1, 0, 2, 4, 3]], expected) < 0.3
+
+
+def test_a_picture_without_a_face_has_no_landmarks(yunet: Path) -> None:
+    detector = Detector(yunet)
+    for shape in ((100, 80), (1, 1), (3, 900)):
+        assert np.isnan(detector.landmarks(np.full((*shape, 3), 128, np.uint8))).all()
+
+
+def test_detected_faces_embed_like_the_same_faces_aligned_by_hand(
+    yunet: Path,
+    shared_weights: Path,
+    wild: tuple[list[Path], NDArray[np.float32]],
+    celeba: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "wild"
+    folder.mkdir()
+    for path in wild[0][:2]:
+        shutil.copy(path, folder)
+    upright = Image.open(wild[0][0]).convert("RGB")
+    (folder / "turned.jpg").write_bytes(encode(upright.transpose(Image.Transpose.ROTATE_90), exif=exif(6)))
+    (folder / "wall.jpg").write_bytes(encode(np.full((300, 200, 3), 128, np.uint8)))
+    (folder / "garbled.png").write_bytes(garbled_png())
+    source = shared_weights / "mobilefacenet_casia_112x96.ckpt"
+    found = {}
+    for flags in ((), (f"--detect={yunet}",)):
+        vectors = tmp_path / f"{len(flags)}.npz"
+        assert predict.main([str(source), str(folder), "--json", f"--embeddings={vectors}", *flags]) == 0
+        with np.load(vectors) as stored:
+            names = [Path(path).name for path in stored["paths"].tolist()]
+            found[bool(flags)] = dict(zip(names, stored["embeddings"], strict=True))
+    answers = answers_of(capsys)  # of both calls, the later one's stay
+    assert answers["wall.jpg"]["fault"] == "no face was found"
+    assert answers["garbled.png"]["fault"] == "it could not be decoded"
+    assert sorted(found[True]) == sorted({path.name for path in wild[0][:2]} | {"turned.jpg"})
+
+    index = read_index(celeba)
+    by_name = {index.name(row): row for row in range(len(index))}
+    rows = [by_name[next(name for name in by_name if name.endswith(path.name))] for path in wild[0][:2]]
+    aligned = index.select(rows).scanned()
+    truth = [answer["embedding"] for answer in predict.predict(facefast.load(source), aligned, RUN)]
+    for path, expected in zip(wild[0][:2], truth, strict=True):
+        assert found[True][path.name] @ expected > 0.8
+        assert found[False][path.name] @ expected < 0.6  # the middle of the picture is not the face
+    assert found[True]["turned.jpg"] @ truth[0] > 0.8

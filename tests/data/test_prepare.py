@@ -1,0 +1,197 @@
+"""Splits and exams: who is trained on, who is asked about, and how many bad files a run puts up with."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from facefast.data import FaceIndex, read_index
+from facefast.data.index import FAULTS
+from facefast.data.prepare import check_budget, divide, read_photographs
+from facefast.models import AttributeSpec
+from facefast.recipe import BinaryConfig, DataConfig, DistillConfig, EvalConfig, LossConfig, Phase, Recipe, TaskConfig
+from facefast.runtime.process import DataError
+from tests.support import small
+from tests.support.pictures import make_index
+
+PHASE = Phase(start="scratch")
+
+
+def people(*splits: int, pictures: int = 6) -> FaceIndex:
+    """One person per entry, with six pictures each, in that part of the data set's own partition."""
+    labels = np.repeat(np.arange(len(splits), dtype=np.int32), pictures)
+    index = make_index("/people", [f"{row}.jpg" for row in range(len(labels))], labels=labels)
+    return dataclasses.replace(index, splits=np.repeat(np.array(splits, np.uint8), pictures))
+
+
+def recipe(**fields: object) -> Recipe:
+    config = EvalConfig(pairs=20, folds=2, split=fields.pop("split", "none"))  # type: ignore[arg-type]
+    return Recipe(data=DataConfig(**fields), eval=config, phases=(PHASE,))  # type: ignore[arg-type]
+
+
+def names(index: FaceIndex | None) -> set[str]:
+    assert index is not None
+    return {index.class_names[label] for label in index.labels}
+
+
+def files(index: FaceIndex | None) -> set[bytes]:
+    assert index is not None
+    return set(index.paths.tolist())
+
+
+def test_everybody_is_trained_on_and_asked_about_with_other_pictures() -> None:
+    stage = divide(people(0, 0, 0, 0), recipe(test_fraction=0.34), PHASE)
+    assert stage.exam.test is not None
+    assert names(stage.train) == names(stage.exam.test) and len(names(stage.train)) == 4
+    assert files(stage.train).isdisjoint(files(stage.exam.test))
+    assert (len(stage.train), len(stage.exam.test)) == (16, 8)
+    assert stage.exam.verification is stage.exam.test and not stage.exam.held_out
+    assert stage.train.class_names == stage.exam.test.class_names  # the same numbers mean the same people
+
+
+def test_people_of_another_part_are_verified_and_never_trained_on() -> None:
+    index = people(0, 1, 2, 2, 0, 1)
+    phase = dataclasses.replace(PHASE, split="val")
+    stage = divide(index, recipe(split="test"), phase)
+    assert names(stage.train) == {"person 1", "person 5"}
+    assert names(stage.exam.verification) == {"person 2", "person 3"}
+    assert stage.exam.held_out
+    assert stage.train.num_classes == 2  # numbered anew: the head has no room for others
+    assert stage.exam.pairs is not None and len(stage.exam.pairs.same) == 20
+
+
+def test_a_part_of_the_people_is_kept_for_verification_where_the_recipe_says_so() -> None:
+    stage = divide(people(*[0] * 8), recipe(verify_fraction=0.25), PHASE)
+    assert len(names(stage.exam.verification)) == 2 and len(names(stage.train)) == 6
+    assert names(stage.train).isdisjoint(names(stage.exam.verification))
+    assert stage.exam.held_out
+    again = divide(people(*[0] * 8), recipe(verify_fraction=0.25), PHASE)
+    assert files(again.train) == files(stage.train)
+
+
+def test_nobody_is_both_trained_on_and_kept_for_verification() -> None:
+    with pytest.raises(ValueError, match=r"2 identities \(first: person 2\) are both in phase train's split 'all'"):
+        divide(people(0, 1, 2, 2), recipe(split="test"), PHASE)
+
+
+def test_a_part_without_people_is_refused() -> None:
+    with pytest.raises(ValueError, match="/people has no identities in split 'val'; use --phases.K.split all"):
+        divide(people(0, 0), recipe(), dataclasses.replace(PHASE, split="val"))
+
+
+def test_pictures_of_nobody_in_particular_are_left_out() -> None:
+    index = people(0, 0, 0)
+    stranger = dataclasses.replace(index, labels=np.where(np.arange(18) == 4, -1, index.labels).astype(np.int32))
+    stage = divide(stranger, recipe(test_fraction=0.34), PHASE)
+    assert b"4.jpg" not in files(stage.train) | files(stage.exam.test)
+
+
+def test_few_pictures_a_person_make_a_test_set_but_no_pairs() -> None:
+    """A folder with four photographs a person trains; one test picture of each has nothing to pair with."""
+    stage = divide(people(0, 0, 0, pictures=4), recipe(test_fraction=0.2), PHASE)
+    assert stage.exam.test is not None and len(stage.exam.test) == 3
+    assert stage.exam.verification is None and stage.exam.pairs is None
+
+
+def test_without_test_pictures_there_is_no_exam() -> None:
+    exam = divide(people(0, 0), recipe(test_fraction=0.0), PHASE).exam
+    assert (exam.test, exam.verification, exam.pairs) == (None, None, None)
+
+
+def half_named(pictures: int = 6) -> FaceIndex:
+    """Three people; of every second picture nobody knows whom it shows."""
+    index = people(0, 0, 0, pictures=pictures)
+    return dataclasses.replace(index, labels=np.where(np.arange(len(index)) % 2, -1, index.labels).astype(np.int32))
+
+
+def test_pictures_without_a_name_are_trained_on_where_a_phase_can_use_them() -> None:
+    index = half_named()
+    plain = divide(index, recipe(test_fraction=0.34), PHASE)
+    assert (plain.train.labels >= 0).all()
+    for fields in ({"labels": "pseudo"}, {"align": "coral"}, {"distill": DistillConfig(embeddings=1.0)}):
+        stage = divide(index, recipe(test_fraction=0.34), dataclasses.replace(PHASE, **fields))
+        assert files(stage.exam.test) == files(plain.exam.test)  # the exam does not depend on the method
+        assert (stage.train.labels < 0).sum() == 9
+        assert stage.facts().num_unlabelled == 9
+        assert stage.train.class_names == plain.train.class_names
+        if "distill" not in fields:  # which a teacher makes useful without them
+            with pytest.raises(ValueError, match="has no effect: every training picture has a name"):
+                divide(people(0, 0), recipe(), dataclasses.replace(PHASE, **fields))
+
+
+def test_hidden_names_and_few_shots_touch_training_only() -> None:
+    index = people(0, 0, 0, pictures=10)
+    whole = divide(index, recipe(), PHASE)
+    few = divide(index, recipe(shots=2), PHASE)
+    hidden = divide(index, recipe(label_fraction=0.25), PHASE)
+    assert files(whole.exam.test) == files(few.exam.test) == files(hidden.exam.test)
+    assert (len(whole.train), len(few.train), len(hidden.train)) == (24, 6, 6)
+    pseudo = divide(index, recipe(label_fraction=0.25), dataclasses.replace(PHASE, labels="pseudo"))
+    assert (len(pseudo.train), (pseudo.train.labels >= 0).sum()) == (24, 6)
+
+
+def test_attributes_come_with_their_kind_and_pictures_that_know_only_them_are_trained_and_tested() -> None:
+    index = half_named(pictures=12)
+    ages = np.where(np.arange(36) % 3, 20.0 + np.arange(36) % 5, np.nan)
+    values = np.stack([np.arange(36) % 2, ages], axis=1).astype(np.float32)
+    index = dataclasses.replace(index, attributes=values, attribute_names=("Male", "age"))
+    tasks = TaskConfig(attributes=("age", "male"))
+    stage = divide(index, dataclasses.replace(recipe(test_fraction=0.5), tasks=tasks), PHASE)
+    assert stage.attributes == (AttributeSpec("age", (20.0, 21.0, 22.0, 23.0, 24.0)), AttributeSpec("male"))
+    assert stage.values().shape == (len(stage.train), 2)
+    for part in (stage.train, stage.exam.test):
+        assert part is not None and (part.labels < 0).any() and (part.labels >= 0).any()
+    assert files(stage.train) | files(stage.exam.test) == files(index)
+    with pytest.raises(ValueError, match="attribute age has 1 different values"):
+        constant = dataclasses.replace(index, attributes=np.ones((36, 2), np.float32))
+        divide(constant, dataclasses.replace(recipe(), tasks=tasks), PHASE)
+    with pytest.raises(ValueError, match="an ordinal one has at most 200 whole numbers"):
+        halves = dataclasses.replace(index, attributes=values + 0.5)
+        divide(halves, dataclasses.replace(recipe(), tasks=tasks), PHASE)
+
+
+def test_yes_or_no_tests_strangers_that_training_never_saw(tmp_path: Path) -> None:
+    root = small.draw(tmp_path / "drawn")
+    loss = dataclasses.replace(PHASE, loss=LossConfig(weight=0.0))
+    config = DataConfig(root=str(root), format="celeba", test_fraction=0.5)
+    asked = Recipe(data=config, phases=(loss,), binary=BinaryConfig(people=("1",)))
+    index = read_photographs(asked, 1)
+    stage = divide(index, asked, loss)
+    assert stage.attributes == (AttributeSpec("match"),)
+    given = read_index(root, "celeba")
+    person = {bytes(path): given.class_names[label] for path, label in zip(given.paths, given.labels, strict=True)}
+    test = stage.exam.test
+    for part in (stage.train, test):
+        assert part is not None
+        answers = dict(zip(part.paths.tolist(), part.attributes[:, 0].tolist(), strict=True))
+        assert answers == {path: float(person[path] == "1") for path in answers}
+        assert set(answers.values()) == {0.0, 1.0}
+    strangers = [{person[path] for path in files(part)} - {"1"} for part in (stage.train, test)]
+    assert strangers[0] and strangers[1] and not strangers[0] & strangers[1]
+    with pytest.raises(ValueError, match="binary.people names nobody, who is not among the 4 identities"):
+        read_photographs(dataclasses.replace(asked, binary=BinaryConfig(people=("nobody",))), 1)
+    faces = dataclasses.replace(asked, binary=BinaryConfig(negatives=str(root)))
+    both = read_photographs(faces, 1)
+    assert np.bincount(both.attributes[:, 0].astype(int)).tolist() == [16, 16]
+
+
+@pytest.mark.parametrize(("bad", "allowed"), [(0, 0.0), (2, 0.1), (20, 1.0)])
+def test_as_many_bad_files_as_the_budget_allows_stop_nothing(bad: int, allowed: float) -> None:
+    check_budget(make_bad(bad), allowed)
+
+
+def test_one_bad_file_more_stops_the_run_and_names_ten() -> None:
+    with pytest.raises(DataError) as stopped:
+        check_budget(make_bad(12), 0.59)
+    text = str(stopped.value)
+    assert "12 of 20 files are bad, above data.max_bad_fraction 0.59" in text
+    assert text.count(f": {FAULTS[1]}") == 10
+    assert "/people/9.jpg" in text and "/people/10.jpg" not in text
+    assert "facefast.index /people" in text
+
+
+def make_bad(bad: int) -> FaceIndex:
+    return make_index("/people", [f"{row}.jpg" for row in range(20)], faults=(np.arange(20) < bad).astype(np.uint8))

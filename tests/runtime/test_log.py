@@ -1,0 +1,264 @@
+"""What a run says: metric lines, TensorBoard's scalars, pictures and projector, the verdict, what a resume keeps."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from facefast.runtime import log
+from facefast.runtime.log import LOST_UPDATES, Position, RunLog, Speed, environment, verdict
+from facefast.runtime.process import NumericsError
+from tests.support.pictures import smooth_picture
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(log.time, "perf_counter", clock.perf_counter)
+    return clock
+
+
+def open_log(folder: Path, *, first_step: int | None = None, every: int = 1, enabled: bool = True) -> RunLog:
+    return RunLog(folder, enabled=enabled, total_steps=100, first_step=first_step, every=every)
+
+
+def at(step: int, *, last: bool = False, phase: str = "finetune") -> Position:
+    return Position(step=step, phase=phase, epoch=step / 8, lr=0.5, last=last)
+
+
+def stats(loss_sum: float = 8.0, correct: int = 4, rows: int = 8, skipped: int = 0) -> torch.Tensor:
+    return torch.tensor([loss_sum, correct, rows, skipped, rows, loss_sum], dtype=torch.float32)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def board(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder / "tensorboard"), {"images": 0, "scalars": 0, "tensors": 0}).Reload()
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in board(folder).Scalars(tag)]
+
+
+def test_a_line_sums_up_its_window_and_comes_every_few_steps_and_at_the_end(tmp_path: Path, clock: Clock) -> None:
+    waited = 0.0
+    with open_log(tmp_path, every=3) as run_log:
+        for step in range(1, 6):
+            clock.now += 2
+            waited += 0.5
+            run_log.step(at(step, last=step == 5), stats(loss_sum=step, rows=7), 8, waited)
+    first, last = lines(tmp_path)
+    assert (first["step"], last["step"]) == (3, 5)
+    assert first["loss"] == pytest.approx((1 + 2 + 3) / 21)  # the mean over rows, not over batches
+    assert last["loss"] == pytest.approx((4 + 5) / 14)
+    assert first["accuracy"] == pytest.approx(12 / 21)
+    assert (first["rows"], first["unreadable_rows"], first["skipped_steps"]) == (21, 3, 0)
+    assert first["images_per_second"] == pytest.approx(24 / 6)
+    assert first["data_wait_fraction"] == pytest.approx(1.5 / 6)
+    assert (first["split"], first["phase"], first["epoch"], first["lr"]) == ("train", "finetune", 0.375, 0.5)
+    assert run_log.speeds == [Speed(3, 24, 6, 1.5), Speed(2, 16, 4, 1.0)]
+
+
+def test_an_exam_in_the_middle_of_a_window_is_not_taken_for_training_time(tmp_path: Path, clock: Clock) -> None:
+    with open_log(tmp_path, every=4) as run_log:
+        for step in range(1, 5):
+            clock.now += 2
+            run_log.step(at(step), stats(), 8, 1.0 * step)
+            if step == 3:
+                clock.now += 60
+                run_log.exam(at(step), {"top1": 0.5}, "top1", False)
+    line = lines(tmp_path)[-1]
+    assert line["images_per_second"] == pytest.approx(32 / 8)  # not 16: three of the four updates came before it
+    assert line["data_wait_fraction"] == pytest.approx(4 / 8)  # not 2, which no fraction is
+
+
+def test_an_exam_after_a_line_is_not_taken_for_training_time_either(tmp_path: Path, clock: Clock) -> None:
+    with open_log(tmp_path) as run_log:
+        clock.now += 60
+        run_log.exam(at(0), {"top1": 0.1}, "top1", True)  # what a class-mean head knows before any training
+        for step in (1, 2):
+            clock.now += 2
+            run_log.step(at(step), stats(), 8, 0.0)
+            clock.now += 60
+            run_log.exam(at(step), {"top1": 0.5}, "top1", False)
+    assert [line["images_per_second"] for line in lines(tmp_path) if line["split"] == "train"] == [4.0, 4.0]
+
+
+def test_waiting_is_counted_anew_with_each_phases_loader(tmp_path: Path, clock: Clock) -> None:
+    with open_log(tmp_path) as run_log:
+        for step, waited in ((1, 1.0), (2, 1.5), (3, 0.25)):  # the third comes from another loader
+            clock.now += 2
+            run_log.step(at(step), stats(), 8, waited)
+    assert [speed.waited for speed in run_log.speeds] == [1.0, 0.5, 0.25]
+
+
+def test_numbers_that_are_none_are_null_in_json_and_absent_in_tensorboard(tmp_path: Path) -> None:
+    with open_log(tmp_path) as run_log:
+        run_log.step(at(1), stats(loss_sum=0, correct=0, rows=0), 8, 0.0)
+        run_log.exam(at(1), {"top1": 0.5, "tar@1e-3": math.nan}, "top1", True)
+    train, exam = lines(tmp_path)
+    assert train["loss"] is None and train["accuracy"] is None
+    assert exam["tar@1e-3"] is None
+    tags = board(tmp_path).Tags()["scalars"]
+    assert "eval/top1" in tags and "train/lr" in tags
+    assert "eval/tar@1e-3" not in tags and "train/loss" not in tags
+
+
+def test_tensorboard_has_the_numbers_of_the_lines(tmp_path: Path) -> None:
+    with open_log(tmp_path) as run_log:
+        for step in (1, 2, 3):
+            run_log.step(at(step), stats(loss_sum=32 / 2**step), 8, 0.0)
+        run_log.exam(at(3), {"top1": 0.75, "auc": 0.5}, "top1", True)
+    assert scalars(tmp_path, "train/loss") == [(1, 2.0), (2, 1.0), (3, 0.5)]
+    assert scalars(tmp_path, "eval/auc") == [(3, 0.5)]
+
+
+def test_tensorboard_shows_the_pictures_as_they_are(tmp_path: Path) -> None:
+    pictures = np.stack([smooth_picture(24, 16, seed) for seed in (0, 1)])
+    with open_log(tmp_path) as run_log:
+        run_log.pictures("finetune/pictures", pictures, 7)
+    (event,) = board(tmp_path).Images("finetune/pictures")
+    assert event.step == 7
+    shown = Image.open(io.BytesIO(event.encoded_image_string))
+    np.testing.assert_array_equal(np.array(shown), np.hstack(pictures))
+
+
+def test_the_projector_finds_embeddings_and_names_row_by_row(tmp_path: Path) -> None:
+    embeddings = torch.randn(3, 4)
+    with open_log(tmp_path) as run_log:
+        run_log.embeddings(embeddings, ["ann", "bo", "ann"], 12)
+    folder = tmp_path / "tensorboard"
+    config = (folder / "projector_config.pbtxt").read_text()
+    paths = [line.split('"')[1] for line in config.splitlines() if "_path" in line]
+    found = {Path(path).name: (folder / path).read_text().splitlines() for path in paths}
+    vectors = np.array([line.split("\t") for line in found["tensors.tsv"]], np.float32)
+    np.testing.assert_allclose(vectors, embeddings.numpy(), rtol=1e-5)
+    assert found["metadata.tsv"] == ["ann", "bo", "ann"]
+
+
+def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_no_later_or_torn_one(tmp_path: Path) -> None:
+    with open_log(tmp_path) as run_log:
+        for step in range(1, 7):
+            run_log.step(at(step), stats(loss_sum=8 * step), 8, 0.0)
+        run_log.exam(at(4), {"top1": 0.5}, "top1", True)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "phase": "fine')  # the power went
+    with open_log(tmp_path, first_step=4) as run_log:
+        for step in (5, 6):
+            run_log.step(at(step), stats(loss_sum=80 * step), 8, 0.0)
+    assert [(line["step"], line["split"]) for line in lines(tmp_path)] == [
+        *((step, "train") for step in (1, 2, 3, 4)),
+        (4, "eval"),
+        *((step, "train") for step in (5, 6)),
+    ]
+    expected = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60)]  # each step once, in TensorBoard as well
+    assert scalars(tmp_path, "train/loss") == expected
+    assert [line["loss"] for line in lines(tmp_path) if line["split"] == "train"] == [loss for _, loss in expected]
+
+
+def test_a_run_that_was_stopped_before_its_first_update_keeps_what_it_knew_then(tmp_path: Path) -> None:
+    with open_log(tmp_path) as run_log:
+        run_log.exam(at(0), {"top1": 0.25}, "top1", True)
+    with open_log(tmp_path, first_step=0) as run_log:
+        run_log.step(at(1), stats(loss_sum=8), 8, 0.0)
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1]
+    assert scalars(tmp_path, "eval/top1") == [(0, 0.25)]
+
+
+def test_a_run_that_starts_anew_keeps_nothing_of_the_one_before(tmp_path: Path) -> None:
+    for value in (0.25, 0.5):
+        with open_log(tmp_path) as run_log:
+            run_log.exam(at(0), {"top1": value}, "top1", True)
+            run_log.step(at(1), stats(loss_sum=8 * value), 8, 0.0)
+    assert [line.get("top1") for line in lines(tmp_path)] == [0.5, None]
+    assert scalars(tmp_path, "eval/top1") == [(0, 0.5)]
+    assert scalars(tmp_path, "train/loss") == [(1, 0.5)]
+
+
+def test_other_ranks_count_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_log(tmp_path, enabled=False) as run_log:
+        run_log.step(at(1), stats(), 8, 0.0)
+        run_log.exam(at(1), {"top1": 0.5}, "top1", True)
+        run_log.pictures("p", smooth_picture(8, 8)[None], 1)
+        run_log.embeddings(torch.zeros(1, 2), ["ann"], 1)
+        run_log.say("nothing")
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+    assert len(run_log.speeds) == 1
+
+
+def test_a_run_stops_when_no_update_counts_any_more(tmp_path: Path) -> None:
+    with open_log(tmp_path) as run_log, pytest.raises(NumericsError, match=f"the last {LOST_UPDATES} updates, up to"):
+        for step in range(1, 100):
+            run_log.step(at(step), stats(skipped=1), 8, 0.0)
+    assert lines(tmp_path)[-1]["step"] == LOST_UPDATES
+
+
+def test_a_skipped_update_now_and_then_stops_nothing(tmp_path: Path) -> None:
+    with open_log(tmp_path, every=5) as run_log:
+        for step in range(1, 10 * LOST_UPDATES):
+            run_log.step(at(step), stats(skipped=int(step % LOST_UPDATES > 0)), 8, 0.0)  # 19 of 20 are lost
+
+
+def test_an_exam_is_said_with_its_headline_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_log(tmp_path) as run_log:
+        run_log.exam(at(8), {"loss": 0.12345, "top1": 0.5, "pairs": 6000}, "top1", True)
+    assert "finetune epoch 1: loss 0.1235, top1 50.00%  (best top1 so far)" in capsys.readouterr().out
+    run_log.close()  # a second time
+    run_log.say("too late")
+    assert "too late" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("waited", "allreduce", "transfer", "bound"),
+    [
+        (0.0, 0.0, 0.0, "compute"),
+        (5.0, 0.0, 0.0, "decode"),
+        (5.0, 0.0, 0.004, "transfer"),  # 800 pictures of 4 ms each explain more than half of the wait
+        (5.0, 0.0, 0.002, "decode"),
+        (0.5, 0.4, 0.0, "all-reduce"),
+        (0.5, 0.2, 0.0, "compute"),
+    ],
+)
+def test_the_verdict_names_what_took_the_time(waited: float, allreduce: float, transfer: float, bound: str) -> None:
+    speeds = [Speed(updates=5, pictures=400, seconds=5, waited=waited / 2)] * 2
+    found = verdict(speeds, allreduce, transfer)
+    assert found["bound_by"] == bound
+    assert found["advice"]
+    assert found["images_per_second"] == 80
+    assert found["data_wait_fraction"] == pytest.approx(waited / 10)
+    assert found["allreduce_fraction"] == pytest.approx(allreduce)
+
+
+def test_a_run_with_nothing_left_to_do_has_a_verdict_too() -> None:
+    assert verdict([], 0.0)["images_per_second"] == 0
+
+
+def test_the_environment_says_what_reproduces_a_number() -> None:
+    found = environment(3, torch.device("cpu"))
+    assert found["world_size"] == 3
+    assert {"facefast", "torch", "nvidia-dali-cuda130", "numpy"} <= found["packages"].keys()
+    assert found["packages"]["torch"] in torch.__version__
+    assert len(found["command"]) > 1
+    json.dumps(found)

@@ -1,0 +1,136 @@
+"""One process in a cluster: where it stands, signals that ask it to stop, words between ranks, errors as exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from facefast.runtime import process
+from facefast.runtime.process import DataError, NumericsError, Runtime, StorageError, World
+from tests.support.ranks import run_ranks
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
+
+
+def world_of(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> World:
+    for name in (*TORCHRUN, *SLURM):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return World.from_environment()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, World(0, 1, 0, 1)),
+        (TORCHRUN, World(5, 8, 1, 4)),
+        (SLURM, World(5, 8, 1, 4)),
+        (SLURM | TORCHRUN | {"RANK": "7"}, World(7, 8, 1, 4)),  # torchrun inside of a Slurm job
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, World(0, 1, 0, 1)),  # a plain salloc
+        ({name: SLURM[name] for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")}, World(5, 8, 1, 2)),
+    ],
+)
+def test_the_launchers_variables_say_where_a_process_stands(
+    variables: dict[str, str], expected: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert world_of(variables, monkeypatch) == expected
+
+
+@pytest.mark.parametrize("wrong", [{"RANK": "8"}, {"RANK": "-1"}, {"LOCAL_RANK": "4"}])
+def test_contradictory_variables_are_refused(wrong: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="contradict each other; start with torchrun"):
+        world_of(TORCHRUN | wrong, monkeypatch)
+
+
+@pytest.mark.parametrize("number", process.STOP_SIGNALS)
+def test_a_stop_signal_is_noted_once_the_run_has_started_and_left_alone_after_it(number: signal.Signals) -> None:
+    received = []
+    before = signal.signal(number, lambda *_: received.append(number))
+    try:
+        with process.start("cpu") as run:
+            assert not run.stop_requested
+            os.kill(os.getpid(), number)
+            assert run.stop_requested
+            assert run.agree(run.stop_requested)
+        assert not received
+        os.kill(os.getpid(), number)
+        assert received == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_run_in_another_thread_catches_no_signals_and_works() -> None:
+    found: list[bool] = []
+
+    def work() -> None:
+        with process.start("cpu") as run:
+            found.append(run.agree(False))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+def words_between_ranks(rank: int) -> int:
+    """What the ranks of one run tell each other; an assertion that fails gives exit code 1."""
+    with process.start("cpu") as run:
+        assert run.world.rank == rank and run.is_main == (rank == 0)
+        assert run.agree(rank == 2)  # one of them is enough
+        assert not run.agree(False)
+        assert run.share(f"from rank {rank}") == "from rank 0"
+        assert run.share(None) is None
+        assert run.allreduce_seconds(1000) > 0
+        if rank == 1:
+            run.stop_requested = True
+        run.barrier()
+        assert run.agree(run.stop_requested)
+    return 10 + rank
+
+
+def test_ranks_agree_when_one_of_them_wants_to_stop() -> None:
+    assert run_ranks(words_between_ranks, 3) == [10, 11, 12]
+
+
+def test_one_process_agrees_with_itself() -> None:
+    run = Runtime(World(), torch.device("cpu"))
+    assert run.agree(True) and not run.agree(False)
+    assert run.share("mine") == "mine"
+    assert run.allreduce_seconds(1000) == 0
+    assert run.transfer_seconds(1000) == 0
+    run.barrier()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("usage"), 64),
+        (DataError("data"), 65),
+        (NumericsError("numerics"), 70),
+        (StorageError("storage"), 74),
+        (OSError("somebody else's"), None),
+        (KeyError("ours"), None),
+    ],
+)
+def test_every_kind_of_error_has_its_exit_code(error: Exception, code: int | None) -> None:
+    assert process.exit_code(error) == code
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (TORCHRUN | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="local rank 1 has no GPU: this machine has 1; .* --nproc-per-node 1"):
+        process.start("cuda").__enter__()
+
+
+def test_decoding_threads_are_shared_among_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
+    assert [process.decode_threads(0, World(0, n, 0, n)) for n in (1, 8, 64)] == [8, 4, 1]
+    assert process.decode_threads(3, World()) == 3

@@ -1,0 +1,86 @@
+"""Builds the CUDA back end of the losses as host code (cuda_on_host.h), and stands it in for `facefast._C`.
+
+`python tests/support/cuda_on_host.py LIBRARY PYTEST_ARGUMENTS...` runs tests in a process whose CPU kernels are the
+CUDA ones; with `--digest` instead it prints a hash of a few losses and gradients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SOURCES = ("csrc/loss/ops.cpp", "csrc/loss/linear_focal.cpp", "tests/support/cuda_on_host.cpp")
+DIGESTED = ((70, 3), (9, 40), (5, 1000), (3, 10177), (2, 30001))  # rows and classes
+CUDA_SOURCES = json.loads((ROOT / "csrc" / "sources.json").read_text())["_C"]["cuda"]
+
+
+def build(folder: Path) -> Path:
+    """A module with the operators of facefast._C whose kernels are the CUDA sources, run on the host."""
+    import torch
+    from torch.utils.cpp_extension import include_paths
+
+    site = Path(sysconfig.get_paths()["purelib"])
+    includes = [*include_paths(), site / "nvidia" / "cu13" / "include", ROOT / "csrc" / "loss"]
+    includes.append(sysconfig.get_paths()["include"])
+    flags = ["-O1", "-std=c++20", "-fPIC", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags += ["-fvisibility=hidden", "-w", *(f"-I{path}" for path in includes)]
+    compiler = os.environ.get("CXX", "c++")
+    jobs, objects = [], []
+    for source in (*SOURCES, *CUDA_SOURCES):
+        cuda = source in CUDA_SOURCES
+        emulation = ["-include", str(HERE / "cuda_on_host.h"), "-x", "c++"] if cuda else []
+        objects.append(folder / f"{Path(source).stem}.o")
+        command = [compiler, *flags, *emulation, "-c", str(ROOT / source), "-o", str(objects[-1])]
+        jobs.append(subprocess.Popen(command))
+    if any([job.wait() for job in jobs]):
+        raise RuntimeError("the CUDA sources do not compile as host code")
+    library = folder / "_C.abi3.so"
+    torch_lib = Path(torch.__file__).parent / "lib"
+    command = [compiler, "-shared", *map(str, objects), f"-L{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    return library
+
+
+def stand_in(library: Path) -> None:
+    """Makes `library` facefast._C in this process, before facefast is imported."""
+    import torch  # noqa: F401 (the library needs its symbols)
+
+    loader = importlib.machinery.ExtensionFileLoader("facefast._C", str(library))
+    spec = importlib.util.spec_from_loader("facefast._C", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    sys.modules["facefast._C"] = module
+
+
+def digest(rows: int, classes: int) -> list[str]:
+    """Hashes of the mean loss and of its gradient."""
+    import torch
+
+    from facefast.ops import focal_loss
+
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, classes, generator=generator).bfloat16().requires_grad_()
+    loss = focal_loss(x, torch.arange(rows) % classes, label_smoothing=0.1)
+    loss.backward()
+    values = (loss.detach(), x.grad.view(torch.int16))
+    return [hashlib.sha256(value.numpy().tobytes()).hexdigest() for value in values]
+
+
+if __name__ == "__main__":
+    import pytest
+
+    stand_in(Path(sys.argv[1]))
+    if sys.argv[2:] == ["--digest"]:
+        print(*(line for shape in DIGESTED for line in digest(*shape)), sep="\n")
+        sys.exit()
+    sys.exit(pytest.main(sys.argv[2:]))

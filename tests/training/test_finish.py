@@ -1,0 +1,213 @@
+"""How runs end: done, stopped by a signal and taken up again, broken; and what status.json says of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from facefast import train
+from facefast.models import checkpoint
+from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe
+from facefast.runtime import files, log
+from facefast.runtime.process import Runtime, World
+from facefast.training import finish
+from facefast.training.step import TrainState
+from tests.support import small
+from tests.support.ranks import run_ranks
+
+TINY = (
+    "scratch",
+    "--data.format=celeba",
+    "--data.test-fraction=0.5",
+    "--image.size=32",
+    "--model.embedding=16",
+    "--model.dropout=0.2",
+    "--eval.pairs=12",
+    "--eval.folds=2",
+    "--eval.batch-size=8",
+    "--eval.every=100",
+    "--phases.scratch.steps=6",
+    "--phases.scratch.batch-size=4",
+    "--precision=fp32",
+    "--ema=0.5",
+    "--log-every=1",
+    "--save-every=100",
+)
+EVERYTHING = (  # that a resume has to bring back
+    "sampler=pk",
+    "pictures-per-identity=2",
+    "optimizer=lamb",
+    "lr=0.01",
+    "layer-decay=0.9",
+    "schedule=onecycle",
+    "clip-grad=0.5",
+)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.draw(tmp_path_factory.mktemp("data") / "drawn")
+
+
+def train_rank(rank: int, arguments: list[str], stop: list[int] | None = None) -> int:
+    """One process of a run; `stop` is the rank that a SIGTERM reaches, and the step during which it does."""
+    original = log.RunLog.step
+
+    def step(self: log.RunLog, at: log.Position, *rest: Any) -> None:
+        original(self, at, *rest)
+        if [rank, at.step] == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    log.RunLog.step = step  # type: ignore[method-assign]
+    return train.main(arguments)
+
+
+def test_a_run_that_a_signal_to_one_rank_stopped_goes_on_to_the_same_bits(drawn: Path, tmp_path: Path) -> None:
+    flags = [*TINY, f"--data.root={drawn}", *(f"--phases.scratch.{setting}" for setting in EVERYTHING)]
+    whole, out = tmp_path / "undisturbed", tmp_path / "stopped"
+    assert run_ranks(train_rank, 2, [*flags, f"--out={whole}", "--projector"]) == [0, 0]
+
+    flags.append(f"--out={out}")
+    assert run_ranks(train_rank, 2, flags, [1, 3]) == [75, 75]  # rank 1 is not the one that writes
+    assert files.read_json(out / "status.json") == {"state": "preempted", "exit_code": 75, "step": 3, "best": None}
+    assert checkpoint.newest(out) == out / "checkpoints" / "step-0000003"
+    assert not (out / "report.html").exists()
+
+    assert run_ranks(train_rank, 2, flags) == [0, 0]
+    for run in (whole, out):
+        assert files.read_json(run / "status.json")["state"] == "done"
+        assert (run / "report.html").exists()
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 6]  # the last is the exam
+    one, two = (run / "checkpoints" / "step-0000006" for run in (whole, out))
+    for stem in ("model", "ema", "optimizer"):
+        expected = safetensors.torch.load_file(one / f"{stem}.safetensors")
+        found = safetensors.torch.load_file(two / f"{stem}.safetensors")
+        assert expected.keys() == found.keys()
+        for name in expected:
+            assert torch.equal(expected[name], found[name]), (stem, name)
+    expected, found = (files.read_json(path / "state.json") for path in (one, two))
+    assert expected == found
+    assert len(next(whole.rglob("metadata.tsv")).read_text().splitlines()) == 8  # the test pictures, for the projector
+    assert not list(out.rglob("metadata.tsv"))
+
+
+def test_gradients_that_stay_non_finite_end_the_run_with_70(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--phases.scratch.lr=1e30", "--phases.scratch.warmup=0", "--phases.scratch.steps=40"]
+    assert train.main([*TINY, f"--data.root={drawn}", f"--out={tmp_path}", *flags]) == 70
+    status = files.read_json(tmp_path / "status.json")
+    assert (status["state"], status["exit_code"]) == ("failed", 70)
+    assert "non-finite gradients" in status["error"]
+    assert "lower the learning rate" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_74(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    assert train.main([*TINY, f"--data.root={drawn}", f"--out={tmp_path}", "--phases.scratch.steps=1"]) == 74
+    assert files.read_json(tmp_path / "status.json")["exit_code"] == 74
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_a_run_folder_that_cannot_be_written_ends_the_run_with_74(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert train.main([*TINY, f"--data.root={drawn}", f"--out={tmp_path / 'file' / 'run'}"]) == 74
+    assert "choose another --out" in capsys.readouterr().err
+    (tmp_path / "run" / "status.json" / "x").mkdir(parents=True)  # like a full disk: not even the failure can be noted
+    assert train.main([*TINY, f"--data.root={drawn}", f"--out={tmp_path / 'run'}"]) == 74
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_failure_is_noted_only_where_there_is_a_run_folder(tmp_path: Path) -> None:
+    finish.fail(None, 64, "no folder yet")
+    finish.fail(tmp_path / "gone", 64, "never made")
+    assert list(tmp_path.iterdir()) == []
+    finish.fail(tmp_path, 65, "bad pictures")
+    assert files.read_json(tmp_path / "status.json") == {"state": "failed", "exit_code": 65, "error": "bad pictures"}
+
+
+@pytest.mark.parametrize(
+    ("metric", "results", "expected"),
+    [
+        ("auto", {"auc": 0.9, "top1": 0.5, "verification_accuracy": 0.8}, (0.5, "top1")),
+        ("auto", {"verification_accuracy": 0.8, "known_verification_accuracy": 0.9}, (0.8, "verification_accuracy")),
+        ("auto", {"known_verification_accuracy": 0.9}, (0.9, "known_verification_accuracy")),
+        ("auc", {"top1": 0.5, "auc": 0.9}, (0.9, "auc")),
+        ("tar@1e-2", {"top1": 0.5, "known_tar@1e-2": 0.7}, (0.7, "known_tar@1e-2")),
+    ],
+)
+def test_the_best_checkpoint_is_chosen_by_the_number_asked_for(
+    metric: Any, results: dict[str, float], expected: tuple[float, str]
+) -> None:
+    assert finish.named_metric(EvalConfig(metric=metric), results) == expected
+
+
+def test_a_number_that_the_exam_cannot_give_is_refused() -> None:
+    with pytest.raises(ValueError, match="eval.metric is auc, but the exam gives only top1, top5"):
+        finish.named_metric(EvalConfig(metric="auc"), {"top1": 0.5, "top5": 0.5})
+    with pytest.raises(ValueError, match="the exam gives only nothing"):
+        finish.named_metric(EvalConfig(), {})
+    # Nothing is ever greater than NaN: the first checkpoint would have stayed the best one without a word.
+    with pytest.raises(ValueError, match="eval.metric is tar@1e-3, for which the exam has too few pairs"):
+        finish.named_metric(EvalConfig(metric="tar@1e-3", pairs=40), {"top1": 0.5, "tar@1e-3": float("nan")})
+
+
+def make_state(recipe: Recipe, results: dict[str, dict[str, float]]) -> TrainState:
+    """A state of which only the exams matter."""
+    state = TrainState(recipe, None, Runtime(World(), torch.device("cpu")))  # type: ignore[arg-type]
+    state.results, state.phase = results, len(recipe.phases) - 1
+    return state
+
+
+BOUND = {"images_per_second": 166.4, "bound_by": "compute", "data_wait_fraction": 0.014, "advice": "use bf16"}
+
+
+def test_the_summary_compares_with_training_from_scratch_where_both_were_done() -> None:
+    phases = (Phase(name="scratch", start="scratch"), Phase(name="finetune", start="scratch"))
+    recipe = Recipe(data=DataConfig(root="people", format="folder"), phases=phases)
+    state = make_state(recipe, {"scratch": {"top1": 0.7}, "finetune": {"top1": 0.956}})
+    text = finish.summary(Path("run"), state, BOUND)
+    assert "transfer against training from scratch on the same budget: +25.6 points top1" in text
+    assert "166 images/s, bound by compute (data wait 1.4%); to change that: use bf16" in text
+    assert "drawn" not in text
+    assert text.endswith("the model: run/checkpoints/best    the report: run/report.html")
+
+
+def test_the_summary_of_drawn_faces_says_so_and_compares_nothing_with_itself() -> None:
+    recipe = Recipe(data=DataConfig(root="drawn", format="synthetic"), phases=(Phase(name="scratch", start="scratch"),))
+    text = finish.summary(Path("run"), make_state(recipe, {"scratch": {"top1": 0.7}}), BOUND)
+    assert "These faces are drawn" in text
+    assert "against training from scratch" not in text
+
+
+def test_the_best_checkpoint_is_unknown_before_the_first_exam() -> None:
+    state = make_state(Recipe(phases=(Phase(name="scratch", start="scratch"),)), {"scratch": {"top1": 0.7}})
+    assert finish.best_of(state) is None
+    state.best = 0.7
+    assert finish.best_of(state) == {"phase": "scratch", "metric": "top1", "value": 0.7}
+
+
+def test_the_best_checkpoint_may_be_one_of_the_phase_before() -> None:
+    phases = tuple(
+        Phase(name=name, start=start)
+        for name, start in (("other", "scratch"), ("first", "scratch"), ("second", "previous"))
+    )
+    state = make_state(Recipe(phases=phases), {"other": {"top1": 0.7}, "first": {"top1": 0.7}})
+    state.phase, state.best = 2, 0.7
+    assert finish.best_of(state) == {"phase": "first", "metric": "top1", "value": 0.7}
+    state.results["second"] = {"top1": 0.6}
+    assert finish.best_of(state)["phase"] == "first"
+    state.results["second"], state.best = {"top1": 0.8}, 0.8
+    assert finish.best_of(state) == {"phase": "second", "metric": "top1", "value": 0.8}
