@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import tyro
 
-from facefast import cli
 from facefast.data import FaceIndex, oracle
 from facefast.data.corrections import Correction, write_corrections
 from facefast.data.prepare import read_photographs
@@ -36,7 +35,7 @@ from facefast.labels.sheets import Strip, thumbnail, write_sheets
 from facefast.labels.suspects import KINDS, Suspect, Suspects, find_suspects
 from facefast.models import checkpoint
 from facefast.recipe import DataConfig, ModelConfig, Phase, Recipe
-from facefast.runtime import process
+from facefast.runtime import exits, process
 from facefast.runtime.process import Runtime, decode_threads
 from facefast.training.step import Precision
 
@@ -336,7 +335,7 @@ def planted(given: AuditArguments, index: FaceIndex, embeddings: Floats) -> Self
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    with cli.exit_codes() as outcome:
+    with exits.exit_codes() as outcome:
         given = tyro.cli(AuditArguments, args=arguments, prog="facefast.audit")
         if (given.out is None) == (given.plant == 0):
             raise ValueError("give either --out DIR, for the findings, or --plant FRACTION, for the self-test")

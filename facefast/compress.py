@@ -25,13 +25,13 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor
 
-from facefast import cli, export
+from facefast import export
 from facefast.data import FaceIndex, PairSet, make_loader
 from facefast.data.prepare import read_photographs
 from facefast.evaluate import EvaluateArguments, find_exam, verification
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe, to_json
-from facefast.runtime import files, process
+from facefast.runtime import exits, files, process
 
 Array = NDArray[np.float32]
 FORMAT = 1
@@ -321,7 +321,7 @@ def _write(out: Path, content: bytes, document: dict[str, Any]) -> None:
         files.replace_folder(aside, out)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise process.StorageError(f"cannot write {out}: {error}; choose another --out") from error
+        raise exits.StorageError(f"cannot write {out}: {error}; choose another --out") from error
 
 
 def table(document: dict[str, Any]) -> str:
@@ -362,7 +362,7 @@ def table(document: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    with cli.exit_codes() as outcome:
+    with exits.exit_codes() as outcome:
         given = tyro.cli(CompressArguments, args=arguments, prog="facefast.compress")
         with process.start("cpu") as run:
             if run.world.size > 1:

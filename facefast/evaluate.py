@@ -19,7 +19,6 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from facefast import cli
 from facefast.data import FaceIndex, PairSet, make_loader, read_bin, read_lfw
 from facefast.data.prepare import Exam, check_budget, divide, read_photographs
 from facefast.evaluation import metrics
@@ -32,7 +31,7 @@ from facefast.recipe import (
     Recipe,
     from_json,
 )
-from facefast.runtime import process
+from facefast.runtime import exits, process
 from facefast.runtime.process import Runtime, decode_threads
 from facefast.training.step import Precision
 
@@ -312,7 +311,7 @@ def _recipe_of(model: Path) -> Recipe:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    with cli.exit_codes() as outcome:
+    with exits.exit_codes() as outcome:
         given = tyro.cli(EvaluateArguments, args=arguments, prog="facefast.evaluate")
         with process.start() as run:
             threads = decode_threads(0, run.world)

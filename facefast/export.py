@@ -18,10 +18,9 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from facefast import cli
 from facefast.models import FaceModel, checkpoint
-from facefast.runtime import files
-from facefast.runtime.process import StorageError
+from facefast.runtime import exits, files
+from facefast.runtime.exits import StorageError
 
 LEAST_COSINE = 0.9999
 """Between the embeddings of the model and of its export."""
@@ -161,7 +160,7 @@ def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    with cli.exit_codes() as outcome:
+    with exits.exit_codes() as outcome:
         given = tyro.cli(ExportArguments, args=arguments, prog="facefast.export")
         export(checkpoint.load_model(given.model), given.to, given.out, checkpoint.read_recipe(given.model))
         print(f"{given.out}: {given.to}, checked against {given.model}")

@@ -14,10 +14,10 @@ import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from facefast import cli
 from facefast.data import FAULTS, FaceIndex, read_index
 from facefast.data.index import MAX_PIXELS
-from facefast.runtime.process import DataError
+from facefast.runtime import exits
+from facefast.runtime.exits import DataError
 
 EXAMPLES = 3
 """Names on a line of the table; the JSON report has them all."""
@@ -128,7 +128,7 @@ def scan(index: FaceIndex, threads: int, max_pixels: int) -> FaceIndex:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    with cli.exit_codes() as outcome:
+    with exits.exit_codes() as outcome:
         given = tyro.cli(IndexArguments, args=arguments, prog="facefast.index")
         index = scan(read_index(given.root, given.format), given.threads, given.max_pixels)
         if given.out is not None:

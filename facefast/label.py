@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 import tyro
 
-from facefast import cli
 from facefast.audit import Photographs, embed_photographs
 from facefast.data import FaceIndex
 from facefast.data.corrections import Label, write_labels
 from facefast.data.formats.folder import is_picture
 from facefast.labels.clustering import Floats, Numbers, agreement, assign, cluster
-from facefast.runtime import process
+from facefast.runtime import exits, process
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def with_format(data: Photographs) -> Photographs:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    with cli.exit_codes() as outcome:
+    with exits.exit_codes() as outcome:
         given = tyro.cli(LabelArguments, args=arguments, prog="facefast.label")
         given = dataclasses.replace(given, data=with_format(given.data))
         with process.start() as run:

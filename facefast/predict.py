@@ -17,13 +17,12 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
-from facefast import cli
 from facefast.data import FaceIndex, oracle
 from facefast.data.index import FAULTS, printable
 from facefast.evaluate import embed_rows
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import ModelConfig, Phase, Recipe
-from facefast.runtime import process
+from facefast.runtime import exits, process
 from facefast.training.step import Precision
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -152,7 +151,7 @@ def predict(model: FaceModel, index: FaceIndex, run: process.Runtime, top: int =
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    with cli.exit_codes() as outcome:
+    with exits.exit_codes() as outcome:
         given = tyro.cli(PredictArguments, args=arguments, prog="facefast.predict")
         with process.start() as run:
             model = checkpoint.load_model(given.model, run.device)
@@ -171,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
             answer.pop("embedding", None)
             print(json.dumps(answer) if given.json else _line(answer))
         if not embedded:
-            raise process.DataError(f"none of {len(answers)} pictures could be embedded")
+            raise exits.DataError(f"none of {len(answers)} pictures could be embedded")
     return outcome.code
 
 
@@ -188,7 +187,7 @@ def write_embeddings(path: Path, answers: list[dict[str, Any]]) -> None:
             embeddings=np.array([answer["embedding"] for answer in answers], np.float32),
         )
     except OSError as error:
-        raise process.StorageError(f"cannot write {path}: {error}; choose another --embeddings") from error
+        raise exits.StorageError(f"cannot write {path}: {error}; choose another --embeddings") from error
 
 
 def _line(answer: dict[str, Any]) -> str:

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from facefast import cli
 from facefast.data import Batch, Loader, Sampler, make_loader, make_sampler, oracle
 from facefast.data.prepare import Stage, prepare
 from facefast.evaluate import evaluate
 from facefast.evaluation.baselines import Gallery
 from facefast.evaluation.report import with_baselines
 from facefast.models import checkpoint
-from facefast.recipe import EvalConfig, Recipe, resolve, to_json
-from facefast.runtime import files, process
+from facefast.recipe import EvalConfig, Recipe, flags, resolve, to_json
+from facefast.runtime import exits, files, process
+from facefast.runtime.exits import StorageError
 from facefast.runtime.log import Position, RunLog, environment
-from facefast.runtime.process import Runtime, StorageError, decode_threads
+from facefast.runtime.process import Runtime, decode_threads
 from facefast.training import finish
 from facefast.training.begin import Start, begin, find_source, find_teacher, settle
 from facefast.training.objective import Share
@@ -270,8 +270,8 @@ def save(folder: Path, state: TrainState, improved: bool) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     folder: Path | None = None
-    with cli.exit_codes(lambda code, error: finish.fail(folder, code, error)) as outcome:
-        recipe, folder, resume = cli.train_arguments(sys.argv[1:] if arguments is None else arguments)
+    with exits.exit_codes(lambda code, error: finish.fail(folder, code, error)) as outcome:
+        recipe, folder, resume = flags.train_arguments(sys.argv[1:] if arguments is None else arguments)
         with process.start() as run:
             open_folder(folder, run)
             outcome.code = train(recipe, folder, resume, run)

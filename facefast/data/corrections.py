@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from facefast.data.index import FaceIndex
-from facefast.runtime.process import StorageError
+from facefast.runtime.exits import StorageError
 
 ACTIONS = ("drop", "keep", "relabel", "merge")
 KINDS = ("wrong_label", "duplicate", "merge")

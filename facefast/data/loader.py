@@ -27,7 +27,7 @@ from facefast.data.index import FAULTS, MAX_PIXELS, FaceIndex
 from facefast.data.sampler import EpochSampler, Sampler
 from facefast.data.work import Work
 from facefast.recipe import AugmentSpec, ImageSpec
-from facefast.runtime.process import DataError
+from facefast.runtime.exits import DataError
 
 IGNORED_LABEL = -100
 AHEAD = 4

@@ -17,7 +17,8 @@ from facefast.data.index import FAULTS, SPLITS
 from facefast.data.subsets import joined, with_attributes, with_hidden_labels, with_shots
 from facefast.models import AttributeSpec
 from facefast.recipe import IndexFacts, Phase, Recipe
-from facefast.runtime.process import DataError, Runtime, decode_threads
+from facefast.runtime.exits import DataError
+from facefast.runtime.process import Runtime, decode_threads
 
 DRAWN_ROOT = Path("data/drawn-faces")
 YES = "match"

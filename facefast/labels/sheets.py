@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from facefast.data import FaceIndex, oracle
-from facefast.runtime.process import StorageError
+from facefast.runtime.exits import StorageError
 
 TILE = 96
 """Pixels on a side of one photograph."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from facefast.models import FaceModel, load_source, model_from_source
 from facefast.recipe import Plan, Recipe, to_json
 from facefast.runtime import files
-from facefast.runtime.process import StorageError
+from facefast.runtime.exits import StorageError
 
 FORMAT = 1
 FOLDER = "checkpoints"

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
-from facefast.runtime.process import NumericsError
+from facefast.runtime.exits import NumericsError
 
 HEADLINES = ("loss", "top1", "verification_accuracy", "tar@1e-2", "known_verification_accuracy")
 STATS = ("loss_sum", "correct", "rows", "skipped", "labelled")

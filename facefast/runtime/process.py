@@ -23,37 +23,11 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from facefast.runtime.exits import EXIT_PREEMPTED
+
 T = TypeVar("T")
 
-EXIT_DONE = 0
-EXIT_USAGE = 64
-EXIT_DATA = 65
-EXIT_NUMERICS = 70
-EXIT_STORAGE = 74
-EXIT_PREEMPTED = 75
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-class DataError(ValueError):
-    """The photographs are worse than the run was told to accept; the process ends with exit code 65."""
-
-
-class NumericsError(RuntimeError):
-    """Gradients stayed non-finite; the process ends with exit code 70."""
-
-
-class StorageError(OSError):
-    """A checkpoint could not be written or read; the process ends with exit code 74."""
-
-
-def exit_code(error: BaseException) -> int | None:
-    """The exit code for an error that a user can act on; None for one of ours, which deserves its traceback."""
-    codes = {DataError: EXIT_DATA, NumericsError: EXIT_NUMERICS, StorageError: EXIT_STORAGE}
-    for kind, code in codes.items():
-        if isinstance(error, kind):
-            return code
-    return EXIT_USAGE if isinstance(error, ValueError) else None
 
 
 @dataclass(frozen=True)

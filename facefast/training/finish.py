@@ -14,7 +14,7 @@ from facefast.evaluate import embed_rows
 from facefast.evaluation import report
 from facefast.models.checkpoint import FOLDER
 from facefast.recipe import EvalConfig
-from facefast.runtime import files, process
+from facefast.runtime import exits, files
 from facefast.runtime.log import RunLog, verdict
 from facefast.training.step import TrainState
 
@@ -64,10 +64,10 @@ def leave(folder: Path, state: TrainState, log: RunLog) -> int:
     log.say(f"stopped at step {state.step}; the same command goes on from there")
     log.close()
     if state.run.is_main:
-        code = process.EXIT_PREEMPTED
+        code = exits.EXIT_PREEMPTED
         write_status(folder, "preempted", code, step=state.step, best=best_of(state))
     state.run.barrier()
-    return process.EXIT_PREEMPTED
+    return exits.EXIT_PREEMPTED
 
 
 def fail(folder: Path | None, code: int, error: str) -> None:
@@ -91,10 +91,10 @@ def finish(folder: Path, state: TrainState, stages: tuple[Stage, ...], log: RunL
     log.close()
     if run.is_main:
         print(summary(folder, state, bound), flush=True)
-        write_status(folder, "done", process.EXIT_DONE, step=state.step, best=best_of(state), **bound)
+        write_status(folder, "done", exits.EXIT_DONE, step=state.step, best=best_of(state), **bound)
         report.write(folder)
     run.barrier()
-    return process.EXIT_DONE
+    return exits.EXIT_DONE
 
 
 def summary(folder: Path, state: TrainState, bound: dict[str, Any]) -> str:

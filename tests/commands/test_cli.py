@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from facefast import cli, index
+from facefast.recipe import flags
 from facefast.recipe.named import RECIPES, Given
-from facefast.runtime.process import DataError, NumericsError, StorageError
+from facefast.runtime import exits
+from facefast.runtime.exits import DataError, NumericsError, StorageError
 
 
 @pytest.mark.parametrize(
@@ -25,7 +27,7 @@ def test_an_error_of_the_users_ends_with_its_code_and_one_line(
     error: Exception, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     noted = []
-    with cli.exit_codes(lambda *failure: noted.append(failure)) as outcome:
+    with exits.exit_codes(lambda *failure: noted.append(failure)) as outcome:
         raise error
     assert outcome.code == code
     assert noted == [(code, str(error))]
@@ -34,7 +36,7 @@ def test_an_error_of_the_users_ends_with_its_code_and_one_line(
 
 def test_an_error_of_ours_ends_with_1_and_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     noted = []
-    with cli.exit_codes(lambda *failure: noted.append(failure)) as outcome:
+    with exits.exit_codes(lambda *failure: noted.append(failure)) as outcome:
         raise KeyError("weights")
     assert outcome.code == 1
     assert noted == [(1, "'weights'")]
@@ -43,16 +45,16 @@ def test_an_error_of_ours_ends_with_1_and_its_traceback(capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(("left_with", "code"), [(2, 64), (0, 0), (None, 0), (3, 3)])
 def test_the_parsers_own_exits_become_ours(left_with: int | None, code: int) -> None:
-    with cli.exit_codes() as outcome:
+    with exits.exit_codes() as outcome:
         raise SystemExit(left_with)
     assert outcome.code == code
 
 
 def test_a_command_that_says_nothing_is_done_and_an_interruption_is_not_swallowed() -> None:
-    with cli.exit_codes() as outcome:
+    with exits.exit_codes() as outcome:
         pass
     assert outcome.code == 0
-    with pytest.raises(KeyboardInterrupt), cli.exit_codes():
+    with pytest.raises(KeyboardInterrupt), exits.exit_codes():
         raise KeyboardInterrupt
 
 
@@ -101,14 +103,14 @@ def test_every_command_explains_itself(
     ],
 )
 def test_data_and_source_choose_the_recipe_where_none_is_named(words: list[str], name: str) -> None:
-    recipe, out, resume = cli.train_arguments(words)
+    recipe, out, resume = flags.train_arguments(words)
     assert [phase.name for phase in recipe.phases] == [phase.name for phase in RECIPES[name](Given(source="x")).phases]
     assert (out, resume) == (Path("runs") / name, "auto")
 
 
 def test_flags_reach_phases_by_name_or_number_and_nothing_else_changes() -> None:
-    plain, _, _ = cli.train_arguments(["drawn"])
-    by_name, out, resume = cli.train_arguments(
+    plain, _, _ = flags.train_arguments(["drawn"])
+    by_name, out, resume = flags.train_arguments(
         ["drawn", "--phases.finetune.lr=0.5", "--phases.1.loss.gamma", "2", "--out=here", "--resume", "never"]
     )
     assert (by_name.phases[2].lr, by_name.phases[1].loss.gamma) == (0.5, 2.0)
@@ -117,7 +119,7 @@ def test_flags_reach_phases_by_name_or_number_and_nothing_else_changes() -> None
 
 
 def test_compare_scratch_puts_the_baseline_first() -> None:
-    recipe, _, _ = cli.train_arguments(
+    recipe, _, _ = flags.train_arguments(
         ["--data.root=people", "--model.source=weights.pt", "--compare-scratch", "--phases.last.lr=0.25"]
     )
     starts = [(phase.name, phase.start) for phase in recipe.phases]
@@ -136,4 +138,4 @@ def test_compare_scratch_puts_the_baseline_first() -> None:
 )
 def test_contradictions_are_refused_before_anything_is_read(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        cli.train_arguments(words)
+        flags.train_arguments(words)

@@ -18,7 +18,7 @@ from facefast.data.corrections import (
     write_corrections,
     write_labels,
 )
-from facefast.runtime.process import StorageError
+from facefast.runtime.exits import StorageError
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from facefast.data.index import FAULTS
 from facefast.data.prepare import check_budget, divide, read_photographs
 from facefast.models import AttributeSpec
 from facefast.recipe import BinaryConfig, DataConfig, DistillConfig, EvalConfig, LossConfig, Phase, Recipe, TaskConfig
-from facefast.runtime.process import DataError
+from facefast.runtime.exits import DataError
 from tests.support import small
 from tests.support.pictures import make_index
 

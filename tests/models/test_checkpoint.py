@@ -13,7 +13,7 @@ import torch
 from facefast.models import build_model, checkpoint
 from facefast.recipe import ImageSpec, IndexFacts, ModelConfig, Phase, Recipe, resolve, to_json
 from facefast.runtime import files
-from facefast.runtime.process import StorageError
+from facefast.runtime.exits import StorageError
 
 TENSORS = {"model": {"weight": torch.arange(6.0).reshape(2, 3)}}
 

@@ -15,8 +15,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from facefast.runtime import log
+from facefast.runtime.exits import NumericsError
 from facefast.runtime.log import LOST_UPDATES, Position, RunLog, Speed, environment, verdict
-from facefast.runtime.process import NumericsError
 from tests.support.pictures import smooth_picture
 
 

@@ -9,8 +9,9 @@ import threading
 import pytest
 import torch
 
-from facefast.runtime import process
-from facefast.runtime.process import DataError, NumericsError, Runtime, StorageError, World
+from facefast.runtime import exits, process
+from facefast.runtime.exits import DataError, NumericsError, StorageError
+from facefast.runtime.process import Runtime, World
 from tests.support.ranks import run_ranks
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -119,7 +120,7 @@ def test_one_process_agrees_with_itself() -> None:
     ],
 )
 def test_every_kind_of_error_has_its_exit_code(error: Exception, code: int | None) -> None:
-    assert process.exit_code(error) == code
+    assert exits.exit_code(error) == code
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Real processes of one run, forked from a server that imports everything once.
 
-python -m tests.support.ranks    # the server: requests on standard input, answers on standard output, a JSON value a line
+python -m tests.support.ranks    # the server: requests on standard input, answers on standard output, a JSON line each
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 
 from facefast.data.formats.folder import list_pictures
 from facefast.data.index import FaceIndex
-from facefast.runtime.process import DataError
+from facefast.runtime.exits import DataError
 
 GENDERS = {"111": 1.0, "male": 1.0, "112": 0.0, "female": 0.0}
 """Folder names for men and women: AFAD's own codes, and words."""

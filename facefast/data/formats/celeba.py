@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from facefast.data.formats.folder import list_pictures
 from facefast.data.index import SPLITS, FaceIndex, number_classes
-from facefast.runtime.process import DataError
+from facefast.runtime.exits import DataError
 
 ALIGNED, WILD = "img_align_celeba", "img_celeba"
 IDENTITY, PARTITION, ATTRIBUTES = "identity_CelebA", "list_eval_partition", "list_attr_celeba"

@@ -12,7 +12,7 @@ import numpy as np
 
 from facefast.data.formats.folder import read_folder
 from facefast.data.index import FaceIndex, PairSet
-from facefast.runtime.process import DataError
+from facefast.runtime.exits import DataError
 
 PAIRS = "pairs.txt"
 FOLDERS = ("lfw", "lfw_funneled", "lfw-funneled", "lfw-deepfunneled", "images")

@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from facefast.data.index import FaceIndex, PairSet
-from facefast.runtime.process import DataError
+from facefast.runtime.exits import DataError
 
 MAGIC = 0xCED7230A
 FRAME = 8  # bytes of magic and length

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from facefast.data.formats.folder import SPLIT_FOLDERS, is_picture
 from facefast.data.index import FaceIndex, number_classes
-from facefast.runtime.process import DataError
+from facefast.runtime.exits import DataError
 
 LABEL_BYTES = 1 << 20  # a longer .cls or .json is no label
 

@@ -1,0 +1,63 @@
+"""How a process ends: exit codes, the errors that stand for them, and who sees a message instead of a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+EXIT_DONE = 0
+EXIT_USAGE = 64
+EXIT_DATA = 65
+EXIT_NUMERICS = 70
+EXIT_STORAGE = 74
+EXIT_PREEMPTED = 75
+
+
+class DataError(ValueError):
+    """The photographs are worse than the run was told to accept; the process ends with exit code 65."""
+
+
+class NumericsError(RuntimeError):
+    """Gradients stayed non-finite; the process ends with exit code 70."""
+
+
+class StorageError(OSError):
+    """A checkpoint could not be written or read; the process ends with exit code 74."""
+
+
+def exit_code(error: BaseException) -> int | None:
+    """The exit code for an error that a user can act on; None for one of ours, which deserves its traceback."""
+    codes = {DataError: EXIT_DATA, NumericsError: EXIT_NUMERICS, StorageError: EXIT_STORAGE}
+    for kind, code in codes.items():
+        if isinstance(error, kind):
+            return code
+    return EXIT_USAGE if isinstance(error, ValueError) else None
+
+
+@dataclass
+class Outcome:
+    """What a command came to."""
+
+    code: int = EXIT_DONE
+
+
+@contextlib.contextmanager
+def exit_codes(on_failure: Callable[[int, str], None] = lambda code, text: None) -> Iterator[Outcome]:
+    """Runs a command so that it ends with DESIGN's exit codes: users see one message, our own faults their
+    traceback."""
+    outcome = Outcome()
+    try:
+        yield outcome
+    except SystemExit as error:
+        outcome.code = EXIT_USAGE if error.code == 2 else int(error.code or 0)
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        outcome.code = 1 if code is None else code
+        on_failure(outcome.code, str(error))
