@@ -24,8 +24,7 @@ import torch
 from record import record
 from timing import interleaved, ratio, summary
 
-from facefast import export
-from facefast.deploy import int8, onnx_graph
+from facefast.deploy import int8, onnx_graph, package
 from facefast.models import FaceModel, build_model
 from facefast.recipe import ImageSpec, ModelConfig
 
@@ -52,7 +51,7 @@ def contenders(backbone: str) -> tuple[FaceModel, dict[str, onnx.ModelProto]]:
     model = make_model(backbone)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        export.export(model, "onnx", path)
+        package.export(model, "onnx", path)
         parent = onnx.load(path)
     found = {"onnxruntime": parent}
     if any(node.op_type == "PRelu" for node in parent.graph.node):
@@ -70,7 +69,7 @@ def measure(
     """Seconds per batch, one number per round."""
     torch.set_num_threads(threads)
     images = torch.randn(batch, 3, *IMAGE.shape)
-    embedder = export.Embedder(model).eval().to(memory_format=torch.channels_last)  # the faster one, 1.75 times
+    embedder = package.Embedder(model).eval().to(memory_format=torch.channels_last)  # the faster one, 1.75 times
     nhwc, plain = images.contiguous(memory_format=torch.channels_last), {"images": images.numpy()}
 
     def eager() -> object:

@@ -28,16 +28,12 @@ import tyro
 
 from facefast.data import FaceIndex, oracle
 from facefast.data.corrections import Correction, write_corrections
-from facefast.data.prepare import read_photographs
-from facefast.evaluate import embed_rows
+from facefast.evaluation.embed import embed_photographs
 from facefast.labels.clustering import Floats, Numbers, unit_rows
 from facefast.labels.sheets import Strip, thumbnail, write_sheets
 from facefast.labels.suspects import KINDS, Suspect, Suspects, find_suspects
-from facefast.models import checkpoint
-from facefast.recipe import DataConfig, ModelConfig, Phase, Recipe
+from facefast.recipe import Photographs
 from facefast.runtime import exits, process
-from facefast.runtime.process import Runtime, decode_threads
-from facefast.training.step import Precision
 
 COPY_CORRELATION = 0.97
 """Of the grey thumbnails of two pictures: a photograph saved again, scaled or brightened stays above it."""
@@ -45,24 +41,6 @@ SIDE = 32
 """Of those thumbnails, in pixels."""
 SHOWN = 4
 """Pictures of an identity beside a suspect."""
-
-
-@dataclass(frozen=True)
-class Photographs:
-    """The part of `DataConfig` that matters where nothing is trained."""
-
-    root: str = ""
-    """Folder of photographs."""
-    format: str = "auto"
-    """Layout of `root`, as for training; auto recognises it."""
-    corrections: str = ""
-    """suspects.csv of an earlier audit, applied first."""
-    labels: str = ""
-    """CSV of `facefast label` with identities for pictures that have none."""
-    max_bad_fraction: float = DataConfig.max_bad_fraction
-    """Unreadable files tolerated."""
-    max_pixels: int = DataConfig.max_pixels
-    """Pictures with more pixels than this are refused."""
 
 
 @dataclass(frozen=True)
@@ -89,39 +67,6 @@ class AuditArguments:
     """Pictures in one batch of the model, per process."""
     json: bool = False
     """Print one JSON object and nothing else."""
-
-
-def embed_photographs(model: Path, data: Photographs, run: Runtime, batch_size: int) -> tuple[FaceIndex, Floats]:
-    """The readable pictures of `data`, scanned, and their embeddings [N, D] of length 1; the same on every rank.
-
-    Raises:
-        ValueError: no photographs were named, or none of them can be read.
-        DataError: more bad files than allowed.
-    """
-    if not data.root:
-        raise ValueError("no photographs were named; give --data.root DIR")
-    threads = decode_threads(0, run.world)
-    face = checkpoint.load_model(model, run.device)
-    recipe = Recipe(
-        data=DataConfig(**dataclasses.asdict(data)),
-        model=ModelConfig(backbone=face.config.backbone),
-        phases=(Phase(start="scratch"),),
-    )
-    index = read_photographs(recipe, threads)
-    embeddings, seen = embed_rows(
-        face,
-        index,
-        run,
-        Precision.choose(recipe, run.device),
-        batch_size=batch_size,
-        threads=threads,
-        max_bad_fraction=data.max_bad_fraction,
-        max_pixels=data.max_pixels,
-    )
-    readable = seen.numpy()
-    if not readable.any():
-        raise ValueError(f"none of {len(index)} pictures in {data.root} could be embedded")
-    return index.select(readable), unit_rows(embeddings.numpy()[readable])
 
 
 def copies_by_pixels(index: FaceIndex) -> Callable[[int, int], bool]:
@@ -340,7 +285,8 @@ def main(arguments: list[str] | None = None) -> int:
         if (given.out is None) == (given.plant == 0):
             raise ValueError("give either --out DIR, for the findings, or --plant FRACTION, for the self-test")
         with process.start() as run:
-            index, embeddings = embed_photographs(given.model, given.data, run, given.batch_size)
+            index, rows = embed_photographs(given.model, given.data, run, given.batch_size)
+            embeddings = unit_rows(rows)
             if len(np.unique(index.labels[index.labels >= 0])) < 2:
                 raise ValueError(
                     f"{given.data.root} has fewer than 2 identities; an audit compares them. "

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,18 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from numpy.typing import NDArray
 from torch import Tensor
 
-from facefast import export
 from facefast.data import FaceIndex, PairSet, make_loader
 from facefast.data.prepare import read_photographs
-from facefast.evaluate import EvaluateArguments, find_exam, verification
+from facefast.deploy import package
+from facefast.deploy.gate import Array, Gate, compare, seconds_per_picture
+from facefast.evaluation.sets import find_exam
 from facefast.models import FaceModel, checkpoint
-from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe, to_json
+from facefast.recipe import DataConfig, EvalConfig, Reading, to_json
 from facefast.runtime import exits, files, process
 
-Array = NDArray[np.float32]
 FORMAT = 1
 PACKAGE = ("model-int8.onnx", "int8.json", "manifest.json")
 """The files of OUT."""
@@ -82,94 +79,21 @@ class CompressArguments:
             )
 
 
-@dataclass(frozen=True)
-class Gate:
-    """What an int8 model is worth beside its float32 parent."""
-
-    cosine_mean: float
-    cosine_p01: float
-    """First percentile over the photographs."""
-    photographs: int
-    verification_before: dict[str, float] | None
-    """As `evaluate.verification`, of embeddings without mirror images; None without pairs."""
-    verification_after: dict[str, float] | None
-
-    @property
-    def loss(self) -> float | None:
-        """Lost verification accuracy, in parts of 1; None without pairs."""
-        if self.verification_before is None or self.verification_after is None:
-            return None
-        return self.verification_before["verification_accuracy"] - self.verification_after["verification_accuracy"]
-
-    def check(self, min_cosine: float, max_loss: float, other: str) -> None:
-        """Lets a model pass that is near enough to the `other` one.
-
-        Raises:
-            ValueError: it is worse than allowed.
-        """
-        if not self.cosine_mean >= min_cosine:
-            raise ValueError(
-                f"the int8 model gives other embeddings than {other}: mean cosine {self.cosine_mean:.4f} (1st "
-                f"percentile {self.cosine_p01:.4f}) on {self.photographs} photographs, at least {min_cosine} is asked "
-                "for; nothing was written. Calibrate on more photographs of the kind that the model will see "
-                "(--photographs), or lower --min-cosine"
-            )
-        if self.loss is not None and not self.loss <= max_loss:
-            assert self.verification_before is not None and self.verification_after is not None
-            raise ValueError(
-                f"the int8 model verifies worse than {other}: accuracy "
-                f"{self.verification_after['verification_accuracy']:.4f} after "
-                f"{self.verification_before['verification_accuracy']:.4f} on {self.verification_after['pairs']} pairs, "
-                f"a loss of at most {max_loss} is allowed; nothing was written. Calibrate on more photographs "
-                "(--photographs), or raise --max-loss"
-            )
-
-
-def read_pictures(index: FaceIndex, model: FaceModel, data: DataConfig, threads: int) -> Iterator[tuple[Array, Tensor]]:
+def read_pictures(index: FaceIndex, model: FaceModel, reading: Reading) -> Iterator[tuple[Array, Tensor]]:
     """Readable pictures [B, 3, H, W] as the model takes them, and their rows [B]."""
     with make_loader(
         index,
         model.image,
         batch_size=min(BATCH, len(index)),
         channels_last=False,
-        threads=threads,
-        max_bad_fraction=data.max_bad_fraction,
-        max_pixels=data.max_pixels,
+        **dataclasses.asdict(reading),
     ) as loader:
         for batch in loader:
             valid = batch.rows >= 0
             yield batch.images[valid].numpy(), batch.rows[valid]
 
 
-def compare(
-    before: Any,
-    after: Any,
-    pictures: Iterator[tuple[Array, Tensor]],
-    number: int,
-    pairs: PairSet | None,
-) -> Gate:
-    """Holds two sessions against each other on pictures that are read once.
-
-    Args:
-        pictures: of `read_pictures`.
-        number: rows of their index.
-        pairs: of rows of their index; None leaves verification out.
-    """
-    found: list[Tensor] = []
-    seen = torch.zeros(number, dtype=torch.bool)
-    for images, rows in pictures:
-        for place, session in enumerate((before, after)):
-            embeddings = torch.from_numpy(session.run(None, {"images": images})[0])
-            if len(found) == place:
-                found.append(torch.zeros(number, embeddings.shape[1]))
-            found[place][rows] = embeddings
-        seen[rows] = True
-    cosines = (found[0][seen] * found[1][seen]).sum(1).numpy()
-    results = [None, None] if pairs is None else [verification(embeddings, seen, pairs) for embeddings in found]
-    return Gate(float(cosines.mean()), float(np.percentile(cosines, 1)), len(cosines), results[0], results[1])
-
-
-def divide(given: CompressArguments, model: FaceModel, threads: int) -> tuple[FaceIndex, FaceIndex, PairSet | None]:
+def divide(given: CompressArguments, model: FaceModel, reading: Reading) -> tuple[FaceIndex, FaceIndex, PairSet | None]:
     """Photographs to calibrate on, photographs for the gate, and the gate's pairs where there are any.
 
     Calibration takes photographs that are in no pair first.
@@ -179,7 +103,7 @@ def divide(given: CompressArguments, model: FaceModel, threads: int) -> tuple[Fa
     """
     if not given.data.root:
         raise ValueError("compress needs photographs: --data.root DIR, of the kind that the model will see")
-    index = read_photographs(Recipe(data=given.data, phases=(Phase(start="scratch"),)), threads)
+    index = read_photographs(given.data, reading)
     if len(index) < FEWEST:
         raise ValueError(
             f"{given.data.root} holds {len(index)} readable photographs; int8 needs at least {FEWEST}, some hundred "
@@ -190,8 +114,8 @@ def divide(given: CompressArguments, model: FaceModel, threads: int) -> tuple[Fa
     counts = np.unique(labels, return_counts=True)[1]
     exam = None
     if len(counts) > 1 and counts.max() > 1:
-        asked = EvaluateArguments(given.model, given.data, eval=EvalConfig(pairs=given.pairs), seed=given.seed)
-        exam = find_exam(asked, model, threads)
+        config = EvalConfig(pairs=given.pairs)
+        exam = find_exam(given.model, model, given.data, config, given.seed, reading.threads)
     if exam is None or exam.verification is None or exam.pairs is None:
         judged = index.select(shuffled[::-1][:MOST_UNPAIRED])
         return index.select(shuffled[: given.photographs]), judged, None
@@ -203,18 +127,6 @@ def divide(given: CompressArguments, model: FaceModel, threads: int) -> tuple[Fa
     in_pairs = np.array([key in known for key in place])[shuffled]
     order = np.concatenate([shuffled[~in_pairs], shuffled[in_pairs]])
     return index.select(order[: given.photographs]), judged, dataclasses.replace(exam.pairs, left=left, right=right)
-
-
-def seconds_per_picture(runs: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
-    """Medians over rounds in which every contender runs once, so that a busy machine is slow for all of them."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 2):  # the first two warm up
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if number > 1:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def compress(given: CompressArguments, model: FaceModel, threads: int) -> dict[str, Any]:
@@ -234,22 +146,23 @@ def compress(given: CompressArguments, model: FaceModel, threads: int) -> dict[s
     except ImportError as error:
         raise ValueError("compress needs ONNX's packages: pip install 'facefast[onnx]'") from error
     _check_out(given.out)
-    calibration, judged, pairs = divide(given, model, threads)
+    reading = given.data.reading(threads)
+    calibration, judged, pairs = divide(given, model, reading)
     parent, size_before = _exported(model)
     original = _load_original(given.original, model) if given.original else None
-    pictures = np.concatenate([images for images, _ in read_pictures(calibration, model, given.data, threads)])
+    pictures = np.concatenate([images for images, _ in read_pictures(calibration, model, reading)])
     pictures = np.random.default_rng(given.seed).permutation(pictures)
     found = int8.quantise(parent, pictures, given.min_cosine + SLACK, threads)
     before, after = onnx_graph.session(parent, threads), onnx_graph.session(found.model, threads)
-    gate = compare(before, after, read_pictures(judged, model, given.data, threads), len(judged), pairs)
+    gate = compare(before, after, read_pictures(judged, model, reading), len(judged), pairs)
     gate.check(given.min_cosine, given.max_loss, "its parent")
     against: Gate | None = None
     if original is not None:
         first = onnx_graph.session(_exported(original)[0], threads)
-        against = compare(first, after, read_pictures(judged, model, given.data, threads), len(judged), pairs)
+        against = compare(first, after, read_pictures(judged, model, reading), len(judged), pairs)
         against.check(given.original_min_cosine, given.max_loss, str(given.original))
     one = pictures[:1]
-    embedder = export.Embedder(model).eval()
+    embedder = package.Embedder(model).eval()
     embedder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster one
     tensor = torch.from_numpy(one).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
@@ -286,7 +199,7 @@ def _exported(model: FaceModel) -> tuple[Any, int]:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "float.onnx"
-        export.export(model, "onnx", path)
+        package.export(model, "onnx", path)
         return onnx.load(path), path.stat().st_size
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from facefast.data import FAULTS, FaceIndex, read_index
-from facefast.data.index import MAX_PIXELS
+from facefast.recipe import Reading
 from facefast.runtime import exits
 from facefast.runtime.exits import DataError
 
@@ -37,9 +37,9 @@ class IndexArguments:
     """Layout of root: auto, folder, celeba, afad, lfw, recordio, webdataset or synthetic."""
     json: bool = False
     """Print the whole report as JSON and nothing else."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = Reading.max_bad_fraction
     """More bad pictures than this make the exit code 65."""
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = Reading.max_pixels
     """Larger pictures count as bad (decompression bombs)."""
     threads: int = 0
     """Reading threads; 0 is one per core."""

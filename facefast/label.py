@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import tyro
 
-from facefast.audit import Photographs, embed_photographs
 from facefast.data import FaceIndex
 from facefast.data.corrections import Label, write_labels
 from facefast.data.formats.folder import is_picture
-from facefast.labels.clustering import Floats, Numbers, agreement, assign, cluster
+from facefast.evaluation.embed import embed_photographs
+from facefast.labels.clustering import Floats, Numbers, agreement, assign, cluster, unit_rows
+from facefast.recipe import Photographs
 from facefast.runtime import exits, process
 
 
@@ -167,7 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
         given = tyro.cli(LabelArguments, args=arguments, prog="facefast.label")
         given = dataclasses.replace(given, data=with_format(given.data))
         with process.start() as run:
-            index, embeddings = embed_photographs(given.model, given.data, run, given.batch_size)
+            index, rows = embed_photographs(given.model, given.data, run, given.batch_size)
+            embeddings = unit_rows(rows)
             if run.is_main:
                 names = name_pictures(given, embeddings, index.labels.astype(np.int64), index.class_names)
                 pictures = enumerate(zip(names.identities, names.confidences.tolist(), strict=True))

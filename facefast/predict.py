@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from numpy.typing import NDArray
 
 from facefast.data import FaceIndex, oracle
 from facefast.data.index import FAULTS, printable
-from facefast.evaluate import embed_rows
+from facefast.evaluation.embed import embed_rows
+from facefast.faces.detect import Detector
 from facefast.models import FaceModel, checkpoint
-from facefast.recipe import ModelConfig, Phase, Recipe
+from facefast.models.precision import Precision
+from facefast.recipe import Reading
 from facefast.runtime import exits, process
-from facefast.training.step import Precision
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -66,39 +66,6 @@ def find_images(given: tuple[Path, ...]) -> list[Path]:
     return found
 
 
-class Detector:
-    """The largest face's five landmarks, by OpenCV's YuNet (Wu et al. 2023, doi 10.1007/s11633-023-1423-y)."""
-
-    LONG_SIDE = 640
-
-    def __init__(self, weights: Path) -> None:
-        try:
-            import cv2
-        except ImportError as error:
-            raise ValueError("--detect needs OpenCV: pip install 'facefast[detect]'") from error
-        if not weights.is_file():
-            raise ValueError(f"the detector {weights} is not there; --detect takes YuNet's .onnx file")
-        self._cv2 = cv2
-        try:  # OpenCV takes any network and finds out what it is when it sees the first picture
-            self._yunet = cv2.FaceDetectorYN.create(str(weights), "", (self.LONG_SIDE, self.LONG_SIDE))
-            self.landmarks(np.zeros((64, 64, 3), np.uint8))
-        except cv2.error as error:
-            raise ValueError(f"{weights} is no YuNet detector; --detect takes YuNet's .onnx file") from error
-
-    def landmarks(self, picture: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """[5, 2] in pixels of `picture` (uint8 [H, W, 3], RGB), left before right as seen; NaN without a face."""
-        height, width = picture.shape[:2]
-        scale = min(1.0, self.LONG_SIDE / max(height, width))
-        shape = (max(1, round(width * scale)), max(1, round(height * scale)))
-        self._yunet.setInputSize(shape)
-        _, faces = self._yunet.detect(self._cv2.resize(picture[..., ::-1], shape))
-        if faces is None:
-            return np.full((5, 2), np.nan, np.float32)
-        largest = max(faces, key=lambda face: face[2] * face[3])
-        points: NDArray[np.float32] = (largest[4:14].reshape(5, 2) / scale).astype(np.float32)
-        return points
-
-
 def index_of(paths: list[Path], detector: Detector | None) -> FaceIndex:
     """A scanned index of loose photographs, with the detector's landmarks where there is one."""
     files = [os.fsencode(os.path.abspath(path)).lstrip(b"/") for path in paths]
@@ -112,18 +79,19 @@ def index_of(paths: list[Path], detector: Detector | None) -> FaceIndex:
     return dataclasses.replace(index, landmarks=points)
 
 
-def predict(model: FaceModel, index: FaceIndex, run: process.Runtime, top: int = 1) -> Iterator[dict[str, Any]]:
+def predict(
+    model: FaceModel, index: FaceIndex, run: process.Runtime, precision: Precision, top: int = 1
+) -> Iterator[dict[str, Any]]:
     """One answer a row: path, names with probabilities and attributes, or what kept the picture from being read.
 
     An index with landmarks comes from a detector: a picture without them shows no face, and nobody is named.
     """
     sound = np.flatnonzero(index.faults == 0)
-    recipe = Recipe(model=ModelConfig(backbone=model.config.backbone), phases=(Phase(start="scratch"),))
-    precision = Precision.choose(recipe, run.device)
     answers: dict[int, dict[str, Any]] = {}
     if len(sound):
         part = index.select(sound)
-        embeddings, seen = embed_rows(model, part, run, precision, batch_size=64, max_bad_fraction=1.0)
+        reading = Reading(process.decode_threads(0, run.world), max_bad_fraction=1.0)  # each fault is an answer
+        embeddings, seen = embed_rows(model, part, run, precision, reading, batch_size=64)
         for place, row in enumerate(sound.tolist()):
             if not seen[place]:
                 answers[row] = {"fault": "it could not be decoded"}
@@ -162,7 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
             if given.detect and model.image.template == "none":
                 raise ValueError(f"{given.model} takes pictures that are not aligned; --detect would change nothing")
             detector = Detector(given.detect) if given.detect else None
-            answers = list(predict(model, index_of(find_images(given.images), detector), run, given.top))
+            index = index_of(find_images(given.images), detector)
+            answers = list(predict(model, index, run, checkpoint.precision_of(given.model, model), given.top))
         embedded = [answer for answer in answers if "embedding" in answer]
         if given.embeddings is not None:
             write_embeddings(given.embeddings, embedded)

@@ -6,6 +6,7 @@ torchrun [...] -m facefast.train [RECIPE] [--data.root DIR] [--out RUN] [--phase
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator
@@ -14,21 +15,21 @@ from pathlib import Path
 import numpy as np
 
 from facefast.data import Batch, Loader, Sampler, make_loader, make_sampler, oracle
+from facefast.data.cached import CachedLoader
 from facefast.data.prepare import Stage, prepare
-from facefast.evaluate import evaluate
 from facefast.evaluation.baselines import Gallery
+from facefast.evaluation.measure import evaluate
 from facefast.evaluation.report import with_baselines
 from facefast.models import checkpoint
 from facefast.recipe import EvalConfig, Recipe, flags, resolve, to_json
 from facefast.runtime import exits, files, process
 from facefast.runtime.exits import StorageError
 from facefast.runtime.log import Position, RunLog, environment
-from facefast.runtime.process import Runtime, decode_threads
+from facefast.runtime.process import Runtime
 from facefast.training import finish
 from facefast.training.begin import Start, begin, find_source, find_teacher, settle
 from facefast.training.objective import Share
 from facefast.training.step import TrainState, train_step
-from facefast.training.transfer import CachedLoader
 
 
 def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
@@ -160,9 +161,7 @@ def open_loader(state: TrainState, stage: Stage) -> Loader | CachedLoader:
         device=run.device,
         dtype=state.precision.dtype,
         channels_last=state.precision.channels_last,
-        threads=decode_threads(recipe.threads, run.world),
-        max_bad_fraction=recipe.data.max_bad_fraction,
-        max_pixels=recipe.data.max_pixels,
+        **dataclasses.asdict(state.reading),
     )
 
 
@@ -236,10 +235,8 @@ def examine(state: TrainState, stage: Stage, log: RunLog, gallery: Gallery | Non
         recipe.eval,
         state.run,
         state.precision,
-        threads=recipe.threads,
-        max_bad_fraction=recipe.data.max_bad_fraction,
-        max_pixels=recipe.data.max_pixels,
-        gallery=gallery,
+        state.reading,
+        gallery,
     )
     state.set_modes()
     value, name = finish.named_metric(recipe.eval, results)

@@ -17,9 +17,10 @@ from facefast.data.formats.folder import read_folder, recognises_folder
 from facefast.data.formats.lfw import read_lfw, read_pairs, recognises_lfw
 from facefast.data.formats.recordio import read_bin, read_recordio, recognises_recordio
 from facefast.data.formats.webdataset import read_webdataset, recognises_webdataset
-from facefast.data.index import FAULTS, MAX_PIXELS, FaceIndex, PairSet
+from facefast.data.index import FAULTS, FaceIndex, PairSet
 from facefast.data.loader import Batch, Loader, make_loader
 from facefast.data.sampler import Sampler, make_sampler
+from facefast.recipe import Reading
 
 __all__ = [
     "FAULTS",
@@ -63,7 +64,7 @@ def read_index(
     root: str | os.PathLike[str],
     format: str = "auto",
     cache: str | os.PathLike[str] | None = None,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = Reading.max_pixels,
 ) -> FaceIndex:
     """The pictures below `root` and all that its files say about them.
 

@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from facefast import _scan
-from facefast.recipe import IndexFacts
+from facefast.recipe import IndexFacts, Reading
 
 FAULTS: tuple[str, ...] = _scan.FAULTS
 """Reasons by the numbers in `FaceIndex.faults`; 0 is sound."""
-MAX_PIXELS = 64_000_000
 """Larger pictures are refused: the decoder needs 6.5 bytes for each of their pixels."""
 SPLITS = ("train", "val", "test")
 """Names by the numbers in `FaceIndex.splits`."""
@@ -206,7 +205,7 @@ class FaceIndex:
     def scanned(
         self,
         threads: int = 0,
-        max_pixels: int = MAX_PIXELS,
+        max_pixels: int = Reading.max_pixels,
         progress: Callable[[int], None] | None = None,
     ) -> FaceIndex:
         """This index with the size, orientation, content hash and fault of every picture.

@@ -23,10 +23,10 @@ from facefast import _scan
 from facefast.data import oracle
 from facefast.data.augment import draw
 from facefast.data.dali import Encoded, build_pipeline, decode_probe
-from facefast.data.index import FAULTS, MAX_PIXELS, FaceIndex
+from facefast.data.index import FAULTS, FaceIndex
 from facefast.data.sampler import EpochSampler, Sampler
 from facefast.data.work import Work
-from facefast.recipe import AugmentSpec, ImageSpec
+from facefast.recipe import AugmentSpec, ImageSpec, Reading
 from facefast.runtime.exits import DataError
 
 IGNORED_LABEL = -100
@@ -103,10 +103,8 @@ class Loader:
         device: torch.device,
         dtype: torch.dtype,
         channels_last: bool,
-        threads: int,
+        reading: Reading,
         decoder: Literal["dali", "oracle"],
-        max_bad_fraction: float,
-        max_pixels: int,
     ) -> None:
         self.index = index
         self.image = image
@@ -118,10 +116,8 @@ class Loader:
         self._rank, self._world = rank, world
         self._batch_size = sampler.batch_size // world
         self._device, self._dtype, self._channels_last = device, dtype, channels_last
-        self._threads = threads
+        self._reading = reading
         self._decoder_kind = decoder
-        self._max_bad_fraction = max_bad_fraction
-        self._max_pixels = max_pixels
         self._prefix = os.path.join(os.fsencode(index.root), b"")
         self._seen = self._lost = 0
 
@@ -212,8 +208,8 @@ class Loader:
             np.char.add(self._prefix, index.paths[rows]),
             index.offsets[rows],
             index.lengths[rows],
-            self._threads,
-            self._max_pixels,
+            self._reading.threads,
+            self._reading.max_pixels,
         )
         bad.update({int(rows[i]): FAULTS[faults[i]] for i in np.flatnonzero(faults)})
         sound = np.flatnonzero(faults == 0)
@@ -314,7 +310,7 @@ class Loader:
             source=source,
             dtype=self._dtype,
             channels_last=self._channels_last,
-            threads=self._threads,
+            threads=self._reading.threads,
             prefetch=prefetch,
         )
 
@@ -339,17 +335,17 @@ class Loader:
         return Batch(images, numbers[0], numbers[1])
 
     def _check_budget(self) -> None:
-        few = min(FEWEST_BAD, len(self.sampler.rows)) if self._max_bad_fraction > 0 else 1
+        few = min(FEWEST_BAD, len(self.sampler.rows)) if self._reading.max_bad_fraction > 0 else 1
         share = len(self.sampler.rows) / self._world
         begun = share * math.ceil(self._seen / share)  # whole epochs: bad pictures may lie side by side
-        if len(self.bad) < few or self._lost <= self._max_bad_fraction * begun:
+        if len(self.bad) < few or self._lost <= self._reading.max_bad_fraction * begun:
             return
-        reasons = Counter(self.bad.values()).most_common()
+        reasons = ", ".join(f"{number} {reason}" for reason, number in Counter(self.bad.values()).most_common())
         paths = {self.index.path(row): reason for row, reason in self.bad.items()}
         first = [f"{path}: {reason}" for path, reason in list(paths.items())[:10]]
         raise BadDataError(
             f"{self._lost} of {self._seen} pictures could not be used, more than data.max_bad_fraction "
-            f"{self._max_bad_fraction:g} allows ({', '.join(f'{number} {reason}' for reason, number in reasons)}). "
+            f"{self._reading.max_bad_fraction:g} allows ({reasons}). "
             f"The first of them:\n  " + "\n  ".join(first) + "\nLook at them all with: "
             f"python -m facefast.index {self.index.root}; then mend or remove them, or raise --data.max-bad-fraction",
             paths,
@@ -404,8 +400,8 @@ def make_loader(
     channels_last: bool = True,
     threads: int = 0,
     decoder: Literal["dali", "oracle"] = "dali",
-    max_bad_fraction: float = 0.01,
-    max_pixels: int = MAX_PIXELS,
+    max_bad_fraction: float = Reading.max_bad_fraction,
+    max_pixels: int = Reading.max_pixels,
 ) -> Loader:
     """Batches of `index` as the model wants them.
 
@@ -439,8 +435,6 @@ def make_loader(
         )
     if decoder not in ("dali", "oracle"):
         raise ValueError(f"decoder is {decoder!r}; it must be dali or oracle")
-    if not 0 <= max_bad_fraction <= 1:
-        raise ValueError(f"max_bad_fraction is {max_bad_fraction}; it must lie in [0, 1]")
     if sampler is None:
         sampler = EpochSampler(np.flatnonzero(index.faults == 0), batch_size * world, shuffle=False)
     if sampler.batch_size != batch_size * world:
@@ -465,10 +459,8 @@ def make_loader(
         device=device,
         dtype=dtype,
         channels_last=channels_last,
-        threads=threads or len(os.sched_getaffinity(0)),
+        reading=Reading(threads or len(os.sched_getaffinity(0)), max_bad_fraction, max_pixels),
         decoder=decoder,
-        max_bad_fraction=max_bad_fraction,
-        max_pixels=max_pixels,
     )
     loader.set_epoch(epoch, start_step)
     return loader

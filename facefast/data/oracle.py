@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from facefast.data.augment import Draw, draw
-from facefast.data.index import MAX_PIXELS, FaceIndex
-from facefast.recipe import AugmentSpec, ImageSpec
+from facefast.data.index import FaceIndex
+from facefast.recipe import AugmentSpec, ImageSpec, Reading
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 """What both decoders read; PIL alone would try dozens of formats, and their parsers' faults."""
@@ -25,7 +25,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 Picture = NDArray[np.uint8]
 
 
-def decode(source: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Picture:
+def decode(source: bytes | str | os.PathLike[str], max_pixels: int = Reading.max_pixels) -> Picture:
     """A file, or its bytes, as uint8 [H, W, 3] RGB as DALI gives it: upright by EXIF, alpha dropped, 16 bits rounded
     to 8.
 

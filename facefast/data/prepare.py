@@ -15,8 +15,7 @@ from facefast.data.corrections import apply_corrections, read_labels
 from facefast.data.drawn import synthetic
 from facefast.data.index import FAULTS, SPLITS
 from facefast.data.subsets import joined, with_attributes, with_hidden_labels, with_shots
-from facefast.models import AttributeSpec
-from facefast.recipe import IndexFacts, Phase, Recipe
+from facefast.recipe import AttributeSpec, IndexFacts, Phase, Photographs, Reading, Recipe
 from facefast.runtime.exits import DataError
 from facefast.runtime.process import Runtime, decode_threads
 
@@ -74,33 +73,44 @@ def prepare(recipe: Recipe, folder: Path, run: Runtime) -> tuple[Stage, ...]:
     """
     saved = folder / "index.npz"
     if run.is_main:
-        index = read_photographs(recipe, decode_threads(recipe.threads, run.world))
+        index = photographs_of(recipe, recipe.data.reading(decode_threads(recipe.threads, run.world)))
         index.save(saved)
     run.barrier()
     index = FaceIndex.load(saved)
     return tuple(divide(index, recipe, phase) for phase in recipe.phases)
 
 
-def read_photographs(recipe: Recipe, threads: int) -> FaceIndex:
-    """The sound rows of the recipe's photographs, scanned and corrected; in the end those of `data.more` and
-    `binary.negatives`."""
-    root = recipe.data.root
-    if not root:
-        root = str(synthetic.write(DRAWN_ROOT, synthetic.DrawnSpec()))
-    index = _scanned(root, recipe.data.format, recipe, threads)
-    if recipe.data.corrections:
-        index = apply_corrections(index, recipe.data.corrections)
-    if recipe.data.labels:
-        index = read_labels(index, recipe.data.labels)
-    others = [_scanned(folder, "auto", recipe, threads) for folder in recipe.data.more]
+def photographs_of(recipe: Recipe, reading: Reading) -> FaceIndex:
+    """What `read_photographs` finds of a recipe's, or drawn faces where it names none; in the end the pictures of
+    `data.more` and `binary.negatives`."""
+    data = recipe.data
+    if not data.root:
+        data = dataclasses.replace(data, root=str(synthetic.write(DRAWN_ROOT, synthetic.DrawnSpec())))
+    index = read_photographs(data, reading)
+    others = [_scanned(folder, "auto", reading) for folder in data.more]
     if recipe.binary.active:
-        index = _with_yes_and_no(index, recipe, threads)
+        index = _with_yes_and_no(index, recipe, reading)
     return joined(index, others)
 
 
-def _scanned(root: str, format: str, recipe: Recipe, threads: int) -> FaceIndex:
-    index = read_index(root, format).scanned(threads=threads, max_pixels=recipe.data.max_pixels)
-    check_budget(index, recipe.data.max_bad_fraction)
+def read_photographs(data: Photographs, reading: Reading) -> FaceIndex:
+    """The sound rows of the photographs, scanned, with corrections and labels applied.
+
+    Raises:
+        DataError: more bad files than `reading` allows.
+        ValueError: the folder's layout is not what `data` says.
+    """
+    index = _scanned(data.root, data.format, reading)
+    if data.corrections:
+        index = apply_corrections(index, data.corrections)
+    if data.labels:
+        index = read_labels(index, data.labels)
+    return index
+
+
+def _scanned(root: str, format: str, reading: Reading) -> FaceIndex:
+    index = read_index(root, format).scanned(threads=reading.threads, max_pixels=reading.max_pixels)
+    check_budget(index, reading.max_bad_fraction)
     return index.sound()
 
 
@@ -222,7 +232,7 @@ def _attribute(index: FaceIndex, column: int) -> AttributeSpec:
     return AttributeSpec(name, tuple(levels.tolist()))
 
 
-def _with_yes_and_no(index: FaceIndex, recipe: Recipe, threads: int) -> FaceIndex:
+def _with_yes_and_no(index: FaceIndex, recipe: Recipe, reading: Reading) -> FaceIndex:
     """The index with the attribute `YES` and a split: strangers of the test part are people that training never
     sees.
 
@@ -240,7 +250,7 @@ def _with_yes_and_no(index: FaceIndex, recipe: Recipe, threads: int) -> FaceInde
         ours = np.isin(index.labels, [index.class_names.index(name) for name in people])
         yes, no = index.select(ours), index.select(~ours)
     else:
-        yes, no = index, _scanned(recipe.binary.negatives, "auto", recipe, threads)
+        yes, no = index, _scanned(recipe.binary.negatives, "auto", reading)
     if not len(yes) or not len(no):
         raise ValueError(f"binary has {len(yes)} pictures to say yes to and {len(no)} to say no to; both are needed")
     yes_train, yes_test = (

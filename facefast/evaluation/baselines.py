@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from facefast.models.heads import unit
-from facefast.training.transfer import class_means
 
 NEIGHBOURS = 5
 TEMPERATURE = 0.07
@@ -94,3 +93,23 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) 
     with torch.enable_grad(), torch.inference_mode(False):
         optimizer.step(closure)
     return F.linear(test * spread, weight, bias).argmax(1).detach()
+
+
+def class_means(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """[C, D] unit vectors: the normalised mean of each class's normalised embeddings.
+
+    Args:
+        embeddings: [N, D].
+        labels: [N] int64; rows with a negative label do not count.
+
+    Raises:
+        ValueError: a class without a single picture.
+    """
+    known = labels >= 0
+    unit = F.normalize(embeddings[known].float(), dim=1)
+    counts = torch.bincount(labels[known], minlength=num_classes)
+    if bool((counts == 0).any()):
+        empty = int((counts == 0).sum())
+        raise ValueError(f"{empty} of {num_classes} classes have no readable picture; a class mean needs one")
+    sums = torch.zeros(num_classes, unit.shape[1]).index_add_(0, labels[known], unit)
+    return F.normalize(sums, dim=1)

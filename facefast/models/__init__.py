@@ -2,14 +2,12 @@
 
 from facefast.models.backbones import NAMES, STUDENTS
 from facefast.models.face import FaceModel, Prediction, build_model, model_from_source
-from facefast.models.heads import AttributeSpec
 from facefast.models.inherit import inherit
 from facefast.models.weights.source import Report, Source, apply_source, load_source
 
 __all__ = [
     "NAMES",
     "STUDENTS",
-    "AttributeSpec",
     "FaceModel",
     "Prediction",
     "Report",

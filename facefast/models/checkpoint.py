@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from facefast.models import FaceModel, load_source, model_from_source
+from facefast.models.precision import Precision
 from facefast.recipe import Plan, Recipe, to_json
 from facefast.runtime import files
 from facefast.runtime.exits import StorageError
@@ -232,6 +233,22 @@ def read_recipe(model: Path) -> dict[str, Any] | None:
         return None
     path = find_model(model) / "recipe.json"
     return dict(files.read_json(path)) if path.exists() else None
+
+
+def precision_of(path: Path, model: FaceModel) -> Precision:
+    """What MODEL is run in, by every command alike: as its recipe says, or by the defaults where it has none.
+
+    Args:
+        path: MODEL as it was given.
+        model: what `load_model` made of it, on the device where it will run.
+    """
+    saved = read_recipe(path) or {}
+    return Precision.choose(
+        saved.get("precision", Recipe.precision),
+        model.config.backbone,
+        saved.get("channels_last", Recipe.channels_last),
+        next(model.parameters()).device,
+    )
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> FaceModel:

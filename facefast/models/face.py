@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from facefast.models.backbones import build_backbone
-from facefast.models.heads import HEADS, AttributeHeads, AttributeSpec, CosineHead, LinearHead, unit
+from facefast.models.heads import HEADS, AttributeHeads, CosineHead, LinearHead, unit
 from facefast.models.weights.source import Report, Source, apply_source, load_source
-from facefast.recipe import ImageSpec, ModelConfig, from_json, to_json
+from facefast.recipe import AttributeSpec, ImageSpec, ModelConfig, from_json, to_json
 
 FORMAT = 1
 DEFAULT_BACKBONE = "mobilefacenet"

@@ -5,7 +5,16 @@ Everything a run depends on is a field here; nothing is typed twice. `train` rea
 stores it, and `evaluate`, `predict` and `export` read it back from there.
 """
 
-from facefast.recipe.config import BinaryConfig, DataConfig, EvalConfig, ModelConfig, TaskConfig
+from facefast.recipe.config import (
+    AttributeSpec,
+    BinaryConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    Photographs,
+    Reading,
+    TaskConfig,
+)
 from facefast.recipe.image import AugmentSpec, ImageSpec
 from facefast.recipe.jsonable import from_json, to_json
 from facefast.recipe.phase import DistillConfig, LossConfig, Phase
@@ -13,6 +22,7 @@ from facefast.recipe.plan import IndexFacts, PhasePlan, Plan, resolve
 from facefast.recipe.whole import Recipe
 
 __all__ = [
+    "AttributeSpec",
     "AugmentSpec",
     "BinaryConfig",
     "DataConfig",
@@ -24,7 +34,9 @@ __all__ = [
     "ModelConfig",
     "Phase",
     "PhasePlan",
+    "Photographs",
     "Plan",
+    "Reading",
     "Recipe",
     "TaskConfig",
     "from_json",

@@ -30,20 +30,54 @@ class BinaryConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where the photographs are and how they are divided."""
+class Reading:
+    """How files are read, and how many of them may be bad."""
+
+    threads: int = 0
+    """For reading and for decoding, per process; 0 is one per core."""
+    max_bad_fraction: float = 0.01
+    """Unreadable files tolerated before the run stops with exit code 65."""
+    max_pixels: int = 64_000_000
+    """Pictures with more pixels than this are refused (decompression bombs)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction is {self.max_bad_fraction}; it must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Where the photographs are, and what is known of their people."""
 
     root: str = ""
-    """Folder of photographs; empty draws faces (see `facefast.data.synthetic`)."""
+    """Folder of photographs; training draws faces where it is empty (see `facefast.data.drawn`)."""
     format: Literal["auto", "folder", "celeba", "afad", "lfw", "recordio", "webdataset", "synthetic"] = "auto"
     """Layout of `root`; auto recognises it."""
-    more: tuple[str, ...] = ()
-    """Further folders, their layouts recognised: pictures with attributes for `tasks`, or the target domain of
-    `align`. Their identities are not classes."""
     corrections: str = ""
     """suspects.csv of `facefast audit`: rows to leave out, labels to change, identities to merge."""
     labels: str = ""
     """CSV of `facefast label` with identities for pictures that have none."""
+    max_bad_fraction: float = Reading.max_bad_fraction
+    """Unreadable files tolerated before the run stops with exit code 65."""
+    max_pixels: int = Reading.max_pixels
+    """Pictures with more pixels than this are refused (decompression bombs)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}; it must lie in [0, 1]")
+
+    def reading(self, threads: int) -> Reading:
+        """How these files are read by so many threads."""
+        return Reading(threads, self.max_bad_fraction, self.max_pixels)
+
+
+@dataclass(frozen=True)
+class DataConfig(Photographs):
+    """The photographs of a run, and how they are divided."""
+
+    more: tuple[str, ...] = ()
+    """Further folders, their layouts recognised: pictures with attributes for `tasks`, or the target domain of
+    `align`. Their identities are not classes."""
     label_fraction: float = 1.0
     """Part of each identity's training pictures that keep their name (at least one does); the others are unlabelled,
     as for `phases.K.labels pseudo`."""
@@ -53,19 +87,14 @@ class DataConfig:
     """Part of each identity's pictures kept for testing (closed set)."""
     verify_fraction: float = 0.0
     """Part of the identities kept out of training for verification, where the recipe names no split for that."""
-    max_bad_fraction: float = 0.01
-    """Unreadable files tolerated before the run stops with exit code 65."""
-    max_pixels: int = 64_000_000
-    """Pictures with more pixels than this are refused (decompression bombs)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.test_fraction < 1 or not 0 <= self.verify_fraction < 1:
             raise ValueError(
                 f"data.test_fraction {self.test_fraction} and data.verify_fraction {self.verify_fraction} "
                 "must lie in [0, 1)"
             )
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}; it must lie in [0, 1]")
         if not 0 < self.label_fraction <= 1 or self.shots < 0:
             raise ValueError(
                 f"data.label_fraction {self.label_fraction} must lie in (0, 1] and data.shots {self.shots} be 0 or more"
@@ -153,3 +182,17 @@ class EvalConfig:
     baselines: bool = True
     """Measure what the source model does untrained before fine-tuning it: class means, nearest neighbours and a linear
     probe on its embeddings."""
+
+
+@dataclass(frozen=True)
+class AttributeSpec:
+    """An attribute that a model tells."""
+
+    name: str
+    levels: tuple[float, ...] = ()
+    """The values of an ordinal attribute in rising order; none for one that is 0 or 1."""
+
+    @property
+    def outputs(self) -> int:
+        """Logits that it takes: one for yes or no, one for each step from a level to the next."""
+        return max(1, len(self.levels) - 1)

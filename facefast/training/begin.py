@@ -4,6 +4,7 @@ and what the source model does untrained."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,17 @@ from torch import Tensor
 
 from facefast.data.corrections import Label, read_labels, write_labels
 from facefast.data.prepare import Stage
-from facefast.evaluate import embed_rows
-from facefast.evaluation.baselines import Gallery
+from facefast.evaluation.baselines import Gallery, class_means
+from facefast.evaluation.embed import embed_rows
 from facefast.labels.clustering import assign
 from facefast.models import STUDENTS, FaceModel, Source, build_model, checkpoint, inherit, load_source
 from facefast.models.face import DEFAULT_BACKBONE
-from facefast.recipe import ImageSpec, Recipe
+from facefast.recipe import ImageSpec, Phase, Recipe
 from facefast.runtime.log import RunLog
 from facefast.training.distill import Teacher, caches_teacher
+from facefast.training.losses import best_probability
 from facefast.training.step import Supply, TrainState
-from facefast.training.transfer import advice, caches_features, class_means
+from facefast.training.transfer import caches_features
 
 
 def find_source(recipe: Recipe) -> Source | None:
@@ -119,11 +121,9 @@ def embed_training_rows(state: TrainState, model: FaceModel, stage: Stage, *, mi
         stage.train,
         state.run,
         state.precision,
+        state.reading,
         batch_size=state.recipe.eval.batch_size,
-        threads=state.recipe.threads,
         mirror=mirror,
-        max_bad_fraction=state.recipe.data.max_bad_fraction,
-        max_pixels=state.recipe.data.max_pixels,
     )
 
 
@@ -247,3 +247,22 @@ def name_pictures(
         f"{before - after} of {before} pictures without a name got one with a confidence of {least} or more: {path}"
     )
     return dataclasses.replace(stage, train=named)
+
+
+def advice(counts: Tensor, phase: Phase) -> Iterator[str]:
+    """Warnings a careful colleague would give about a label distribution, [C] pictures per class."""
+    scarce = int((counts <= 2).sum())
+    if scarce:
+        yield f"{scarce} of {len(counts)} identities have one or two pictures: their accuracy says little"
+    if len(counts) and int(counts.max()) > 20 * int(counts.clamp(min=1).min()):
+        yield (
+            f"the largest identity has {int(counts.max())} pictures, the smallest {int(counts.min())}: "
+            f"consider --phases.{phase.name}.sampler balanced"
+        )
+    reachable = best_probability(phase.loss, len(counts))
+    if reachable < 0.9:
+        yield (
+            f"loss.margin {phase.loss.margin} {phase.loss.margin_size} at loss.scale {phase.loss.scale} is too much "
+            f"for {len(counts)} identities: a model that separates them perfectly would be {reachable:.0%} sure; "
+            "lower the margin, or raise the scale"
+        )

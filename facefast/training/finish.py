@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from facefast.data.prepare import Stage
-from facefast.evaluate import embed_rows
 from facefast.evaluation import report
+from facefast.evaluation.embed import embed_rows
 from facefast.models.checkpoint import FOLDER
 from facefast.recipe import EvalConfig
 from facefast.runtime import exits, files
@@ -85,7 +85,9 @@ def finish(folder: Path, state: TrainState, stages: tuple[Stage, ...], log: RunL
     decoded = int(3 * np.mean(train.widths.astype(np.float64) * train.heights))  # bytes: at most what travels
     bound = verdict(log.speeds, run.allreduce_seconds(trained), run.transfer_seconds(decoded))
     if recipe.projector and test is not None:
-        embeddings, seen = embed_rows(state.evaluated, test, run, state.precision, batch_size=recipe.eval.batch_size)
+        embeddings, seen = embed_rows(
+            state.evaluated, test, run, state.precision, state.reading, batch_size=recipe.eval.batch_size
+        )
         names = [test.class_names[label] for label in test.labels[seen.numpy()]]
         log.embeddings(embeddings[seen], names, state.step)
     log.close()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from facefast.models.heads import unit
+from facefast.recipe import LossConfig
 
 
 def effective_weights(counts: Tensor, beta: float) -> Tensor:
@@ -140,3 +141,13 @@ def mix(images: Tensor, mixup: float, cutmix: float) -> Mixture:
     mixed = images.clone()
     mixed[:, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
     return Mixture(mixed, partner, 1 - (bottom - top) * (right - left) / (height * width))
+
+
+def best_probability(loss: LossConfig, num_classes: int) -> float:
+    """The label's probability, margin included, where embeddings and classes stand as far apart as they can: cosine 1
+    to one's own class and -1 / (C - 1) to each other one (Wang et al. 2018, arXiv:1801.09414, section 3.3)."""
+    if loss.margin == "none" or num_classes < 2:
+        return 1.0
+    own = math.cos(loss.margin_size) if loss.margin == "arc" else 1 - loss.margin_size
+    others = math.log(num_classes - 1) - loss.scale / (num_classes - 1)
+    return 1 / (1 + math.exp(min(700.0, others - loss.scale * own)))

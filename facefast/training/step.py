@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,40 +21,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from facefast.data import Batch
 from facefast.models import FaceModel
-from facefast.models.backbones import DEPTHWISE
 from facefast.models.checkpoint import pack_optimizer, read_tensors, unpack_optimizer
+from facefast.models.precision import Precision
 from facefast.recipe import Phase, PhasePlan, Plan, Recipe, to_json
 from facefast.runtime import files
-from facefast.runtime.process import Runtime, cpu_has_bf16
+from facefast.runtime.process import Runtime, decode_threads
 from facefast.training.distill import Teacher
 from facefast.training.objective import Objective, Share
 from facefast.training.optim import build_optimizer, rate_factor
 from facefast.training.prune import Pruner
 from facefast.training.transfer import Anchor, freeze_batchnorm, freeze_stages, keeps_statistics, parameter_groups
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-class Precision(NamedTuple):
-    """What "auto" comes to on this machine."""
-
-    name: str
-    dtype: torch.dtype
-    channels_last: bool
-
-    @classmethod
-    def choose(cls, recipe: Recipe, device: torch.device) -> Precision:
-        """The recipe's precision and memory format, with "auto" being the fast one for `device`."""
-        name = recipe.precision
-        if name == "auto":
-            # On a CPU bfloat16 doubles a ResNet's speed, but depthwise convolutions lose a fifth to it.
-            cpu_gains = cpu_has_bf16() and recipe.model.backbone not in DEPTHWISE
-            name = "bf16" if device.type == "cuda" or cpu_gains else "fp32"
-        return cls(name, DTYPES[name], recipe.channels_last)
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """The context for a forward pass."""
-        return torch.autocast(device.type, self.dtype, enabled=self.name != "fp32")
 
 
 @dataclass(frozen=True)
@@ -89,7 +65,8 @@ class TrainState:
 
     def __init__(self, recipe: Recipe, plan: Plan, run: Runtime) -> None:
         self.recipe, self.plan, self.run = recipe, plan, run
-        self.precision = Precision.choose(recipe, run.device)
+        self.reading = recipe.data.reading(decode_threads(recipe.threads, run.world))
+        self.precision = Precision.choose(recipe.precision, recipe.model.backbone, recipe.channels_last, run.device)
         self.step = 0  # updates done in the whole run
         self.phase = 0
         self.phase_step = 0  # updates done in this phase

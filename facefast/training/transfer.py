@@ -3,21 +3,16 @@ cache."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from facefast.data import Batch, Sampler
 from facefast.models import FaceModel
-from facefast.recipe import LossConfig, Phase
-from facefast.runtime.process import Runtime
+from facefast.recipe import Phase
 
 
 def freeze_stages(model: FaceModel, trainable: tuple[str, ...]) -> None:
@@ -137,86 +132,3 @@ class Anchor:
 def caches_features(phase: Phase) -> bool:
     """Whether the backbone sees the same pictures in the same state every epoch, so that once is enough."""
     return phase.trains_only_head and not phase.augment.active and not (phase.mixup or phase.cutmix)
-
-
-def class_means(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """[C, D] unit vectors: the normalised mean of each class's normalised embeddings.
-
-    Args:
-        embeddings: [N, D].
-        labels: [N] int64; rows with a negative label do not count.
-
-    Raises:
-        ValueError: a class without a single picture.
-    """
-    known = labels >= 0
-    unit = nn.functional.normalize(embeddings[known].float(), dim=1)
-    counts = torch.bincount(labels[known], minlength=num_classes)
-    if bool((counts == 0).any()):
-        empty = int((counts == 0).sum())
-        raise ValueError(f"{empty} of {num_classes} classes have no readable picture; a class mean needs one")
-    sums = torch.zeros(num_classes, unit.shape[1]).index_add_(0, labels[known], unit)
-    return nn.functional.normalize(sums, dim=1)
-
-
-def advice(counts: Tensor, phase: Phase) -> Iterator[str]:
-    """Warnings a careful colleague would give about a label distribution, [C] pictures per class."""
-    scarce = int((counts <= 2).sum())
-    if scarce:
-        yield f"{scarce} of {len(counts)} identities have one or two pictures: their accuracy says little"
-    if len(counts) and int(counts.max()) > 20 * int(counts.clamp(min=1).min()):
-        yield (
-            f"the largest identity has {int(counts.max())} pictures, the smallest {int(counts.min())}: "
-            f"consider --phases.{phase.name}.sampler balanced"
-        )
-    reachable = best_probability(phase.loss, len(counts))
-    if reachable < 0.9:
-        yield (
-            f"loss.margin {phase.loss.margin} {phase.loss.margin_size} at loss.scale {phase.loss.scale} is too much "
-            f"for {len(counts)} identities: a model that separates them perfectly would be {reachable:.0%} sure; "
-            "lower the margin, or raise the scale"
-        )
-
-
-def best_probability(loss: LossConfig, num_classes: int) -> float:
-    """The label's probability, margin included, where embeddings and classes stand as far apart as they can: cosine 1
-    to one's own class and -1 / (C - 1) to each other one (Wang et al. 2018, arXiv:1801.09414, section 3.3)."""
-    if loss.margin == "none" or num_classes < 2:
-        return 1.0
-    own = math.cos(loss.margin_size) if loss.margin == "arc" else 1 - loss.margin_size
-    others = math.log(num_classes - 1) - loss.scale / (num_classes - 1)
-    return 1 / (1 + math.exp(min(700.0, others - loss.scale * own)))
-
-
-class CachedLoader:
-    """A `Loader` whose pictures were replaced by the frozen backbone's embeddings, computed once."""
-
-    wait_seconds = 0.0
-
-    def __init__(self, embeddings: Tensor, labels: NDArray[np.int32], sampler: Sampler, run: Runtime) -> None:
-        self.sampler = sampler
-        self._run = run
-        self._embeddings = embeddings.to(run.device)  # [N, D] by row of the training index; NaN could not be read
-        self._readable = self._embeddings.isfinite().all(1)
-        self._labels = torch.tensor(labels, dtype=torch.long).to(run.device)
-        self._epoch = self._start_step = 0
-
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Where the next iteration starts."""
-        self._epoch, self._start_step = epoch, start_step
-
-    def __iter__(self) -> Iterator[Batch]:
-        world = self._run.world
-        for step in range(self._start_step, self.sampler.steps_per_epoch):
-            local = self.sampler.local(self._epoch, step, world.rank, world.size)
-            rows = torch.from_numpy(local).to(self._run.device)
-            some = rows.clamp(min=0)
-            rows = rows.where(self._readable[some], -1)
-            labels = self._labels[some].masked_fill(rows < 0, -100)
-            yield Batch(self._embeddings[some].nan_to_num(0.0), labels, rows)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None

@@ -16,13 +16,16 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from facefast import compress, export
-from facefast.compress import CompressArguments, Gate
+from facefast import compress
+from facefast.compress import CompressArguments
 from facefast.data import PairSet
 from facefast.data.drawn import synthetic
+from facefast.deploy import gate as gates
 from facefast.deploy import int8, onnx_graph
+from facefast.deploy.gate import Gate
+from facefast.deploy.package import export
 from facefast.models import FaceModel, checkpoint
-from facefast.recipe import DataConfig
+from facefast.recipe import DataConfig, Reading
 from tests.support import small
 
 Array = NDArray[np.float32]
@@ -54,7 +57,7 @@ def run(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
     path = tmp_path_factory.mktemp("onnx") / "float.onnx"
-    export.export(make_model(), "onnx", path)
+    export(make_model(), "onnx", path)
     return onnx.load(path)
 
 
@@ -120,8 +123,8 @@ def test_embeddings_come_from_integer_kernels(package: Path, tmp_path: Path) -> 
 def test_any_number_of_pictures_gives_nearly_the_parents_embeddings(package: Path, run: Path, drawn: Path) -> None:
     model = checkpoint.load_model(run)
     arguments = CompressArguments(run, package, DataConfig(root=str(drawn)))
-    _, judged, _ = compress.divide(arguments, model, 1)
-    images = next(compress.read_pictures(judged, model, arguments.data, 1))[0]
+    _, judged, _ = compress.divide(arguments, model, Reading(1))
+    images = next(compress.read_pictures(judged, model, Reading(1)))[0]
     session = onnxruntime.InferenceSession(package / "model-int8.onnx", providers=["CPUExecutionProvider"])
     expected = model.embed(torch.from_numpy(images), mirror=False).numpy()
     assert (expected @ expected.T).min() < 0.8  # pictures that are told apart
@@ -192,9 +195,9 @@ def test_a_model_that_mixes_people_up_loses_verification_accuracy() -> None:
     left, right = np.triu_indices(16, 1)
     pairs = PairSet.of(left, right, left // 4 == right // 4)
     pictures = [(rows[i : i + 4, None].astype(np.float32), torch.from_numpy(rows[i : i + 4])) for i in (0, 4, 8, 12)]
-    same = compress.compare(Fake(people), Fake(people), iter(pictures), 16, pairs)
+    same = gates.compare(Fake(people), Fake(people), iter(pictures), 16, pairs)
     assert (same.cosine_mean, same.loss, same.photographs) == (1, 0, 16)
-    mixed = compress.compare(Fake(people), Fake(people[rows % 4 * 4]), iter(pictures), 16, pairs)
+    mixed = gates.compare(Fake(people), Fake(people[rows % 4 * 4]), iter(pictures), 16, pairs)
     assert mixed.loss is not None and mixed.loss > 0.1
     with pytest.raises(ValueError, match="verifies worse"):
         mixed.check(-1, 0.005, "its parent")

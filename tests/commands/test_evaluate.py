@@ -12,15 +12,18 @@ import torch
 from facefast import evaluate
 from facefast.data import FaceIndex, PairSet, oracle, read_index
 from facefast.data.prepare import Exam
-from facefast.evaluate import EvaluateArguments, embed_rows, find_exam, verification
-from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe
+from facefast.evaluation.embed import embed_rows
+from facefast.evaluation.measure import verification
+from facefast.evaluation.sets import find_exam
+from facefast.models.precision import Precision
+from facefast.recipe import DataConfig, EvalConfig, Reading
 from facefast.runtime import process
-from facefast.training.step import Precision
 from tests.support import small
 from tests.support.pictures import encode, garbled_png, smooth_picture
 
 RUN = process.Runtime(process.World(), torch.device("cpu"))
-FP32 = Precision.choose(Recipe(phases=(Phase(start="scratch"),), precision="fp32"), RUN.device)
+FP32 = Precision.choose("fp32", "mobilefacenet", True, RUN.device)
+EVERYTHING = Reading(max_bad_fraction=1.0)
 PEOPLE = ("ann", "bo", "cy")
 
 
@@ -50,7 +53,7 @@ BROKEN = 4
 @pytest.mark.parametrize("mirror", [False, True])
 def test_embeddings_are_the_models_in_the_indexs_order(index: FaceIndex, mirror: bool) -> None:
     model = small.make_model(classes=PEOPLE)
-    embeddings, seen = embed_rows(model, index, RUN, FP32, batch_size=4, mirror=mirror, max_bad_fraction=1.0)
+    embeddings, seen = embed_rows(model, index, RUN, FP32, EVERYTHING, batch_size=4, mirror=mirror)
     assert seen.tolist() == [row != BROKEN for row in range(9)]
     rows = np.flatnonzero(seen.numpy())
     pictures = np.stack([oracle.decode(index.path(row)) for row in rows])
@@ -74,13 +77,13 @@ def test_pairs_with_a_picture_that_cannot_be_read_are_left_out_and_counted() -> 
 def test_an_exam_counts_what_could_be_read_and_puts_the_model_back_as_it_was(index: FaceIndex) -> None:
     model = small.make_model(classes=PEOPLE).train()
     exam = Exam(test=index, verification=index, pairs=PairSet.random(index, 18, 2), held_out=False)
-    found = evaluate.evaluate(model, exam, EvalConfig(batch_size=4), RUN, FP32, max_bad_fraction=1.0)
+    found = evaluate.evaluate(model, exam, EvalConfig(batch_size=4), RUN, FP32, EVERYTHING)
     assert model.training
     assert found["test_rows"] == 8
     assert found["known_pairs"] < len(exam.pairs.same)
     assert "verification_accuracy" not in found  # these people are known
     model.eval()
-    embeddings, seen = embed_rows(model, index, RUN, FP32, batch_size=9, max_bad_fraction=1.0)
+    embeddings, seen = embed_rows(model, index, RUN, FP32, EVERYTHING, batch_size=9)
     logits = model.classify(embeddings[seen]).detach() * model.scale
     labels = torch.tensor(index.labels, dtype=torch.long)[seen]
     assert found["top1"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
@@ -106,8 +109,7 @@ def test_a_list_of_pairs_is_asked_as_it_is(root: Path, tmp_path: Path, capsys: p
 def test_strangers_are_asked_about_in_random_pairs_of_everybody(root: Path, tmp_path: Path) -> None:
     model = small.make_model()
     run = small.save_run(tmp_path / "run", model, root)
-    given = EvaluateArguments(run, data=DataConfig(root=str(root)), eval=EvalConfig(pairs=8, folds=2))
-    exam = find_exam(given, model, 1)
+    exam = find_exam(run, model, DataConfig(root=str(root)), EvalConfig(pairs=8, folds=2), seed=0, threads=1)
     assert exam.test is None and exam.held_out
     assert exam.verification is not None and exam.pairs is not None
     assert (len(exam.verification), len(exam.pairs.same)) == (9, 8)

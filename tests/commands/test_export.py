@@ -13,6 +13,7 @@ import torch
 
 import facefast
 from facefast import evaluate, export, predict
+from facefast.deploy import package as packages
 from facefast.models import FaceModel, checkpoint
 from facefast.runtime import files
 from tests.support import small
@@ -61,7 +62,7 @@ def test_an_onnx_file_gives_the_models_embeddings_in_onnxruntime_at_any_batch_si
 def test_a_torch_program_gives_the_models_embeddings_at_any_batch_size(tmp_path: Path) -> None:
     model = small.make_model("resnet18")
     out = tmp_path / "model.pt2"
-    export.export(model, "torch", out)
+    packages.export(model, "torch", out)
     program = torch.export.load(out).module()
     for batch in BATCHES:
         images = pictures(batch)
@@ -76,7 +77,7 @@ def package(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_package_reads_back_as_the_same_model(run: Path, package: Path) -> None:
-    assert sorted(file.name for file in package.iterdir()) == sorted(export.PACKAGE)
+    assert sorted(file.name for file in package.iterdir()) == sorted(packages.PACKAGE)
     checkpoint.verify(package)
     one, two = facefast.load(run), facefast.load(package)
     assert two.to_config() == one.to_config()
@@ -118,7 +119,7 @@ def test_a_package_does_not_tell_where_its_owners_photographs_lie(package: Path,
 def test_a_package_may_replace_a_package_and_leaves_nothing_of_it(package: Path, tmp_path: Path) -> None:
     out = tmp_path / "package"
     shutil.copytree(package, out)
-    export.export(small.make_model(classes=("ann", "bo")), "safetensors", out)
+    packages.export(small.make_model(classes=("ann", "bo")), "safetensors", out)
     assert facefast.load(out).class_names == ("ann", "bo")
     assert not (out / "recipe.json").exists()
 
@@ -138,10 +139,10 @@ def test_an_export_that_gives_other_embeddings_is_refused(tmp_path: Path, monkey
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.1)
-    write = export.write_package
-    monkeypatch.setattr(export, "write_package", lambda _, out, recipe: write(other, out, recipe))
+    write = packages.write_package
+    monkeypatch.setattr(packages, "write_package", lambda _, out, recipe: write(other, out, recipe))
     with pytest.raises(ValueError, match="other embeddings than the model: cosine .*, at least 0.9999"):
-        export.export(model, "safetensors", tmp_path / "out")
+        packages.export(model, "safetensors", tmp_path / "out")
 
 
 def test_without_onnxs_packages_the_error_says_how_to_get_them(
@@ -167,4 +168,4 @@ def test_wrong_use_ends_with_64(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert "holds no model" in capsys.readouterr().err
     assert export.main([str(run), str(tmp_path / "out"), "--to", "tensorflow"]) == 64
     with pytest.raises(ValueError, match="no export to 'pt'"):
-        export.export(FaceModel.from_config(small.make_model().to_config()), "pt", tmp_path / "out")
+        packages.export(FaceModel.from_config(small.make_model().to_config()), "pt", tmp_path / "out")

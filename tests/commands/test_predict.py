@@ -17,13 +17,15 @@ from PIL import Image
 import facefast
 from facefast import predict
 from facefast.data import oracle, read_index
+from facefast.models import precision
+from facefast.models.precision import Precision
 from facefast.predict import Detector, find_images, index_of
 from facefast.runtime import process
-from facefast.training import step
 from tests.support import small
 from tests.support.pictures import encode, exif, garbled_png, smooth_picture
 
 RUN = process.Runtime(process.World(), torch.device("cpu"))
+FP32 = Precision.choose("fp32", "mobilefacenet", True, RUN.device)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,7 @@ def test_a_model_without_identities_gives_embeddings_only(
 def test_classes_without_names_are_numbered(photographs: Path) -> None:
     model = small.make_model()
     model.class_names = ()
-    (answer,) = predict.predict(model, index_of([photographs / "b.png"], None), RUN)
+    (answer,) = predict.predict(model, index_of([photographs / "b.png"], None), RUN, FP32)
     assert answer["names"][0] in ("0", "1", "2", "3")
 
 
@@ -137,8 +139,10 @@ def test_a_mobilefacenet_runs_in_full_precision_on_a_cpu_that_has_bfloat16(
     index, model = index_of(find_images((photographs,)), None), small.make_model()
     embeddings = []
     for bf16 in (False, True):
-        monkeypatch.setattr(step, "cpu_has_bf16", lambda has=bf16: has)
-        embeddings.append(np.stack([answer["embedding"] for answer in predict.predict(model, index, RUN)]))
+        monkeypatch.setattr(precision, "cpu_has_bf16", lambda has=bf16: has)
+        chosen = Precision.choose("auto", model.config.backbone, True, RUN.device)
+        answers = predict.predict(model, index, RUN, chosen)
+        embeddings.append(np.stack([answer["embedding"] for answer in answers]))
     np.testing.assert_array_equal(embeddings[0], embeddings[1])
 
 
@@ -262,7 +266,7 @@ def test_detected_faces_embed_like_the_same_faces_aligned_by_hand(
     by_name = {index.name(row): row for row in range(len(index))}
     rows = [by_name[next(name for name in by_name if name.endswith(path.name))] for path in wild[0][:2]]
     aligned = index.select(rows).scanned()
-    truth = [answer["embedding"] for answer in predict.predict(facefast.load(source), aligned, RUN)]
+    truth = [answer["embedding"] for answer in predict.predict(facefast.load(source), aligned, RUN, FP32)]
     for path, expected in zip(wild[0][:2], truth, strict=True):
         assert found[True][path.name] @ expected > 0.8
         assert found[False][path.name] @ expected < 0.6  # the middle of the picture is not the face

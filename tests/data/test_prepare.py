@@ -10,9 +10,19 @@ import pytest
 
 from facefast.data import FaceIndex, read_index
 from facefast.data.index import FAULTS
-from facefast.data.prepare import check_budget, divide, read_photographs
-from facefast.models import AttributeSpec
-from facefast.recipe import BinaryConfig, DataConfig, DistillConfig, EvalConfig, LossConfig, Phase, Recipe, TaskConfig
+from facefast.data.prepare import check_budget, divide, photographs_of
+from facefast.recipe import (
+    AttributeSpec,
+    BinaryConfig,
+    DataConfig,
+    DistillConfig,
+    EvalConfig,
+    LossConfig,
+    Phase,
+    Reading,
+    Recipe,
+    TaskConfig,
+)
 from facefast.runtime.exits import DataError
 from tests.support import small
 from tests.support.pictures import make_index
@@ -158,7 +168,7 @@ def test_yes_or_no_tests_strangers_that_training_never_saw(tmp_path: Path) -> No
     loss = dataclasses.replace(PHASE, loss=LossConfig(weight=0.0))
     config = DataConfig(root=str(root), format="celeba", test_fraction=0.5)
     asked = Recipe(data=config, phases=(loss,), binary=BinaryConfig(people=("1",)))
-    index = read_photographs(asked, 1)
+    index = photographs_of(asked, Reading(1))
     stage = divide(index, asked, loss)
     assert stage.attributes == (AttributeSpec("match"),)
     given = read_index(root, "celeba")
@@ -172,9 +182,9 @@ def test_yes_or_no_tests_strangers_that_training_never_saw(tmp_path: Path) -> No
     strangers = [{person[path] for path in files(part)} - {"1"} for part in (stage.train, test)]
     assert strangers[0] and strangers[1] and not strangers[0] & strangers[1]
     with pytest.raises(ValueError, match="binary.people names nobody, who is not among the 4 identities"):
-        read_photographs(dataclasses.replace(asked, binary=BinaryConfig(people=("nobody",))), 1)
+        photographs_of(dataclasses.replace(asked, binary=BinaryConfig(people=("nobody",))), Reading(1))
     faces = dataclasses.replace(asked, binary=BinaryConfig(negatives=str(root)))
-    both = read_photographs(faces, 1)
+    both = photographs_of(faces, Reading(1))
     assert np.bincount(both.attributes[:, 0].astype(int)).tolist() == [16, 16]
 
 

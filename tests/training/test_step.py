@@ -11,6 +11,7 @@ from torch import Tensor
 
 from facefast.data import Batch
 from facefast.models import FaceModel, build_model, checkpoint
+from facefast.models.precision import Precision
 from facefast.recipe import (
     ImageSpec,
     IndexFacts,
@@ -23,7 +24,7 @@ from facefast.recipe import (
 from facefast.runtime.log import STATS
 from facefast.runtime.process import Runtime, World
 from facefast.training.objective import Share
-from facefast.training.step import Precision, TrainState, train_step
+from facefast.training.step import TrainState, train_step
 
 CLASSES = 5
 RUN = Runtime(World(), torch.device("cpu"))
@@ -205,8 +206,7 @@ def test_a_state_taken_up_from_its_checkpoint_goes_on_bit_for_bit(tmp_path: Path
 def test_auto_precision_is_the_fast_one_of_this_machine() -> None:
     native = torch.cpu.get_capabilities().get("avx512_bf16", False)
     for backbone, gains in (("resnet18", True), ("mobilefacenet", False), ("mobilefacenet_short", False)):
-        recipe = Recipe(phases=(PHASE,), model=ModelConfig(backbone=backbone))
-        chosen = Precision.choose(recipe, torch.device("cpu"))
+        chosen = Precision.choose("auto", backbone, True, torch.device("cpu"))
         assert chosen.name == ("bf16" if native and gains else "fp32")
 
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from facefast.data import Batch
+from facefast.data.cached import CachedLoader
 from facefast.data.sampler import EpochSampler
+from facefast.evaluation.baselines import class_means
 from facefast.models import FaceModel
 from facefast.recipe import AugmentSpec, IndexFacts, Phase, Recipe, resolve
 from facefast.runtime.process import Runtime, World
+from facefast.training.begin import advice
 from facefast.training.objective import Share
 from facefast.training.step import Supply, TrainState, train_step
 from facefast.training.transfer import (
-    CachedLoader,
-    advice,
     caches_features,
-    class_means,
     freeze_batchnorm,
     freeze_stages,
     parameter_groups,

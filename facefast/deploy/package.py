@@ -1,0 +1,142 @@
+"""A model that leaves the project, each form read back and compared before it counts."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from facefast.models import FaceModel, checkpoint
+from facefast.runtime import files
+from facefast.runtime.exits import StorageError
+
+LEAST_COSINE = 0.9999
+"""Between the embeddings of the model and of its export."""
+
+
+PACKAGE = ("model.json", "model.safetensors", "recipe.json", "manifest.json")
+"""The files of an exported folder."""
+
+
+class Embedder(nn.Module):
+    """What is exported: normalised pictures [B, 3, H, W] to embeddings [B, D] of length 1, picture only."""
+
+    def __init__(self, model: FaceModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] float32 to [B, D] float32."""
+        return nn.functional.normalize(self.model.encode(images).float(), dim=1)
+
+
+def export(model: FaceModel, to: str, out: Path, recipe: dict[str, Any] | None = None) -> None:
+    """Writes `model` (in evaluation mode, on the CPU) to `out` and checks what was written.
+
+    Args:
+        to: onnx, torch or safetensors.
+        recipe: the JSON form of the recipe that the model was trained with, for the safetensors folder.
+
+    Raises:
+        ValueError: a package for the format is missing, the folder holds something else, or the export's embeddings
+            differ.
+        StorageError: `out` cannot be written.
+    """
+    if to not in ("onnx", "torch", "safetensors"):
+        raise ValueError(f"there is no export to {to!r}; it must be onnx, torch or safetensors")
+    try:
+        with _quiet():
+            _export(model, to, out, recipe)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StorageError(f"cannot write {out}: {error}; choose another OUT") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves out torch's warnings about its own exporter, on which nobody who exports a model can act."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        yield
+
+
+def _export(model: FaceModel, to: str, out: Path, recipe: dict[str, Any] | None) -> None:
+    embedder = Embedder(model).eval()
+    height, width = model.image.shape
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    batch: dict[str, dict[int, Any]] = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if to == "safetensors":
+        write_package(model, out, recipe)
+        found = Embedder(checkpoint.load_model(out))(images)
+    elif to == "torch":
+        program = torch.export.export(embedder, (images,), dynamic_shapes=batch)
+        torch.export.save(program, out)
+        found = torch.export.load(out).module()(images)
+    else:
+        found = _to_onnx(embedder, images, batch, out)
+    with torch.inference_mode():
+        cosine = float((embedder(images) * found).sum(1).min())
+    if not cosine >= LEAST_COSINE:
+        raise ValueError(f"{out} gives other embeddings than the model: cosine {cosine:.6f}, at least {LEAST_COSINE}")
+
+
+def _to_onnx(embedder: Embedder, images: Tensor, batch: dict[str, dict[int, Any]], out: Path) -> Tensor:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 -- torch's exporter needs it and would fail later, less clearly
+    except ImportError as error:
+        raise ValueError("--to onnx needs ONNX's packages: pip install 'facefast[onnx]'") from error
+    torch.onnx.export(
+        embedder,
+        (images,),
+        out,
+        input_names=["images"],
+        output_names=["embeddings"],
+        dynamic_shapes=batch,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def write_package(model: FaceModel, out: Path, recipe: dict[str, Any] | None = None) -> None:
+    """A folder of model.json, model.safetensors, manifest.json and, for `evaluate`, the recipe.
+
+    Without the recipe `evaluate` could not tell the pictures that the model was trained on from those kept for testing.
+
+    Raises:
+        ValueError: the folder holds something else, which the manifest would take for a part of the model.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    others = sorted(file.name for file in out.iterdir() if file.name not in PACKAGE)
+    if others:
+        raise ValueError(f"{out} holds {others[0]}, which is no part of a model; choose an empty folder")
+    (out / "recipe.json").unlink(missing_ok=True)  # of another model, where this one has none
+    if recipe is not None:
+        files.write_json(out / "recipe.json", _without_paths(recipe))
+    files.write_json(out / "model.json", model.to_config())
+    safetensors.torch.save_file(checkpoint.savable(model.state_dict()), out / "model.safetensors")
+    checkpoint.write_manifest(out, step=0)
+
+
+def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that does not tell where its owner's photographs and weights lie."""
+    model, data = recipe["model"], recipe["data"] | {"root": ""}
+    cleaned = recipe | {
+        "data": data
+        | {name: empty for name, empty in (("more", []), ("corrections", ""), ("labels", "")) if name in data},
+        "model": model | {name: Path(model[name]).name for name in ("source", "teacher") if name in model},
+    }
+    if "binary" in recipe:
+        negatives = Path(recipe["binary"]["negatives"]).name
+        cleaned["binary"] = recipe["binary"] | {"negatives": negatives}
+    return cleaned

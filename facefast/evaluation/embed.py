@@ -1,0 +1,101 @@
+"""Photographs to embeddings, on all ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from facefast.data import FaceIndex, make_loader
+from facefast.data.prepare import read_photographs
+from facefast.models import FaceModel, checkpoint
+from facefast.models.precision import Precision
+from facefast.recipe import Photographs, Reading
+from facefast.runtime.process import Runtime, decode_threads
+
+
+def embed_rows(
+    model: FaceModel,
+    index: FaceIndex,
+    run: Runtime,
+    precision: Precision,
+    reading: Reading,
+    *,
+    batch_size: int,
+    mirror: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Embeddings of every readable row, the same on every rank.
+
+    Returns:
+        [N, D] float32 on the CPU, before normalisation, the mean of picture and mirror image where `mirror`; and [N]
+        bool, False for rows that could not be read.
+    """
+    found: Tensor | None = None
+    seen = torch.zeros(len(index))
+    batch_size = min(batch_size, math.ceil(len(index) / run.world.size))  # what few pictures cannot fill is padded
+    model.eval()
+    with (
+        torch.inference_mode(),
+        precision.autocast(run.device),
+        make_loader(
+            index,
+            model.image,
+            batch_size=batch_size,
+            rank=run.world.rank,
+            world=run.world.size,
+            device=run.device,
+            dtype=torch.float32,
+            channels_last=precision.channels_last,
+            **dataclasses.asdict(reading),
+        ) as loader,
+    ):
+        for batch in loader:
+            embeddings = model.encode(batch.images).float()  # [B, D]
+            if mirror:
+                embeddings = (embeddings + model.encode(batch.images.flip(3)).float()) / 2
+            rows = batch.rows.cpu()
+            if found is None:
+                found = torch.zeros(len(index), embeddings.shape[1])
+            found[rows[rows >= 0]] = embeddings.cpu()[rows >= 0]
+            seen[rows[rows >= 0]] = 1
+    assert found is not None, "an index without rows has nothing to embed"
+    if run.world.size > 1:
+        found, seen = _sum_over_ranks(found, run), _sum_over_ranks(seen, run)
+    return found.clone(), seen > 0  # a tensor of inference mode could not be changed
+
+
+def _sum_over_ranks(values: Tensor, run: Runtime) -> Tensor:
+    on_device = values.to(run.device)
+    dist.all_reduce(on_device)
+    return on_device.cpu()
+
+
+def embed_photographs(
+    path: Path, data: Photographs, run: Runtime, batch_size: int
+) -> tuple[FaceIndex, NDArray[np.float32]]:
+    """The readable pictures of `data`, scanned, and their embeddings [N, D] of any length; the same on every rank.
+
+    Args:
+        path: a run, a checkpoint, a package or source weights.
+
+    Raises:
+        ValueError: no photographs were named, or none of them can be read.
+        DataError: more bad files than allowed.
+    """
+    if not data.root:
+        raise ValueError("no photographs were named; give --data.root DIR")
+    reading = data.reading(decode_threads(0, run.world))
+    model = checkpoint.load_model(path, run.device)
+    precision = checkpoint.precision_of(path, model)
+    index = read_photographs(data, reading)
+    embeddings, seen = embed_rows(model, index, run, precision, reading, batch_size=batch_size)
+    readable = seen.numpy()
+    if not readable.any():
+        raise ValueError(f"none of {len(index)} pictures in {data.root} could be embedded")
+    return index.select(readable), embeddings.numpy()[readable]

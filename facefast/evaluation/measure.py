@@ -1,0 +1,139 @@
+"""What a model is worth: closed-set accuracy and open-set verification, on all ranks, with exact counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from facefast.data import FaceIndex, PairSet
+from facefast.data.prepare import Exam
+from facefast.evaluation import metrics
+from facefast.evaluation.baselines import Gallery, baseline_accuracies
+from facefast.evaluation.embed import embed_rows
+from facefast.models import FaceModel
+from facefast.models.precision import Precision
+from facefast.recipe import EvalConfig, Reading
+from facefast.runtime.process import Runtime
+
+
+def evaluate(
+    model: FaceModel,
+    exam: Exam,
+    config: EvalConfig,
+    run: Runtime,
+    precision: Precision,
+    reading: Reading,
+    gallery: Gallery | None = None,
+) -> dict[str, float]:
+    """Every number the exam has, the same on every rank.
+
+    Args:
+        gallery: embeddings of the training pictures by this model, where its `baselines` are wanted too.
+
+    Returns:
+        Closed set: loss, top1, top5, per_class, test_rows, and those of `baselines`. Attributes: NAME/accuracy,
+        NAME/auc and NAME/tar@1e-2 of a yes, or NAME/mae and NAME/within5 of a level; tasks, the mean of the AUCs and
+        of 1 - mae over the range. Verification: verification_accuracy (with its standard
+        deviation over folds), tar@1e-2, tar@1e-3, auc, threshold, pairs; their names start with "known_" where the
+        identities were trained on.
+    """
+
+    def embed(index: FaceIndex) -> tuple[Tensor, Tensor]:
+        return embed_rows(model, index, run, precision, reading, batch_size=config.batch_size)
+
+    was_training = model.training
+    results: dict[str, float] = {}
+    cached: tuple[Tensor, Tensor] | None = None
+    if exam.test is not None:
+        cached = embed(exam.test)
+        labels = torch.tensor(exam.test.labels, dtype=torch.long).where(cached[1], -1)
+        if model.head is not None:
+            results |= _closed_set(model, cached[0], labels, run.device)
+        if model.attribute_heads is not None and exam.test.attribute_names == model.attribute_heads.names:
+            results |= _attributes(model, *cached, torch.tensor(exam.test.attributes), run.device)
+        if gallery is not None and bool((labels >= 0).any()):
+            results |= baseline_accuracies(gallery, cached[0][labels >= 0], labels[labels >= 0])
+    if exam.verification is not None and exam.pairs is not None:
+        embeddings, seen = cached if cached and exam.verification is exam.test else embed(exam.verification)
+        found = verification(embeddings, seen, exam.pairs)
+        prefix = "" if exam.held_out else "known_"
+        results |= {prefix + name: value for name, value in found.items()}
+    model.train(was_training)
+    return results
+
+
+def _closed_set(model: FaceModel, embeddings: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
+    """The head on [N, D] embeddings with a label, a block at a time so that many classes need no N x C memory."""
+    seen = labels >= 0
+    target, found, loss = labels[seen], [], 0.0
+    with torch.inference_mode():
+        for block, label in zip(embeddings[seen].split(1024), target.split(1024), strict=True):
+            logits = model.classify(block.to(device)).float().cpu() * model.scale  # [b, C]
+            found.append(metrics.label_ranks(logits, label))
+            loss += float(torch.nn.functional.cross_entropy(logits, label, reduction="sum"))
+    ranks = torch.cat(found).numpy()
+    per_class = metrics.per_class_accuracy(ranks, target.numpy(), model.num_classes)
+    return {
+        "loss": loss / len(ranks),
+        "top1": metrics.topk_accuracy(ranks),
+        "top5": metrics.topk_accuracy(ranks, 5),
+        "per_class": float(np.nanmean(per_class)),
+        "test_rows": len(ranks),
+    }
+
+
+def _attributes(
+    model: FaceModel, embeddings: Tensor, seen: Tensor, values: Tensor, device: torch.device
+) -> dict[str, float]:
+    """The attribute heads on the rows of [N, D] embeddings whose values [N, A] are known."""
+    assert model.attribute_heads is not None
+    with torch.inference_mode():
+        told = model.tell(embeddings.to(device))
+    results: dict[str, float] = {}
+    scores = []
+    for column, spec in enumerate(model.attribute_heads.specs):
+        known = seen & ~values[:, column].isnan()
+        truth, answer = values[known, column].numpy(), told[spec.name].cpu()[known].numpy()
+        if spec.levels and len(truth):
+            errors = np.abs(answer - truth)
+            found = {"mae": float(errors.mean()), "within5": float((errors <= 5).mean())}
+            scores.append(1 - found["mae"] / (spec.levels[-1] - spec.levels[0]))
+        elif 0 < truth.sum() < len(truth):
+            found = {
+                "accuracy": float(((answer > 0.5) == (truth > 0.5)).mean()),
+                "auc": metrics.auc(answer, truth > 0.5),
+                "tar@1e-2": metrics.tar_at_far(answer, truth > 0.5, 1e-2).tar,
+            }
+            scores.append(found["auc"])
+        else:
+            continue
+        results |= {f"{spec.name}/{name}": value for name, value in found.items()}
+    if scores:
+        results["tasks"] = float(np.mean(scores))
+    return results
+
+
+def verification(embeddings: Tensor, seen: Tensor, pairs: PairSet) -> dict[str, float]:
+    """Verification numbers from [N, D] embeddings; pairs with an unreadable picture are left out and counted.
+
+    Raises:
+        ValueError: no pair is left.
+    """
+    left, right = torch.from_numpy(pairs.left), torch.from_numpy(pairs.right)
+    whole = seen[left] & seen[right]
+    unit = torch.nn.functional.normalize(embeddings, dim=1).numpy()
+    scores = metrics.pair_scores(unit, pairs.left, pairs.right)[whole.numpy()]
+    keep = whole.numpy()
+    same, folds = pairs.same[keep], pairs.folds[keep]
+    accuracy = metrics.kfold_verification(scores, same, folds)
+    at_1e2 = metrics.tar_at_far(scores, same, 1e-2)
+    return {
+        "verification_accuracy": accuracy.accuracy,
+        "verification_std": accuracy.std,
+        "tar@1e-2": at_1e2.tar,
+        "tar@1e-3": metrics.tar_at_far(scores, same, 1e-3).tar,
+        "auc": metrics.auc(scores, same),
+        "threshold@far1e-2": at_1e2.threshold,
+        "pairs": len(scores),
+    }

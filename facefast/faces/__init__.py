@@ -1,0 +1,1 @@
+"""Where the face is, before anything else looks at it."""
