@@ -18,7 +18,6 @@ import dataclasses
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,21 +25,16 @@ from typing import Any
 import numpy as np
 import tyro
 
-from facefast.data import FaceIndex, oracle
+from facefast.data import FaceIndex
 from facefast.data.corrections import Correction, write_corrections
 from facefast.evaluation.embed import embed_photographs
-from facefast.labels.clustering import Floats, Numbers, unit_rows
-from facefast.labels.sheets import Strip, thumbnail, write_sheets
-from facefast.labels.suspects import KINDS, Suspect, Suspects, find_suspects
+from facefast.labels.clustering import Floats, unit_rows
+from facefast.labels.copies import copies_by_pixels
+from facefast.labels.selftest import SelfTest, plant_wrong_labels, self_test
+from facefast.labels.sheets import strips, write_sheets
+from facefast.labels.suspects import KINDS, Suspects, find_suspects
 from facefast.recipe import Photographs
 from facefast.runtime import exits, process
-
-COPY_CORRELATION = 0.97
-"""Of the grey thumbnails of two pictures: a photograph saved again, scaled or brightened stays above it."""
-SIDE = 32
-"""Of those thumbnails, in pixels."""
-SHOWN = 4
-"""Pictures of an identity beside a suspect."""
 
 
 @dataclass(frozen=True)
@@ -69,28 +63,6 @@ class AuditArguments:
     """Print one JSON object and nothing else."""
 
 
-def copies_by_pixels(index: FaceIndex) -> Callable[[int, int], bool]:
-    """Whether two rows show one photograph: grey thumbnails of it, saved again, are nearly proportional."""
-    seen: dict[int, Floats | None] = {}
-
-    def look(row: int) -> Floats | None:
-        if row not in seen:
-            try:
-                picture = oracle.decode(oracle.read_bytes(index, row)).mean(2)
-            except ValueError:
-                seen[row] = None
-            else:
-                values = thumbnail(picture.astype(np.uint8), SIDE).astype(np.float32).ravel()
-                seen[row] = (values - values.mean()) / max(float(values.std()), 1e-6)
-        return seen[row]
-
-    def same(one: int, other: int) -> bool:
-        left, right = look(one), look(other)
-        return left is not None and right is not None and float((left * right).mean()) >= COPY_CORRELATION
-
-    return same
-
-
 def corrections_of(index: FaceIndex, suspects: Suspects) -> list[Correction]:
     """The findings as lines of suspects.csv."""
 
@@ -111,102 +83,6 @@ def corrections_of(index: FaceIndex, suspects: Suspects) -> list[Correction]:
         )
         for suspect in suspects.found
     ]
-
-
-def strips(index: FaceIndex, embeddings: Floats, suspects: Suspects, kind: str, most: int) -> list[Strip]:
-    """What the contact sheets of one kind show, the first `most` findings."""
-    doubts = suspects.doubt
-    order = np.argsort(index.labels, kind="stable")
-    ends = np.searchsorted(index.labels[order], np.arange(index.num_classes + 1))
-
-    def like(row: int, label: int, count: int) -> list[int]:
-        """Pictures of an identity most like `row`, those beyond doubt first."""
-        rows = order[ends[label] : ends[label + 1]]
-        rows = rows[rows != row]
-        key = embeddings[rows] @ embeddings[row] - 2 * (doubts.wrong[rows] >= 0.5)
-        return list(rows[np.argsort(-key, kind="stable")][:count].tolist())
-
-    def describe(suspect: Suspect) -> Strip:
-        who = index.class_names[suspect.label] if suspect.label >= 0 else "nobody"
-        other = index.class_names[suspect.suggested] if suspect.suggested >= 0 else "nobody here"
-        sure = f"{suspect.confidence:.0%} {suspect.action}"
-        if suspect.kind == "duplicate":
-            title, kept = (index.name(row).rsplit("/")[-1] for row in (suspect.row, suspect.other_row))
-            pair = [suspect.row, suspect.other_row]
-            return Strip(f"{title} ({who})", f"{sure}: {kept} ({other})", [pair])
-        if suspect.kind == "merge":
-            rows = [like(suspect.row, suspect.label, SHOWN), like(suspect.other_row, suspect.suggested, SHOWN)]
-            return Strip(
-                f"{who} = {other}?",
-                f"{sure}, cosine {suspect.other_score:.2f}",
-                [[suspect.row, *rows[0]], [suspect.other_row, *rows[1]]],
-            )
-        nearest = int(doubts.suggested[suspect.row])
-        groups = [[suspect.row], like(suspect.row, suspect.label, SHOWN)]
-        groups += [like(suspect.row, nearest, SHOWN)] if nearest >= 0 else []
-        title = f"{index.name(suspect.row)}: {who} ({suspect.score:.2f})"
-        closest = f", nearest {index.class_names[nearest]} ({suspect.other_score:.2f})" if nearest >= 0 else ""
-        return Strip(title, f"{sure}, suggested {other}{closest}", groups)
-
-    return [describe(suspect) for suspect in suspects.found if suspect.kind == kind][:most]
-
-
-def plant_wrong_labels(labels: Numbers, fraction: float, seed: int) -> tuple[Numbers, Numbers]:
-    """Labels [N] of which `fraction` is changed to another class drawn evenly, and the rows that were: the self-test.
-
-    Raises:
-        ValueError: `fraction` outside (0, 0.5], or fewer than two classes.
-    """
-    known = np.flatnonzero(labels >= 0)
-    classes = int(labels.max(initial=-1)) + 1
-    if not 0 < fraction <= 0.5 or classes < 2:
-        raise ValueError(f"plant is {fraction} among {classes} identities; it must lie in (0, 0.5], among at least 2")
-    generator = np.random.default_rng(seed)
-    rows = np.sort(generator.choice(known, max(1, round(fraction * len(known))), replace=False))
-    planted = labels.copy()
-    planted[rows] = (labels[rows] + generator.integers(1, classes, len(rows))) % classes
-    return planted, rows
-
-
-@dataclass(frozen=True)
-class SelfTest:
-    """How well planted wrong labels are found."""
-
-    planted: int
-    flagged: int
-    raw_precision: float
-    """Of the flagged, those planted: every mistake that the set had before counts against it."""
-    precision: float
-    """The same, with those set aside that are flagged without planting too."""
-    recall: float
-    """Of the planted, those flagged."""
-    suggested: float
-    """Of the planted and flagged, those whose own identity is suggested."""
-    relabelled: float
-    """Of the planted that `relabel` would change, those that get their own identity back."""
-
-
-def self_test(before: Suspects, after: Suspects, rows: Numbers, labels: Numbers) -> SelfTest:
-    """Compares the findings on true `labels` [N] and on labels with wrong ones planted in `rows`."""
-    planted = set(rows.tolist())
-    natural = {suspect.row for suspect in before.of("wrong_label")} - planted
-    flagged = after.of("wrong_label")
-    hits = [suspect for suspect in flagged if suspect.row in planted]
-    fresh = [suspect for suspect in flagged if suspect.row not in natural]
-    changed = [suspect for suspect in hits if suspect.action == "relabel"]
-
-    def part(some: float, of: int) -> float:
-        return some / of if of else float("nan")
-
-    return SelfTest(
-        len(planted),
-        len(flagged),
-        part(len(hits), len(flagged)),
-        part(len(hits), len(fresh)),
-        part(len(hits), len(planted)),
-        part(sum(int(labels[suspect.row]) == suspect.suggested for suspect in hits), len(hits)),
-        part(sum(int(labels[suspect.row]) == suspect.suggested for suspect in changed), len(changed)),
-    )
 
 
 def report(index: FaceIndex, suspects: Suspects) -> dict[str, Any]:

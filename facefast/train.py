@@ -135,15 +135,13 @@ def examine_untrained(folder: Path, state: TrainState, start: Start, log: RunLog
 
 def open_loader(state: TrainState, stage: Stage) -> Loader | CachedLoader:
     """The phase's batches for this rank, in the order that the sampler owns."""
-    recipe, run, phase = state.recipe, state.run, state.settings
-    batch_size = state.phase_plan.batch_per_rank
-    seed = recipe.seed + 1000 * state.phase
+    recipe, run, phase, plan = state.recipe, state.run, state.settings, state.phase_plan
     rows = np.arange(len(stage.train)) if phase.sampler == "epoch" else np.flatnonzero(stage.train.labels >= 0)
     sampler = make_sampler(
         phase.sampler,
         labels=stage.train.labels[rows],
-        batch_size=batch_size * run.world.size,
-        seed=seed,
+        batch_size=plan.batch_size,
+        seed=plan.seed,
         rows=rows,
         pictures_per_identity=phase.pictures_per_identity,
     )
@@ -152,10 +150,9 @@ def open_loader(state: TrainState, stage: Stage) -> Loader | CachedLoader:
     return make_loader(
         stage.train,
         recipe.image,
-        batch_size=batch_size,
         sampler=sampler,
         augment=phase.augment,
-        seed=seed,
+        seed=plan.seed,
         rank=run.world.rank,
         world=run.world.size,
         device=run.device,
@@ -167,13 +164,14 @@ def open_loader(state: TrainState, stage: Stage) -> Loader | CachedLoader:
 
 def show_pictures(state: TrainState, stage: Stage, sampler: Sampler, log: RunLog) -> None:
     """The phase's first pictures as training sees them, in TensorBoard."""
-    recipe, epoch = state.recipe, int(state.epoch)
+    recipe, epoch, seed = state.recipe, int(state.epoch), state.phase_plan.seed
     if recipe.pictures == 0 or not state.run.is_main:
         return
     rows = sampler.batch(epoch, 0)[: recipe.pictures]
-    seed = recipe.seed + 1000 * state.phase
     with contextlib.suppress(ValueError):  # a picture that turned bad is the loader's to count
-        images = oracle.render(stage.train, rows[rows >= 0], recipe.image, state.settings.augment, seed, epoch)
+        images = oracle.render(
+            stage.train, rows[rows >= 0], recipe.image, state.settings.augment, state.phase_plan.seed, epoch
+        )
         log.pictures(f"{state.settings.name}/pictures", oracle.to_picture(images, recipe.image), state.step)
 
 

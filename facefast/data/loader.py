@@ -387,7 +387,7 @@ def make_loader(
     index: FaceIndex,
     image: ImageSpec,
     *,
-    batch_size: int,
+    batch_size: int | None = None,
     sampler: Sampler | None = None,
     augment: AugmentSpec | None = None,
     seed: int = 0,
@@ -408,7 +408,7 @@ def make_loader(
     Args:
         index: the pictures; rows with a fault are never fed.
         image: what the model sees.
-        batch_size: rows of this rank's batches.
+        batch_size: rows of this rank's batches; by default this rank's part of the sampler's.
         sampler: the order, with a batch size of `batch_size * world`; by default every sound row once, in order.
         augment: how pictures are varied; None is the aligned picture itself.
         seed: key of the augmentation, with the epoch and the row.
@@ -436,8 +436,12 @@ def make_loader(
     if decoder not in ("dali", "oracle"):
         raise ValueError(f"decoder is {decoder!r}; it must be dali or oracle")
     if sampler is None:
+        if batch_size is None:
+            raise ValueError("give batch_size, or a sampler, which has one")
         sampler = EpochSampler(np.flatnonzero(index.faults == 0), batch_size * world, shuffle=False)
-    if sampler.batch_size != batch_size * world:
+    if batch_size is None and sampler.batch_size % world:
+        raise ValueError(f"the sampler's batch of {sampler.batch_size} does not divide among {world} processes")
+    if batch_size is not None and sampler.batch_size != batch_size * world:
         raise ValueError(
             f"the sampler's global batch is {sampler.batch_size}, but {world} processes with batches of {batch_size} "
             f"take {batch_size * world}"

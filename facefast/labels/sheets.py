@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from facefast.data import FaceIndex, oracle
+from facefast.labels.clustering import Floats
+from facefast.labels.suspects import Suspect, Suspects
 from facefast.runtime.exits import StorageError
 
 TILE = 96
@@ -109,3 +111,45 @@ def _tile(index: FaceIndex, row: int) -> Image.Image:
     picture.thumbnail(tile.size)
     tile.paste(picture, ((tile.width - picture.width) // 2, (tile.height - picture.height) // 2))
     return tile
+
+
+SHOWN = 4
+"""Pictures of an identity beside a suspect."""
+
+
+def strips(index: FaceIndex, embeddings: Floats, suspects: Suspects, kind: str, most: int) -> list[Strip]:
+    """What the contact sheets of one kind show, the first `most` findings."""
+    doubts = suspects.doubt
+    order = np.argsort(index.labels, kind="stable")
+    ends = np.searchsorted(index.labels[order], np.arange(index.num_classes + 1))
+
+    def like(row: int, label: int, count: int) -> list[int]:
+        """Pictures of an identity most like `row`, those beyond doubt first."""
+        rows = order[ends[label] : ends[label + 1]]
+        rows = rows[rows != row]
+        key = embeddings[rows] @ embeddings[row] - 2 * (doubts.wrong[rows] >= 0.5)
+        return list(rows[np.argsort(-key, kind="stable")][:count].tolist())
+
+    def describe(suspect: Suspect) -> Strip:
+        who = index.class_names[suspect.label] if suspect.label >= 0 else "nobody"
+        other = index.class_names[suspect.suggested] if suspect.suggested >= 0 else "nobody here"
+        sure = f"{suspect.confidence:.0%} {suspect.action}"
+        if suspect.kind == "duplicate":
+            title, kept = (index.name(row).rsplit("/")[-1] for row in (suspect.row, suspect.other_row))
+            pair = [suspect.row, suspect.other_row]
+            return Strip(f"{title} ({who})", f"{sure}: {kept} ({other})", [pair])
+        if suspect.kind == "merge":
+            rows = [like(suspect.row, suspect.label, SHOWN), like(suspect.other_row, suspect.suggested, SHOWN)]
+            return Strip(
+                f"{who} = {other}?",
+                f"{sure}, cosine {suspect.other_score:.2f}",
+                [[suspect.row, *rows[0]], [suspect.other_row, *rows[1]]],
+            )
+        nearest = int(doubts.suggested[suspect.row])
+        groups = [[suspect.row], like(suspect.row, suspect.label, SHOWN)]
+        groups += [like(suspect.row, nearest, SHOWN)] if nearest >= 0 else []
+        title = f"{index.name(suspect.row)}: {who} ({suspect.score:.2f})"
+        closest = f", nearest {index.class_names[nearest]} ({suspect.other_score:.2f})" if nearest >= 0 else ""
+        return Strip(title, f"{sure}, suggested {other}{closest}", groups)
+
+    return [describe(suspect) for suspect in suspects.found if suspect.kind == kind][:most]

@@ -30,8 +30,12 @@ class PhasePlan:
     num_rows: int
     num_classes: int
     fingerprint: str
+    batch_size: int
+    """Pictures of one forward pass over all processes."""
     batch_per_rank: int
     """Pictures of one forward pass on one process."""
+    seed: int
+    """Of everything that is drawn in the phase: first weights, the order, augmentation."""
     steps_per_epoch: int
     steps: int
 
@@ -57,11 +61,14 @@ def resolve(recipe: Recipe, facts: tuple[IndexFacts, ...], world_size: int) -> P
     """
     return Plan(
         world_size=world_size,
-        phases=tuple(_resolve_phase(phase, fact, world_size) for phase, fact in zip(recipe.phases, facts, strict=True)),
+        phases=tuple(
+            _resolve_phase(phase, fact, world_size, recipe.seed + 1000 * number)
+            for number, (phase, fact) in enumerate(zip(recipe.phases, facts, strict=True))
+        ),
     )
 
 
-def _resolve_phase(phase: Phase, facts: IndexFacts, world_size: int) -> PhasePlan:
+def _resolve_phase(phase: Phase, facts: IndexFacts, world_size: int, seed: int) -> PhasePlan:
     passes = world_size * phase.accumulate
     if phase.batch_size % passes:
         raise ValueError(
@@ -80,7 +87,9 @@ def _resolve_phase(phase: Phase, facts: IndexFacts, world_size: int) -> PhasePla
         num_rows=facts.num_rows,
         num_classes=facts.num_classes,
         fingerprint=facts.fingerprint,
+        batch_size=phase.batch_size // phase.accumulate,
         batch_per_rank=phase.batch_size // passes,
+        seed=seed,
         steps_per_epoch=steps_per_epoch,
         steps=phase.steps or max(1, round(phase.epochs * steps_per_epoch)),
     )

@@ -83,7 +83,7 @@ def starting_model(
     recipe, phase = state.recipe, state.recipe.phases[number]
     config = recipe.model if phase.start == "source" else dataclasses.replace(recipe.model, source="none")
     with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed + 1000 * number)
+        torch.manual_seed(state.plan.phases[number].seed)
         model = build_model(
             config,
             state.plan.phases[number].num_classes if phase.loss.weight else 0,

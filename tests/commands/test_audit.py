@@ -15,6 +15,9 @@ from facefast.data import FaceIndex, read_index
 from facefast.data.corrections import apply_corrections, read_corrections
 from facefast.labels import sheets
 from facefast.labels.clustering import Floats, class_sums, unit_rows
+from facefast.labels.copies import copies_by_pixels
+from facefast.labels.selftest import plant_wrong_labels
+from facefast.labels.sheets import strips
 from facefast.labels.suspects import Suspects, find_suspects
 from facefast.runtime import process
 from tests.support import small
@@ -116,7 +119,7 @@ def test_one_identity_cannot_be_audited(
 def set_of_points() -> tuple[FaceIndex, Suspects, np.ndarray]:
     """Thirty people whose pictures are not there; some labels are wrong, and one person has two names."""
     unit, labels, _ = people([10] * 30)
-    wrong, _ = audit.plant_wrong_labels(labels, 0.05, seed=0)
+    wrong, _ = plant_wrong_labels(labels, 0.05, seed=0)
     wrong[0:4] = 30
     names = tuple(f"person {k}" for k in range(31))
     index = FaceIndex.build("photos", [b"%d.jpg" % k for k in range(len(labels))], wrong, names)
@@ -138,14 +141,14 @@ def test_findings_fit_the_index_they_came_from(tmp_path: Path) -> None:
 def test_a_strip_shows_the_suspect_its_own_identity_and_the_suggested_one() -> None:
     index, suspects, unit = set_of_points()
     for strip, suspect in zip(
-        audit.strips(index, unit, suspects, "wrong_label", 5), suspects.of("wrong_label"), strict=False
+        strips(index, unit, suspects, "wrong_label", 5), suspects.of("wrong_label"), strict=False
     ):
         first, own, suggested = strip.groups
         assert first == [suspect.row]
         assert set(index.labels[own].tolist()) == {suspect.label}
         assert set(index.labels[suggested].tolist()) == {int(suspects.doubt.suggested[suspect.row])}
         assert suspect.row not in own
-    (strip,) = audit.strips(index, unit, suspects, "merge", 5)
+    (strip,) = strips(index, unit, suspects, "merge", 5)
     assert "person 30 = person 0?" in strip.title
     assert [set(index.labels[group].tolist()) for group in strip.groups] == [{30}, {0}]
 
@@ -170,7 +173,7 @@ def test_thumbnails_are_means_of_what_they_cover() -> None:
 def test_a_photograph_saved_again_is_the_same_and_another_is_not(drawn: Path) -> None:
     index = read_index(drawn)
     first, second = (np.flatnonzero(index.labels == label) for label in (0, 1))
-    same = audit.copies_by_pixels(index)
+    same = copies_by_pixels(index)
     assert same(int(first[0]), int(second[0]))
     assert not same(int(first[1]), int(second[1]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from facefast.audit import plant_wrong_labels, self_test
+from facefast.labels.selftest import plant_wrong_labels, self_test
 from facefast.labels.suspects import Suspects, doubt, find_suspects
 from tests.support.points import Floats, Numbers, people
 
