@@ -132,13 +132,16 @@ def measure(name: str, seed: int, root: str, source: str, runs: Path) -> dict[st
         f"--seed={seed}", f"--out={folder}", "--resume=never",
     )  # fmt: skip
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    exams = [line for line in lines if line["split"] == "eval"]
-    last = exams[-1]
+    evaluations = [line for line in lines if line["split"] == "eval"]
+    last = evaluations[-1]
     found = {"top1": last.get("top1"), "tar": last["tar@1e-2"], "verification": last["verification_accuracy"]}
     found |= {key: value for key, value in last.items() if "/" in key}
-    found |= {key: exams[0][key] for key in BASELINES if key in exams[0]}
-    if "probe_top1" in exams[0]:
-        found |= {"source_tar": exams[0]["tar@1e-2"], "source_verification": exams[0]["verification_accuracy"]}
+    found |= {key: evaluations[0][key] for key in BASELINES if key in evaluations[0]}
+    if "probe_top1" in evaluations[0]:
+        found |= {
+            "source_tar": evaluations[0]["tar@1e-2"],
+            "source_verification": evaluations[0]["verification_accuracy"],
+        }
     rows = json.loads((folder / "plan.json").read_text())["phases"][-1]["num_rows"]
     return record(NAME, row=name, title=row.title, seed=seed, core_minutes=minutes, training_pictures=rows, **found)
 

@@ -85,12 +85,12 @@ def corrections_of(index: FaceIndex, suspects: Suspects) -> list[Correction]:
     ]
 
 
-def report(index: FaceIndex, suspects: Suspects) -> dict[str, Any]:
+def findings(index: FaceIndex, suspects: Suspects) -> dict[str, Any]:
     """What was found, in numbers and names."""
     return {
         "pictures": len(index),
         "identities": int(len(np.unique(index.labels[index.labels >= 0]))),
-        "estimated_wrong_share": round(suspects.doubt.wrong_share, 4),
+        "estimated_wrong_share": round(suspects.doubt.wrong_fraction, 4),
         **{
             kind: {"found": len(suspects.of(kind)), **Counter(suspect.action for suspect in suspects.of(kind))}
             for kind in KINDS
@@ -99,7 +99,7 @@ def report(index: FaceIndex, suspects: Suspects) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any], data: Photographs, out: Path) -> str:
+def findings_text(found: dict[str, Any], data: Photographs, out: Path) -> str:
     """The report for a terminal, and what to do next."""
     lines = [
         f"{found['pictures']} pictures of {found['identities']} identities; about "
@@ -140,7 +140,7 @@ def audit(given: AuditArguments, index: FaceIndex, embeddings: Floats, out: Path
     write_corrections(out / "suspects.csv", corrections_of(index, suspects))
     for kind in KINDS:
         write_sheets(out, kind, strips(index, embeddings, suspects, kind, given.pictures), index)
-    return report(index, suspects)
+    return findings(index, suspects)
 
 
 def planted(given: AuditArguments, index: FaceIndex, embeddings: Floats) -> SelfTest:
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
                     print(*(f"{name:{width}}  {value:.4g}" for name, value in result.items()), sep="\n")
             elif run.is_main and given.out is not None:
                 found = audit(given, index, embeddings, given.out)
-                print(json.dumps(found) if given.json else table(found, given.data, given.out))
+                print(json.dumps(found) if given.json else findings_text(found, given.data, given.out))
     return outcome.code
 
 

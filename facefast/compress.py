@@ -26,7 +26,7 @@ from facefast.data import FaceIndex, PairSet, make_loader
 from facefast.data.prepare import read_photographs
 from facefast.deploy import package
 from facefast.deploy.gate import Array, Gate, compare, seconds_per_picture
-from facefast.evaluation.sets import find_exam
+from facefast.evaluation.sets import find_evaluation_set
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Reading, to_json
 from facefast.runtime import exits, files, process
@@ -112,21 +112,27 @@ def divide(given: CompressArguments, model: FaceModel, reading: Reading) -> tupl
     shuffled = np.random.default_rng(given.seed).permutation(len(index))
     labels = index.labels[index.labels >= 0]
     counts = np.unique(labels, return_counts=True)[1]
-    exam = None
+    evaluation_set = None
     if len(counts) > 1 and counts.max() > 1:
         config = EvalConfig(pairs=given.pairs)
-        exam = find_exam(given.model, model, given.data, config, given.seed, reading.threads)
-    if exam is None or exam.verification is None or exam.pairs is None:
+        evaluation_set = find_evaluation_set(given.model, model, given.data, config, given.seed, reading.threads)
+    if evaluation_set is None or evaluation_set.verification is None or evaluation_set.pairs is None:
         judged = index.select(shuffled[::-1][:MOST_UNPAIRED])
         return index.select(shuffled[: given.photographs]), judged, None
-    rows, places = np.unique(np.concatenate([exam.pairs.left, exam.pairs.right]), return_inverse=True)
-    left, right = places[: len(exam.pairs)], places[len(exam.pairs) :]
-    judged = exam.verification.select(rows)
+    rows, places = np.unique(
+        np.concatenate([evaluation_set.pairs.left, evaluation_set.pairs.right]), return_inverse=True
+    )
+    left, right = places[: len(evaluation_set.pairs)], places[len(evaluation_set.pairs) :]
+    judged = evaluation_set.verification.select(rows)
     known = set(zip(judged.paths.tolist(), judged.offsets.tolist(), strict=True))
     place = zip(index.paths.tolist(), index.offsets.tolist(), strict=True)
     in_pairs = np.array([key in known for key in place])[shuffled]
     order = np.concatenate([shuffled[~in_pairs], shuffled[in_pairs]])
-    return index.select(order[: given.photographs]), judged, dataclasses.replace(exam.pairs, left=left, right=right)
+    return (
+        index.select(order[: given.photographs]),
+        judged,
+        dataclasses.replace(evaluation_set.pairs, left=left, right=right),
+    )
 
 
 def compress(given: CompressArguments, model: FaceModel, threads: int) -> dict[str, Any]:
@@ -237,7 +243,7 @@ def _write(out: Path, content: bytes, document: dict[str, Any]) -> None:
         raise exits.StorageError(f"cannot write {out}: {error}; choose another --out") from error
 
 
-def table(document: dict[str, Any]) -> str:
+def gate_text(document: dict[str, Any]) -> str:
     """What the command prints."""
     gate, seconds = document["gate"], document["seconds_per_picture"]
     rows = [
@@ -282,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"compress runs in one process, not in {run.world.size}; start it without torchrun")
             threads = process.decode_threads(0, run.world)
             document = compress(given, checkpoint.load_model(given.model), threads)
-        print(table(document))
+        print(gate_text(document))
         print(f"{given.out}: passed")
     return outcome.code
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 
 from facefast.evaluation.measure import evaluate
-from facefast.evaluation.sets import find_exam, given_pairs
+from facefast.evaluation.sets import find_evaluation_set, given_pairs
 from facefast.models import checkpoint
 from facefast.recipe import DataConfig, EvalConfig
 from facefast.runtime import exits, process
@@ -47,11 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
             reading = given.data.reading(decode_threads(0, run.world))
             model = checkpoint.load_model(given.model, run.device)
             if given.pairs or given.bin:
-                exam = given_pairs(given.data.root, reading, pairs=given.pairs, bin=given.bin)
+                evaluation_set = given_pairs(given.data.root, reading, pairs=given.pairs, bin=given.bin)
             else:
-                exam = find_exam(given.model, model, given.data, given.eval, given.seed, reading.threads)
+                evaluation_set = find_evaluation_set(
+                    given.model, model, given.data, given.eval, given.seed, reading.threads
+                )
             precision = checkpoint.precision_of(given.model, model)
-            results = evaluate(model, exam, given.eval, run, precision, reading)
+            results = evaluate(model, evaluation_set, given.eval, run, precision, reading)
             if run.is_main and given.json:
                 print(json.dumps(results))
             elif run.is_main:

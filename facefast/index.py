@@ -49,7 +49,7 @@ class IndexArguments:
             raise ValueError(f"max-bad-fraction is {self.max_bad_fraction}; it must lie in [0, 1]")
 
 
-def report(index: FaceIndex) -> dict[str, Any]:
+def findings(index: FaceIndex) -> dict[str, Any]:
     """What the pre-flight says of a scanned index, as JSON values that name every file."""
     bad = np.flatnonzero(index.faults)
     groups = copies(index)
@@ -84,7 +84,7 @@ def copies(index: FaceIndex) -> list[NDArray[np.int64]]:
     return sorted((group for group in np.split(rows, begins) if len(group) > 1), key=lambda g: int(g[0]))
 
 
-def table(found: dict[str, Any]) -> str:
+def findings_text(found: dict[str, Any]) -> str:
     """The report for a terminal: one count on each line, with the first examples."""
     lines = [(found["pictures"], f"pictures in {found['root']}")]
     lines.append((found["unlabelled"], "without identity"))
@@ -133,8 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
         index = scan(read_index(given.root, given.format), given.threads, given.max_pixels)
         if given.out is not None:
             index.save(given.out if given.out.suffix == ".npz" else f"{given.out}.npz")
-        found = report(index)
-        print(json.dumps(found, indent=2) if given.json else table(found))
+        found = findings(index)
+        print(json.dumps(found, indent=2) if given.json else findings_text(found))
         if found["bad"] > given.max_bad_fraction * found["pictures"]:
             raise DataError(
                 f"{found['bad']} of {found['pictures']} pictures are bad, above max-bad-fraction "
@@ -160,7 +160,7 @@ def _histogram(counts: NDArray[np.int64]) -> dict[str, int]:
 
 def _examples(groups: list[list[list[str | None]]]) -> str:
     """ ": a (X) = b (Y); ..." or nothing."""
-    texts = [" = ".join(f"{name} ({who or 'nobody'})" for name, who in group) for group in groups]
+    texts = [" = ".join(f"{name} ({who or 'unknown'})" for name, who in group) for group in groups]
     return f": {_some(texts, '; ')}" if texts else ""
 
 

@@ -67,7 +67,7 @@ class Names:
     """[N] cluster of each picture, -1 none; None where nothing was clustered."""
 
 
-def name_pictures(given: LabelArguments, embeddings: Floats, labels: Numbers, class_names: Sequence[str]) -> Names:
+def propose_names(given: LabelArguments, embeddings: Floats, labels: Numbers, class_names: Sequence[str]) -> Names:
     """Names by what is known, or by clusters.
 
     Args:
@@ -119,7 +119,7 @@ def _new_names(count: int, taken: set[str]) -> list[str]:
     return names
 
 
-def report(index: FaceIndex, names: Names, ignored: bool) -> dict[str, Any]:
+def counts(index: FaceIndex, names: Names, ignored: bool) -> dict[str, Any]:
     """What was found, in numbers; with true labels that were ignored, how far the clusters agree with them."""
     labels = index.labels.astype(np.int64)
     named = np.array([bool(name) for name in names.identities])
@@ -138,7 +138,7 @@ def report(index: FaceIndex, names: Names, ignored: bool) -> dict[str, Any]:
     return found
 
 
-def table(found: dict[str, Any], given: LabelArguments) -> str:
+def counts_text(found: dict[str, Any], given: LabelArguments) -> str:
     """The report for a terminal, and what to do next."""
     width = max(map(len, found))
     lines = [f"{name:{width}}  {value:.4g}" for name, value in found.items()]
@@ -171,11 +171,11 @@ def main(arguments: list[str] | None = None) -> int:
             index, rows = embed_photographs(given.model, given.data, run, given.batch_size)
             embeddings = unit_rows(rows)
             if run.is_main:
-                names = name_pictures(given, embeddings, index.labels.astype(np.int64), index.class_names)
+                names = propose_names(given, embeddings, index.labels.astype(np.int64), index.class_names)
                 pictures = enumerate(zip(names.identities, names.confidences.tolist(), strict=True))
                 write_labels(given.out, (Label(index.name(row), name, sure) for row, (name, sure) in pictures))
-                found = report(index, names, given.ignore_labels)
-                print(json.dumps(found) if given.json else table(found, given))
+                found = counts(index, names, given.ignore_labels)
+                print(json.dumps(found) if given.json else counts_text(found, given))
     return outcome.code
 
 

@@ -102,9 +102,9 @@ def predict(
             unit = torch.nn.functional.normalize(embeddings[place], dim=0)
             answers[row] = {"embedding": unit.numpy()}
             with torch.inference_mode():
-                told = model.tell(embeddings[place : place + 1].to(run.device))
-            if told:
-                answers[row]["attributes"] = {name: round(float(value), 6) for name, value in told.items()}
+                attributes = model.predict_attributes(embeddings[place : place + 1].to(run.device))
+            if attributes:
+                answers[row]["attributes"] = {name: round(float(value), 6) for name, value in attributes.items()}
             if model.num_classes:
                 with torch.inference_mode():
                     logits = model.classify(embeddings[place : place + 1].to(run.device)).float() * model.scale
@@ -164,8 +164,8 @@ def _line(answer: dict[str, Any]) -> str:
     if "fault" in answer:
         return f"{path}  not read: {answer['fault']}"
     pairs = zip(answer.get("names", []), answer.get("probabilities", []), strict=True)
-    told = (f"{name} {value:.4g}" for name, value in answer.get("attributes", {}).items())
-    return "  ".join([path, *(f"{name} {probability:.1%}" for name, probability in pairs), *told])
+    attributes = (f"{name} {value:.4g}" for name, value in answer.get("attributes", {}).items())
+    return "  ".join([path, *(f"{name} {probability:.1%}" for name, probability in pairs), *attributes])
 
 
 if __name__ == "__main__":

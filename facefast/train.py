@@ -16,8 +16,8 @@ import numpy as np
 
 from facefast.data import Batch, Loader, Sampler, make_loader, make_sampler, oracle
 from facefast.data.cached import CachedLoader
-from facefast.data.prepare import Stage, prepare
-from facefast.evaluation.baselines import Gallery
+from facefast.data.prepare import PhaseData, prepare
+from facefast.evaluation.baselines import LabelledEmbeddings
 from facefast.evaluation.measure import evaluate
 from facefast.evaluation.report import with_baselines
 from facefast.models import checkpoint
@@ -28,7 +28,7 @@ from facefast.runtime.log import Position, RunLog, environment
 from facefast.runtime.process import Runtime
 from facefast.training import finish
 from facefast.training.begin import Start, begin, find_source, find_teacher, settle
-from facefast.training.objective import Share
+from facefast.training.objective import RowCounts
 from facefast.training.step import TrainState, train_step
 
 
@@ -36,30 +36,30 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     """Runs a recipe in a run folder, from its start or from where it was stopped; returns the exit code."""
     source = find_source(recipe)
     teacher = find_teacher(recipe, source, run.device)
-    stages = prepare(recipe, folder, run)  #                         files -> index -> splits and exams
-    recipe = settle(recipe, source, teacher, stages)
-    plan = resolve(recipe, tuple(stage.facts() for stage in stages), run.world.size)
+    datasets = prepare(recipe, folder, run)  #                         files -> index -> splits and evaluations
+    recipe = settle(recipe, source, teacher, datasets)
+    plan = resolve(recipe, tuple(data.facts() for data in datasets), run.world.size)
     state = TrainState(recipe, plan, run)
     saved = find_saved(folder, resume, state)
     with open_log(folder, state, saved) as log:
-        for number in range(state.phase, len(stages)):
-            start = begin(folder, state, number, stages[number], source, teacher, saved, log)
-            stage = start.stage
+        for number in range(state.phase_number, len(datasets)):
+            start = begin(folder, state, number, datasets[number], source, teacher, saved, log)
+            data = start.data
             if saved is None:
-                examine_untrained(folder, state, start, log)
+                measure_untrained(folder, state, start, log)
             saved = None
-            with open_loader(state, stage) as loader:  #             sampler -> rows -> augment -> dali -> Batch
-                show_pictures(state, stage, loader.sampler, log)
-                for batches, share in updates(state, loader, stage):
-                    stats = train_step(state, batches, share)  #     model -> logits -> focal -> step
-                    log.step(where(state), stats, share.rows, loader.wait_seconds, state.objective.names)
-                    improved = exam_due(recipe.eval, state) and examine(state, stage, log)
+            with open_loader(state, data) as loader:  #             sampler -> rows -> augment -> dali -> Batch
+                show_pictures(state, data, loader.sampler, log)
+                for batches, row_counts in updates(state, loader, data):
+                    stats = train_step(state, batches, row_counts)  #     model -> logits -> focal -> step
+                    log.step(where(state), stats, row_counts.rows, loader.wait_seconds, state.objective.names)
+                    improved = evaluation_due(recipe.eval, state) and measure(state, data, log)
                     stopping = run.agree(run.stop_requested)
                     if improved or stopping or save_due(recipe, state):
                         save(folder, state, improved)
                     if stopping:
                         return finish.leave(folder, state, log)
-        return finish.finish(folder, state, stages, log)
+        return finish.finish(folder, state, datasets, log)
 
 
 def open_folder(folder: Path, run: Runtime) -> None:
@@ -88,10 +88,10 @@ def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
     elif state.run.is_main and resume != "never":
         path = checkpoint.find_model(Path(resume))
         checkpoint.verify(path)
-    path = state.run.share(path)
+    path = state.run.broadcast(path)
     if path is not None:
         checkpoint.check_same_run(path, state.recipe, state.plan)
-        state.phase = files.read_json(path / "state.json")["phase"]
+        state.phase_number = files.read_json(path / "state.json")["phase"]
         state.step = files.read_json(path / "state.json")["step"]
     return path
 
@@ -124,31 +124,31 @@ def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
     return log
 
 
-def examine_untrained(folder: Path, state: TrainState, start: Start, log: RunLog) -> None:
+def measure_untrained(folder: Path, state: TrainState, start: Start, log: RunLog) -> None:
     """What there is before any training, the floor to beat; where a model starts with a head, it is its first
     checkpoint."""
-    if start.gallery is None and state.settings.head_start != "class_mean":
+    if start.known is None and state.phase.head_start != "class_mean":
         return
-    if examine(state, start.stage, log, start.gallery):
+    if measure(state, start.data, log, start.known):
         save(folder, state, improved=True)
 
 
-def open_loader(state: TrainState, stage: Stage) -> Loader | CachedLoader:
+def open_loader(state: TrainState, data: PhaseData) -> Loader | CachedLoader:
     """The phase's batches for this rank, in the order that the sampler owns."""
-    recipe, run, phase, plan = state.recipe, state.run, state.settings, state.phase_plan
-    rows = np.arange(len(stage.train)) if phase.sampler == "epoch" else np.flatnonzero(stage.train.labels >= 0)
+    recipe, run, phase, plan = state.recipe, state.run, state.phase, state.phase_plan
+    rows = np.arange(len(data.train)) if phase.sampler == "epoch" else np.flatnonzero(data.train.labels >= 0)
     sampler = make_sampler(
         phase.sampler,
-        labels=stage.train.labels[rows],
+        labels=data.train.labels[rows],
         batch_size=plan.batch_size,
         seed=plan.seed,
         rows=rows,
         pictures_per_identity=phase.pictures_per_identity,
     )
-    if state.supply.embeddings is not None:
-        return CachedLoader(state.supply.embeddings, stage.train.labels, sampler, run)
+    if state.side_inputs.embeddings is not None:
+        return CachedLoader(state.side_inputs.embeddings, data.train.labels, sampler, run)
     return make_loader(
-        stage.train,
+        data.train,
         recipe.image,
         sampler=sampler,
         augment=phase.augment,
@@ -162,24 +162,24 @@ def open_loader(state: TrainState, stage: Stage) -> Loader | CachedLoader:
     )
 
 
-def show_pictures(state: TrainState, stage: Stage, sampler: Sampler, log: RunLog) -> None:
+def show_pictures(state: TrainState, data: PhaseData, sampler: Sampler, log: RunLog) -> None:
     """The phase's first pictures as training sees them, in TensorBoard."""
     recipe, epoch, seed = state.recipe, int(state.epoch), state.phase_plan.seed
     if recipe.pictures == 0 or not state.run.is_main:
         return
     rows = sampler.batch(epoch, 0)[: recipe.pictures]
     with contextlib.suppress(ValueError):  # a picture that turned bad is the loader's to count
-        images = oracle.render(
-            stage.train, rows[rows >= 0], recipe.image, state.settings.augment, state.phase_plan.seed, epoch
-        )
-        log.pictures(f"{state.settings.name}/pictures", oracle.to_picture(images, recipe.image), state.step)
+        images = oracle.render(data.train, rows[rows >= 0], recipe.image, state.phase.augment, seed, epoch)
+        log.pictures(f"{state.phase.name}/pictures", oracle.to_picture(images, recipe.image), state.step)
 
 
-def updates(state: TrainState, loader: Loader | CachedLoader, stage: Stage) -> Iterator[tuple[list[Batch], Share]]:
+def updates(
+    state: TrainState, loader: Loader | CachedLoader, data: PhaseData
+) -> Iterator[tuple[list[Batch], RowCounts]]:
     """What each update of the phase consumes, from the cursor on: this rank's micro-batches, and how many rows count
     over all."""
-    plan, accumulate = state.phase_plan, state.settings.accumulate
-    labelled, known = stage.train.labels >= 0, ~stage.values().isnan().numpy()
+    plan, accumulate = state.phase_plan, state.phase.accumulate
+    labelled, known = data.train.labels >= 0, ~data.values().isnan().numpy()
     while state.phase_step < plan.steps:
         epoch, done = divmod(state.phase_step, plan.steps_per_epoch)
         loader.set_epoch(epoch, done * accumulate)
@@ -188,7 +188,7 @@ def updates(state: TrainState, loader: Loader | CachedLoader, stage: Stage) -> I
             micro = list(itertools.islice(batches, accumulate))
             rows = np.concatenate([loader.sampler.batch(epoch, part) for part in range(first, first + len(micro))])
             rows = rows[rows >= 0]
-            yield micro, Share(len(rows), int(labelled[rows].sum()), tuple(known[rows].sum(0).tolist()))
+            yield micro, RowCounts(len(rows), int(labelled[rows].sum()), tuple(known[rows].sum(0).tolist()))
             if state.phase_step == plan.steps:
                 return
 
@@ -197,7 +197,7 @@ def where(state: TrainState) -> Position:
     """The update just done, for the log."""
     return Position(
         step=state.step,
-        phase=state.settings.name,
+        phase=state.phase.name,
         epoch=state.epoch,
         lr=state.lr,
         last=state.phase_step == state.phase_plan.steps,
@@ -210,8 +210,8 @@ def epoch_ends(state: TrainState, every: int = 1) -> bool:
     return state.phase_step == plan.steps or state.phase_step % (every * plan.steps_per_epoch) == 0
 
 
-def exam_due(config: EvalConfig, state: TrainState) -> bool:
-    """Whether the model is examined after this update."""
+def evaluation_due(config: EvalConfig, state: TrainState) -> bool:
+    """Whether the model is measured after this update."""
     return epoch_ends(state, config.every)
 
 
@@ -222,29 +222,29 @@ def save_due(recipe: Recipe, state: TrainState) -> bool:
     return epoch_ends(state) if not recipe.save_every else state.phase_step == state.phase_plan.steps
 
 
-def examine(state: TrainState, stage: Stage, log: RunLog, gallery: Gallery | None = None) -> bool:
-    """Measures the model on all ranks and logs it, with what its embeddings give untrained where a gallery of them is
-    at hand; returns whether it is the best so far."""
+def measure(state: TrainState, data: PhaseData, log: RunLog, known: LabelledEmbeddings | None = None) -> bool:
+    """Measures the model on all ranks and logs it, with the baselines where embeddings of the training
+    pictures are `known`; returns whether it is the best so far."""
     recipe = state.recipe
-    state.run.share_buffers(state.evaluated)  # every rank examines the model that rank 0 saves
+    state.run.broadcast_buffers(state.evaluated)  # every rank measures the model that rank 0 saves
     results = evaluate(
         state.evaluated,
-        stage.exam,
+        data.evaluation,
         recipe.eval,
         state.run,
         state.precision,
         state.reading,
-        gallery,
+        known,
     )
     state.set_modes()
     value, name = finish.named_metric(recipe.eval, results)
-    before = state.results.get(state.settings.name)
+    before = state.results.get(state.phase.name)
     if before is None or value > finish.named_metric(recipe.eval, before)[0]:
-        state.results = with_baselines(results) | state.results | {state.settings.name: results}
+        state.results = with_baselines(results) | state.results | {state.phase.name: results}
     improved = state.best is None or value > state.best
     if improved:
         state.best = value
-    log.exam(where(state), results, name, improved)
+    log.evaluation(where(state), results, name, improved)
     return improved
 
 

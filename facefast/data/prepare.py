@@ -1,4 +1,4 @@
-"""From a folder of photographs to what each phase trains on and is asked: index, bad-file budget, splits, exams."""
+"""From a folder of photographs to what each phase trains and is measured on: index, bad-file budget, splits."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ MOST_LEVELS = 200
 
 
 @dataclass(frozen=True)
-class Exam:
-    """What a model is asked: pictures of known identities to name, pairs of pictures to verify, attributes to tell."""
+class EvaluationSet:
+    """What a model is measured on: pictures of known identities to name, with attributes, and pairs to verify."""
 
     test: FaceIndex | None
     """Labels are the model's classes."""
@@ -39,13 +39,13 @@ class Exam:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One phase's data: labels of `train` and `exam.test` are the phase's classes."""
+class PhaseData:
+    """One phase's data: labels of `train` and `evaluation.test` are the phase's classes."""
 
     train: FaceIndex
-    exam: Exam
+    evaluation: EvaluationSet
     attributes: tuple[AttributeSpec, ...] = ()
-    """What is learnt beside names: columns of `train.attributes`."""
+    """What is learnt beside identities: columns of `train.attributes`."""
 
     def facts(self) -> IndexFacts:
         """What the plan needs."""
@@ -62,7 +62,7 @@ class Stage:
         return torch.tensor(self.train.attributes)
 
 
-def prepare(recipe: Recipe, folder: Path, run: Runtime) -> tuple[Stage, ...]:
+def prepare(recipe: Recipe, folder: Path, run: Runtime) -> tuple[PhaseData, ...]:
     """Reads, checks and divides the photographs; every rank gets the same.
 
     Rank 0 scans the files and leaves `index.npz` in the run folder for the others.
@@ -130,7 +130,7 @@ def check_budget(index: FaceIndex, max_bad_fraction: float) -> None:
     )
 
 
-def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> Stage:
+def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> PhaseData:
     """Splits an index of `read_photographs` as one phase wants it.
 
     Raises:
@@ -142,8 +142,8 @@ def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> Stage:
         index = with_attributes(index, names)
     specs = tuple(_attribute(index, k) for k in range(len(names)))
     if recipe.binary.active:
-        return Stage(*_divide_yes_and_no(index), specs)
-    nobody = index.select(index.labels < 0)
+        return PhaseData(*_divide_yes_and_no(index), specs)
+    unlabelled = index.select(index.labels < 0)
     people = _part(index, phase.split)
     verification, held_out = None, True
     if recipe.eval.split != "none":
@@ -160,10 +160,10 @@ def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> Stage:
     train, test = people.split_per_identity(recipe.data.test_fraction, recipe.seed)
     if verification is None and _can_be_paired(test):
         verification, held_out = test, False
-    train, test = _with_nobody(train, test, nobody, recipe, phase)
-    return Stage(
+    train, test = _with_unlabelled(train, test, unlabelled, recipe, phase)
+    return PhaseData(
         train=train,
-        exam=Exam(
+        evaluation=EvaluationSet(
             test=test if len(test) else None,
             verification=verification,
             pairs=PairSet.random(verification, recipe.eval.pairs, recipe.eval.folds, recipe.seed)
@@ -175,8 +175,8 @@ def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> Stage:
     )
 
 
-def _with_nobody(
-    train: FaceIndex, test: FaceIndex, nobody: FaceIndex, recipe: Recipe, phase: Phase
+def _with_unlabelled(
+    train: FaceIndex, test: FaceIndex, unlabelled: FaceIndex, recipe: Recipe, phase: Phase
 ) -> tuple[FaceIndex, FaceIndex]:
     """Training and test rows with the pictures without a name that the phase learns from; fewer names where the recipe
     hides some."""
@@ -184,18 +184,18 @@ def _with_nobody(
         train = with_shots(train, recipe.data.shots, recipe.seed)
     if recipe.data.label_fraction < 1:
         train = with_hidden_labels(train, recipe.data.label_fraction, recipe.seed)
-    if recipe.learns_attributes and len(nobody):
-        nobody, asked = _at_random(nobody, recipe.data.test_fraction, recipe.seed)
+    if recipe.learns_attributes and len(unlabelled):
+        unlabelled, asked = _at_random(unlabelled, recipe.data.test_fraction, recipe.seed)
         test = _chained(test, asked)
     if phase.uses_unnamed or recipe.learns_attributes:
-        train = _chained(train, nobody)
+        train = _chained(train, unlabelled)
         if phase.labels == "pseudo" or phase.align != "none":
-            _require_nobody(train, phase)
+            _require_unlabelled(train, phase)
         return train, test
     return train.select(train.labels >= 0), test
 
 
-def _require_nobody(train: FaceIndex, phase: Phase) -> None:
+def _require_unlabelled(train: FaceIndex, phase: Phase) -> None:
     if (train.labels >= 0).all():
         wish = "labels pseudo" if phase.labels == "pseudo" else f"align {phase.align}"
         raise ValueError(
@@ -279,10 +279,10 @@ def _with_yes_and_no(index: FaceIndex, recipe: Recipe, reading: Reading) -> Face
     return joined(parts[0], parts[1:])
 
 
-def _divide_yes_and_no(index: FaceIndex) -> tuple[FaceIndex, Exam]:
-    """Training rows and the exam of binary recognition, as `_with_yes_and_no` has divided them."""
+def _divide_yes_and_no(index: FaceIndex) -> tuple[FaceIndex, EvaluationSet]:
+    """Training rows and the evaluation of binary recognition, as `_with_yes_and_no` has divided them."""
     train, test = index.select(index.splits == 0), index.select(index.splits == 2)
-    return train, Exam(test=test if len(test) else None, verification=None, pairs=None, held_out=False)
+    return train, EvaluationSet(test=test if len(test) else None, verification=None, pairs=None, held_out=False)
 
 
 def _can_be_paired(index: FaceIndex) -> bool:

@@ -24,10 +24,10 @@ BASELINES = {
     "neighbours_top1": f"{NEIGHBOURS} nearest neighbours",
     "probe_top1": "linear probe",
 }
-"""Their names in an exam's results, and for people."""
+"""Their names in an evaluation's results, and for people."""
 
 
-class Gallery(NamedTuple):
+class LabelledEmbeddings(NamedTuple):
     """Embeddings of training pictures, for methods that train no network."""
 
     embeddings: Tensor
@@ -37,22 +37,22 @@ class Gallery(NamedTuple):
     num_classes: int
 
 
-def baseline_accuracies(gallery: Gallery, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+def baseline_accuracies(known: LabelledEmbeddings, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 accuracy of each of `BASELINES` on test pictures.
 
     Args:
-        gallery: what is known.
+        known: the training pictures.
         embeddings: [M, D] of the test pictures, of any length.
         labels: [M] int64.
     """
-    known = gallery.labels >= 0
-    train, train_labels = unit(gallery.embeddings[known]), gallery.labels[known]
+    labelled = known.labels >= 0
+    train, train_labels = unit(known.embeddings[labelled]), known.labels[labelled]
     test = unit(embeddings)
-    means = class_means(train, train_labels, gallery.num_classes)
+    means = class_means(train, train_labels, known.num_classes)
     found = (
         (test @ means.T).argmax(1),
-        nearest_neighbours(train, train_labels, test, gallery.num_classes),
-        linear_probe(train, train_labels, test, gallery.num_classes),
+        nearest_neighbours(train, train_labels, test, known.num_classes),
+        linear_probe(train, train_labels, test, known.num_classes),
     )
     return {name: float((predicted == labels).float().mean()) for name, predicted in zip(BASELINES, found, strict=True)}
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from facefast.data import FaceIndex, PairSet
-from facefast.data.prepare import Exam
+from facefast.data.prepare import EvaluationSet
 from facefast.evaluation import metrics
-from facefast.evaluation.baselines import Gallery, baseline_accuracies
+from facefast.evaluation.baselines import LabelledEmbeddings, baseline_accuracies
 from facefast.evaluation.embed import embed_rows
 from facefast.models import FaceModel
 from facefast.models.precision import Precision
@@ -19,17 +19,17 @@ from facefast.runtime.process import Runtime
 
 def evaluate(
     model: FaceModel,
-    exam: Exam,
+    evaluation_set: EvaluationSet,
     config: EvalConfig,
     run: Runtime,
     precision: Precision,
     reading: Reading,
-    gallery: Gallery | None = None,
+    known: LabelledEmbeddings | None = None,
 ) -> dict[str, float]:
-    """Every number the exam has, the same on every rank.
+    """Every number the evaluation has, the same on every rank.
 
     Args:
-        gallery: embeddings of the training pictures by this model, where its `baselines` are wanted too.
+        known: embeddings of the training pictures by this model, where its `baselines` are wanted too.
 
     Returns:
         Closed set: loss, top1, top5, per_class, test_rows, and those of `baselines`. Attributes: NAME/accuracy,
@@ -45,19 +45,23 @@ def evaluate(
     was_training = model.training
     results: dict[str, float] = {}
     cached: tuple[Tensor, Tensor] | None = None
-    if exam.test is not None:
-        cached = embed(exam.test)
-        labels = torch.tensor(exam.test.labels, dtype=torch.long).where(cached[1], -1)
+    if evaluation_set.test is not None:
+        cached = embed(evaluation_set.test)
+        labels = torch.tensor(evaluation_set.test.labels, dtype=torch.long).where(cached[1], -1)
         if model.head is not None:
             results |= _closed_set(model, cached[0], labels, run.device)
-        if model.attribute_heads is not None and exam.test.attribute_names == model.attribute_heads.names:
-            results |= _attributes(model, *cached, torch.tensor(exam.test.attributes), run.device)
-        if gallery is not None and bool((labels >= 0).any()):
-            results |= baseline_accuracies(gallery, cached[0][labels >= 0], labels[labels >= 0])
-    if exam.verification is not None and exam.pairs is not None:
-        embeddings, seen = cached if cached and exam.verification is exam.test else embed(exam.verification)
-        found = verification(embeddings, seen, exam.pairs)
-        prefix = "" if exam.held_out else "known_"
+        if model.attribute_heads is not None and evaluation_set.test.attribute_names == model.attribute_heads.names:
+            results |= _attributes(model, *cached, torch.tensor(evaluation_set.test.attributes), run.device)
+        if known is not None and bool((labels >= 0).any()):
+            results |= baseline_accuracies(known, cached[0][labels >= 0], labels[labels >= 0])
+    if evaluation_set.verification is not None and evaluation_set.pairs is not None:
+        embeddings, seen = (
+            cached
+            if cached and evaluation_set.verification is evaluation_set.test
+            else embed(evaluation_set.verification)
+        )
+        found = verification(embeddings, seen, evaluation_set.pairs)
+        prefix = "" if evaluation_set.held_out else "known_"
         results |= {prefix + name: value for name, value in found.items()}
     model.train(was_training)
     return results
@@ -89,12 +93,12 @@ def _attributes(
     """The attribute heads on the rows of [N, D] embeddings whose values [N, A] are known."""
     assert model.attribute_heads is not None
     with torch.inference_mode():
-        told = model.tell(embeddings.to(device))
+        attributes = model.predict_attributes(embeddings.to(device))
     results: dict[str, float] = {}
     scores = []
     for column, spec in enumerate(model.attribute_heads.specs):
         known = seen & ~values[:, column].isnan()
-        truth, answer = values[known, column].numpy(), told[spec.name].cpu()[known].numpy()
+        truth, answer = values[known, column].numpy(), attributes[spec.name].cpu()[known].numpy()
         if spec.levels and len(truth):
             errors = np.abs(answer - truth)
             found = {"mae": float(errors.mean()), "within5": float((errors <= 5).mean())}

@@ -33,8 +33,8 @@ pre { background: #f6f6f6; padding: 1rem; overflow: auto }
 """
 
 
-def table(results: dict[str, dict[str, float]]) -> list[str]:
-    """The phases' exams as lines of text."""
+def results_text(results: dict[str, dict[str, float]]) -> list[str]:
+    """The phases' evaluations as lines of text."""
     header, rows = _cells(results)
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     return [
@@ -48,8 +48,10 @@ def table(results: dict[str, dict[str, float]]) -> list[str]:
 
 def _cells(results: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
     present = {key for found in results.values() for key in found}
-    told = sorted(key for key in present if key.endswith(("/accuracy", "/auc", "/mae")))
-    columns = [(key, title) for key, title in COLUMNS if key in present] + [(k, k.replace("/", " ")) for k in told]
+    attributes = sorted(key for key in present if key.endswith(("/accuracy", "/auc", "/mae")))
+    columns = [(key, title) for key, title in COLUMNS if key in present] + [
+        (k, k.replace("/", " ")) for k in attributes
+    ]
     rows = [[phase, *(_cell(key, found.get(key, math.nan)) for key, _ in columns)] for phase, found in results.items()]
     return ["phase", *(title for _, title in columns)], rows
 
@@ -60,15 +62,15 @@ def _cell(key: str, value: float) -> str:
     return f"{value:.2f}" if key.endswith("/mae") else f"{value:.2%}"
 
 
-def with_baselines(exam: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Rows of the table for what an exam says of the source model untrained; the first has its verification too."""
+def with_baselines(evaluation: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Rows of the table for the source model untrained; the first has its verification too."""
     rows: dict[str, dict[str, float]] = {}
     for key, title in BASELINES.items():
-        if key in exam:
-            rows[title] = {"top1": exam[key]}
+        if key in evaluation:
+            rows[title] = {"top1": evaluation[key]}
     if rows:
         first = next(iter(rows.values()))
-        first.update({k: v for k, v in exam.items() if "verification" in k or "tar@" in k or k.endswith("auc")})
+        first.update({k: v for k, v in evaluation.items() if "verification" in k or "tar@" in k or k.endswith("auc")})
     return rows
 
 
@@ -77,10 +79,10 @@ def write(folder: Path) -> Path:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     status = files.read_json(folder / "status.json")
     evaluated = [line for line in lines if line["split"] == "eval"]
-    exams = _best_exams(evaluated, status)
+    evaluations = _best_evaluations(evaluated, status)
     for line in evaluated:
-        exams = with_baselines(line) | exams
-    header, rows = _cells({phase: {k: v for k, v in e.items() if v is not None} for phase, e in exams.items()})
+        evaluations = with_baselines(line) | evaluations
+    header, rows = _cells({phase: {k: v for k, v in e.items() if v is not None} for phase, e in evaluations.items()})
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     head = "".join(f"<th>{html.escape(title)}</th>" for title in header)
     train = [line for line in lines if line["split"] == "train"]
@@ -95,21 +97,22 @@ def write(folder: Path) -> Path:
     page = (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(folder.name)}</title><style>{STYLE}</style>"
         f"<h1>facefast run {html.escape(folder.name)}</h1><p>{html.escape(_sentence(status))}</p>"
-        f"<h2>Exams</h2><table><tr>{head}</tr>{cells}</table><h2>Curves</h2>{charts}<h2>Everything else</h2>{documents}"
+        f"<h2>Evaluations</h2><table><tr>{head}</tr>{cells}</table>"
+        f"<h2>Curves</h2>{charts}<h2>Everything else</h2>{documents}"
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _best_exams(exams: list[dict[str, Any]], status: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The exam of each phase's best checkpoint: the first of those with the greatest value."""
+def _best_evaluations(evaluations: list[dict[str, Any]], status: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The evaluation of each phase's best checkpoint: the first of those with the greatest value."""
     metric = (status.get("best") or {}).get("metric", "")
     found: dict[str, dict[str, Any]] = {}
-    for exam in exams:
-        before = found.get(exam["phase"])
-        if before is None or (exam.get(metric) or -math.inf) > (before.get(metric) or -math.inf):
-            found[exam["phase"]] = exam
+    for evaluation in evaluations:
+        before = found.get(evaluation["phase"])
+        if before is None or (evaluation.get(metric) or -math.inf) > (before.get(metric) or -math.inf):
+            found[evaluation["phase"]] = evaluation
     return found
 
 

@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 
 from facefast.data import PairSet, read_bin, read_lfw
-from facefast.data.prepare import Exam, check_budget, divide, photographs_of
+from facefast.data.prepare import EvaluationSet, check_budget, divide, photographs_of
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Reading, Recipe, from_json
 
 
-def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | None) -> Exam:
+def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | None) -> EvaluationSet:
     """A published verification set.
 
     Args:
@@ -31,10 +31,12 @@ def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | 
         raise ValueError("give --pairs or --bin, not both")
     index = index.scanned(threads=reading.threads, max_pixels=reading.max_pixels)
     check_budget(index, reading.max_bad_fraction)
-    return Exam(test=None, verification=index, pairs=found, held_out=True)
+    return EvaluationSet(test=None, verification=index, pairs=found, held_out=True)
 
 
-def find_exam(path: Path, model: FaceModel, data: DataConfig, config: EvalConfig, seed: int, threads: int) -> Exam:
+def find_evaluation_set(
+    path: Path, model: FaceModel, data: DataConfig, config: EvalConfig, seed: int, threads: int
+) -> EvaluationSet:
     """What the model's own recipe kept for testing, or else random pairs of everybody in `data`.
 
     Args:
@@ -51,16 +53,16 @@ def find_exam(path: Path, model: FaceModel, data: DataConfig, config: EvalConfig
     index = photographs_of(trained, trained.data.reading(threads))
     known = set(model.class_names) & set(index.class_names)
     if known or trained.learns_attributes:
-        exam = divide(index, trained, _exam_phase(trained)).exam
-        if exam.test is not None and exam.test.class_names == model.class_names:
-            return exam
+        evaluation_set = divide(index, trained, _last_phase(trained)).evaluation
+        if evaluation_set.test is not None and evaluation_set.test.class_names == model.class_names:
+            return evaluation_set
     everybody = index.select(index.labels >= 0).compact()
     pairs = PairSet.random(everybody, config.pairs, config.folds, seed)
-    return Exam(test=None, verification=everybody, pairs=pairs, held_out=not known)
+    return EvaluationSet(test=None, verification=everybody, pairs=pairs, held_out=not known)
 
 
 def _asked_again(trained: Recipe, data: DataConfig) -> Recipe:
-    """The recipe that a model was trained with, for an exam on `data`.
+    """The recipe that a model was trained with, for an evaluation on `data`.
 
     How pictures are divided stays, unless it is given anew. On the photographs that the model was trained on, so does
     what the recipe knows of them: corrections, further folders, attributes, whom to say yes to; others have their own.
@@ -73,12 +75,12 @@ def _asked_again(trained: Recipe, data: DataConfig) -> Recipe:
         return dataclasses.replace(trained, data=merged)
     merged = dataclasses.replace(merged, more=(), corrections=data.corrections, labels=data.labels)
     return Recipe(
-        data=merged, image=trained.image, phases=(_exam_phase(trained),), eval=trained.eval, seed=trained.seed
+        data=merged, image=trained.image, phases=(_last_phase(trained),), eval=trained.eval, seed=trained.seed
     )
 
 
-def _exam_phase(trained: Recipe) -> Phase:
-    """The last phase without what only training needs: its exam is the same."""
+def _last_phase(trained: Recipe) -> Phase:
+    """The last phase without what only training needs: its evaluation is the same."""
     return Phase(name=trained.phases[-1].name, split=trained.phases[-1].split, start="scratch")
 
 

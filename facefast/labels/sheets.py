@@ -131,8 +131,8 @@ def strips(index: FaceIndex, embeddings: Floats, suspects: Suspects, kind: str, 
         return list(rows[np.argsort(-key, kind="stable")][:count].tolist())
 
     def describe(suspect: Suspect) -> Strip:
-        who = index.class_names[suspect.label] if suspect.label >= 0 else "nobody"
-        other = index.class_names[suspect.suggested] if suspect.suggested >= 0 else "nobody here"
+        who = index.class_names[suspect.label] if suspect.label >= 0 else "unknown"
+        other = index.class_names[suspect.suggested] if suspect.suggested >= 0 else "unknown"
         sure = f"{suspect.confidence:.0%} {suspect.action}"
         if suspect.kind == "duplicate":
             title, kept = (index.name(row).rsplit("/")[-1] for row in (suspect.row, suspect.other_row))

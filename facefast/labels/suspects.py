@@ -51,7 +51,7 @@ class Doubt:
     """[N] cosine with the mean of the rest of the row's class, NaN where there is no rest."""
     other: Floats
     """[N] cosine with the mean of `suggested`."""
-    wrong_share: float
+    wrong_fraction: float
     """Estimated part of all labels that is wrong."""
 
     @property

@@ -154,7 +154,7 @@ class FaceModel(nn.Module):
             ValueError: as `embed`, or the model has neither classes nor attributes.
         """
         embeddings = self.encode(self._prepare(images))
-        attributes = self.tell(embeddings)
+        attributes = self.predict_attributes(embeddings)
         if self.head is None and attributes:
             nobody = torch.full((len(images),), -1, device=embeddings.device)
             return Prediction(nobody, embeddings.new_zeros(len(images), 0), ("",) * len(images), attributes)
@@ -164,16 +164,16 @@ class FaceModel(nn.Module):
         names = tuple(self.class_names[k] if self.class_names else str(k) for k in found)
         return Prediction(labels, F.softmax(logits, dim=1), names, attributes)
 
-    def tell_logits(self, embeddings: Tensor) -> Tensor | None:
+    def attribute_logits(self, embeddings: Tensor) -> Tensor | None:
         """Embeddings [B, D] of `encode` to the attributes' logits [B, K]; None without such heads."""
         if self.attribute_heads is None:
             return None
         logits: Tensor = self.attribute_heads(self.dropout(embeddings))
         return logits
 
-    def tell(self, embeddings: Tensor) -> dict[str, Tensor]:
+    def predict_attributes(self, embeddings: Tensor) -> dict[str, Tensor]:
         """Embeddings [B, D] of `encode` to [B] float32 by attribute, as in `Prediction`; none without such heads."""
-        logits = self.tell_logits(embeddings)
+        logits = self.attribute_logits(embeddings)
         if logits is None:
             return {}
         assert self.attribute_heads is not None

@@ -138,8 +138,8 @@ class RunLog:
                 "gradients and were skipped; lower the learning rate or the loss scale, or use precision fp32"
             )
 
-    def exam(self, at: Position, results: dict[str, float], metric: str, improved: bool) -> None:
-        """Logs an exam and says its headline numbers; the time since the last update does not count as training."""
+    def evaluation(self, at: Position, results: dict[str, float], metric: str, improved: bool) -> None:
+        """Logs the results and says their headlines; the time since the last update does not count as training."""
         self._write(at, "eval", results)
         shown = [name for name in results if name in HEADLINES or name.endswith(("/accuracy", "/mae"))]
         numbers = ", ".join(f"{name} {_human(name, results[name])}" for name in shown)

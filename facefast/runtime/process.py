@@ -93,14 +93,14 @@ class Runtime:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
         return bool(value)
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's `value` on every rank."""
         box = [value]
         if self.control is not None:
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def share_buffers(self, module: torch.nn.Module) -> None:
+    def broadcast_buffers(self, module: torch.nn.Module) -> None:
         """Rank 0's buffers of `module`, such as BatchNorm statistics, on every rank."""
         if self.control is not None:
             for buffer in module.buffers():

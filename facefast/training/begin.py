@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from facefast.data.corrections import Label, read_labels, write_labels
-from facefast.data.prepare import Stage
-from facefast.evaluation.baselines import Gallery, class_means
+from facefast.data.prepare import PhaseData
+from facefast.evaluation.baselines import LabelledEmbeddings, class_means
 from facefast.evaluation.embed import embed_rows
 from facefast.labels.clustering import assign
 from facefast.models import STUDENTS, FaceModel, Source, build_model, checkpoint, inherit, load_source
@@ -22,7 +22,7 @@ from facefast.recipe import ImageSpec, Phase, Recipe
 from facefast.runtime.log import RunLog
 from facefast.training.distill import Teacher, caches_teacher
 from facefast.training.losses import best_probability
-from facefast.training.step import Supply, TrainState
+from facefast.training.step import SideInputs, TrainState
 from facefast.training.transfer import caches_features
 
 
@@ -53,14 +53,14 @@ def find_teacher(recipe: Recipe, source: Source | None, device: torch.device) ->
     return teacher
 
 
-def settle(recipe: Recipe, source: Source | None, teacher: FaceModel | None, stages: tuple[Stage, ...]) -> Recipe:
+def settle(recipe: Recipe, source: Source | None, teacher: FaceModel | None, datasets: tuple[PhaseData, ...]) -> Recipe:
     """The recipe with everything that was left to the source model, the teacher or the photographs written down."""
     image = recipe.image.settled(source.image, source.fixed) if source else recipe.image
     if teacher is not None:
         image = image.settled(teacher.image, [field.name for field in dataclasses.fields(ImageSpec)])
     image = image.settled()
     if image.template == "auto":
-        has_landmarks = all(stage.train.landmarks is not None for stage in stages)
+        has_landmarks = all(data.train.landmarks is not None for data in datasets)
         image = dataclasses.replace(image, template="arcface" if has_landmarks else "none")
     embedding = recipe.model.embedding or (source.embedding if source else 0)
     model = dataclasses.replace(recipe.model, backbone=_backbone(recipe, source, teacher), embedding=embedding)
@@ -77,7 +77,7 @@ def _backbone(recipe: Recipe, source: Source | None, teacher: FaceModel | None) 
 
 
 def starting_model(
-    state: TrainState, number: int, stage: Stage, source: Source | None, teacher: FaceModel | None
+    state: TrainState, number: int, data: PhaseData, source: Source | None, teacher: FaceModel | None
 ) -> FaceModel:
     """Random weights, with those of the source model, the teacher or the phase before copied over them."""
     recipe, phase = state.recipe, state.recipe.phases[number]
@@ -88,17 +88,17 @@ def starting_model(
             config,
             state.plan.phases[number].num_classes if phase.loss.weight else 0,
             recipe.image,
-            stage.train.class_names if phase.loss.weight else (),
+            data.train.class_names if phase.loss.weight else (),
             source if phase.start == "source" else None,
-            stage.attributes,
+            data.attributes,
         )
     model.scale = phase.loss.scale
     if model.attribute_heads is not None:
-        model.attribute_heads.start_from(stage.values())
+        model.attribute_heads.start_from(data.values())
     if phase.start == "teacher":
         assert teacher is not None
         inherit(model, teacher)
-    if phase.start == "previous" and number > state.phase:
+    if phase.start == "previous" and number > state.phase_number:
         _take_over(model, state.evaluated, phase.head_start)
     return model
 
@@ -114,11 +114,11 @@ def _take_over(model: FaceModel, before: FaceModel, head_start: str) -> None:
     model.load_state_dict(kept, strict=False)
 
 
-def embed_training_rows(state: TrainState, model: FaceModel, stage: Stage, *, mirror: bool) -> tuple[Tensor, Tensor]:
+def embed_training_rows(state: TrainState, model: FaceModel, data: PhaseData, *, mirror: bool) -> tuple[Tensor, Tensor]:
     """[N, D] embeddings of the phase's training pictures without augmentation, and which rows were readable."""
     return embed_rows(
         model,
-        stage.train,
+        data.train,
         state.run,
         state.precision,
         state.reading,
@@ -131,17 +131,17 @@ def embed_training_rows(state: TrainState, model: FaceModel, stage: Stage, *, mi
 class Start:
     """A phase that has begun."""
 
-    stage: Stage
+    data: PhaseData
     """The phase's data, with the names that were given to pictures without one."""
-    gallery: Gallery | None
-    """The source model's embeddings of it, where the model is examined before any training."""
+    known: LabelledEmbeddings | None
+    """The source model's embeddings of it, where the model is measured before any training."""
 
 
 def begin(
     folder: Path,
     state: TrainState,
     number: int,
-    stage: Stage,
+    data: PhaseData,
     source: Source | None,
     teacher: FaceModel | None,
     saved: Path | None,
@@ -153,25 +153,25 @@ def begin(
         f"phase {phase.name}: {plan.num_rows} pictures of {plan.num_classes} identities, {plan.steps} steps "
         f"of {phase.batch_size}, {'goes on' if saved else 'starts from ' + phase.start}"
     )
-    model = starting_model(state, number, stage, source, teacher)
+    model = starting_model(state, number, data, source, teacher)
     if saved:
         model.load_state_dict(checkpoint.read_tensors(saved, "model"))
     model.to(state.run.device)
     if state.precision.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    from_source = phase.start == "source" and state.recipe.eval.baselines and bool((stage.labels() >= 0).any())
+    from_source = phase.start == "source" and state.recipe.eval.baselines and bool((data.labels() >= 0).any())
     wants_means = phase.head_start == "class_mean"
     fresh: tuple[Tensor, Tensor] | None = None
     if not saved and (from_source or wants_means or phase.labels == "pseudo"):
-        seer = model
+        network = model
         if phase.start == "teacher" and teacher is not None and teacher.embedding_size == model.embedding_size:
-            seer = teacher  # the layers that a student took over do not fit each other yet
-        fresh = embed_training_rows(state, seer, stage, mirror=True)
+            network = teacher  # the layers that a student took over do not fit each other yet
+        fresh = embed_training_rows(state, network, data, mirror=True)
     if phase.labels == "pseudo":
-        stage = name_pictures(
-            folder / f"pseudo-labels-{phase.name}.csv", state, stage, phase.pseudo_confidence, fresh, log
+        data = with_pseudo_labels(
+            folder / f"pseudo-labels-{phase.name}.csv", state, data, phase.pseudo_confidence, fresh, log
         )
-    labels = stage.labels()
+    labels = data.labels()
     counts = labels[labels >= 0].bincount(minlength=plan.num_classes)
     for warning in advice(counts, phase):
         log.say(f"note: {warning}")
@@ -179,29 +179,29 @@ def begin(
         embeddings, seen = fresh
         means = class_means(embeddings, labels.where(seen, -1), plan.num_classes)
         model.head.start_from(means, float(embeddings[seen].norm(dim=1).mean()))
-    state.enter(number, model, supply_of(state, number, model, stage, source, teacher, counts))
+    state.enter(number, model, side_inputs(state, number, model, data, source, teacher, counts))
     if saved:
         state.load(saved)
     if fresh is None or not from_source:
-        return Start(stage, None)
-    return Start(stage, Gallery(fresh[0], labels.where(fresh[1], -1), plan.num_classes))
+        return Start(data, None)
+    return Start(data, LabelledEmbeddings(fresh[0], labels.where(fresh[1], -1), plan.num_classes))
 
 
-def supply_of(
+def side_inputs(
     state: TrainState,
     number: int,
     model: FaceModel,
-    stage: Stage,
+    data: PhaseData,
     source: Source | None,
     teacher: FaceModel | None,
     counts: Tensor,
-) -> Supply:
+) -> SideInputs:
     """What the phase learns from beside its batches."""
     phase = state.recipe.phases[number]
 
     def embeddings_of(network: FaceModel) -> Tensor:
         """[N, D], NaN where a picture could not be read."""
-        embeddings, seen = embed_training_rows(state, network, stage, mirror=False)
+        embeddings, seen = embed_training_rows(state, network, data, mirror=False)
         embeddings[~seen] = torch.nan
         return embeddings.to(state.run.device)
 
@@ -213,18 +213,18 @@ def supply_of(
             teacher = whole.to(state.run.device).eval()
         assert teacher is not None
         asked = Teacher(teacher, embeddings_of(teacher) if caches_teacher(phase) else None)
-    return Supply(counts, stage.values(), cached, asked, source.state if source and phase.l2sp else None)
+    return SideInputs(counts, data.values(), cached, asked, source.state if source and phase.l2sp else None)
 
 
-def name_pictures(
+def with_pseudo_labels(
     path: Path,
     state: TrainState,
-    stage: Stage,
+    data: PhaseData,
     least: float,
     fresh: tuple[Tensor, Tensor] | None,
     log: RunLog,
-) -> Stage:
-    """The stage with names for pictures without one, given by the model and kept in a CSV of the run folder.
+) -> PhaseData:
+    """The data with names for pictures without one, given by the model and kept in a CSV of the run folder.
 
     A run that goes on in the phase takes the names from the file: it must not give others in the middle.
 
@@ -233,7 +233,7 @@ def name_pictures(
         least: confidence from which a name is trained on.
         fresh: embeddings [N, D] and which rows are readable; None reads the file.
     """
-    index = stage.train
+    index = data.train
     if state.run.is_main and fresh is not None:
         embeddings, seen = fresh
         known = np.where(seen.numpy(), index.labels, -1)
@@ -246,7 +246,7 @@ def name_pictures(
     log.say(
         f"{before - after} of {before} pictures without a name got one with a confidence of {least} or more: {path}"
     )
-    return dataclasses.replace(stage, train=named)
+    return dataclasses.replace(data, train=named)
 
 
 def advice(counts: Tensor, phase: Phase) -> Iterator[str]:

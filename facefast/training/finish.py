@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from facefast.data.prepare import Stage
+from facefast.data.prepare import PhaseData
 from facefast.evaluation import report
 from facefast.evaluation.embed import embed_rows
 from facefast.models.checkpoint import FOLDER
@@ -23,35 +23,35 @@ def named_metric(config: EvalConfig, results: dict[str, float]) -> tuple[float, 
     """The value and the name of the number that chooses the best checkpoint.
 
     Raises:
-        ValueError: the exam did not give that number, or had too few pairs for it.
+        ValueError: the evaluation did not give that number, or had too few pairs for it.
     """
     wishes = (config.metric,) if config.metric != "auto" else ("top1", "verification_accuracy", "tasks")
     for name in wishes:
         for candidate in (name, f"known_{name}"):
-            if math.isnan(results.get(candidate, 0)):  # no later exam would ever count as better
+            if math.isnan(results.get(candidate, 0)):  # no later evaluation would ever count as better
                 raise ValueError(
-                    f"eval.metric is {config.metric}, for which the exam has too few pairs; "
+                    f"eval.metric is {config.metric}, for which the evaluation has too few pairs; "
                     f"raise eval.pairs, which is {config.pairs}, or choose another metric"
                 )
             if candidate in results:
                 return results[candidate], candidate
     raise ValueError(
-        f"eval.metric is {config.metric}, but the exam gives only {', '.join(results) or 'nothing'}; "
+        f"eval.metric is {config.metric}, but the evaluation gives only {', '.join(results) or 'nothing'}; "
         "set data.test_fraction, data.verify_fraction or eval.split"
     )
 
 
 def best_of(state: TrainState) -> dict[str, Any] | None:
-    """The best checkpoint of this phase and those it goes on from, for status.json; None before their first exam."""
+    """The best checkpoint of this phase and those it goes on from, for status.json; None before any evaluation."""
     if state.best is None:
         return None
-    first = max(k for k in range(state.phase + 1) if not state.continues(k))
-    for phase in state.recipe.phases[first : state.phase + 1]:
+    first = max(k for k in range(state.phase_number + 1) if not state.continues(k))
+    for phase in state.recipe.phases[first : state.phase_number + 1]:
         if phase.name in state.results:
             value, name = named_metric(state.recipe.eval, state.results[phase.name])
             if value == state.best:
                 return {"phase": phase.name, "metric": name, "value": value}
-    raise AssertionError("the best number is that of an exam")
+    raise AssertionError("the best number is that of an evaluation")
 
 
 def write_status(folder: Path, state: str, code: int | None = None, **fields: Any) -> None:
@@ -77,11 +77,11 @@ def fail(folder: Path | None, code: int, error: str) -> None:
             write_status(folder, "failed", code, error=error)
 
 
-def finish(folder: Path, state: TrainState, stages: tuple[Stage, ...], log: RunLog) -> int:
+def finish(folder: Path, state: TrainState, datasets: tuple[PhaseData, ...], log: RunLog) -> int:
     """The summary on the terminal, the projector, report.html and the final status."""
     recipe, run = state.recipe, state.run
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
-    train, test = stages[-1].train, stages[-1].exam.test
+    train, test = datasets[-1].train, datasets[-1].evaluation.test
     decoded = int(3 * np.mean(train.widths.astype(np.float64) * train.heights))  # bytes: at most what travels
     bound = verdict(log.speeds, run.allreduce_seconds(trained), run.transfer_seconds(decoded))
     if recipe.projector and test is not None:
@@ -102,7 +102,7 @@ def finish(folder: Path, state: TrainState, stages: tuple[Stage, ...], log: RunL
 def summary(folder: Path, state: TrainState, bound: dict[str, Any]) -> str:
     """What a person wants to know at the end of a run."""
     recipe, results = state.recipe, state.results
-    lines = ["", *report.table(results)]
+    lines = ["", *report.results_text(results)]
     if "scratch" in results and recipe.phases[-1].name != "scratch":
         split = recipe.phases[-1].split
         others = [phase.name for phase in recipe.phases if phase.split == split and phase.name != "scratch"]

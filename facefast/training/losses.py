@@ -113,8 +113,8 @@ class Mixture(NamedTuple):
     images: Tensor
     """[B, 3, H, W]."""
     partner: Tensor
-    """[B] int64, whom each picture was mixed with."""
-    share: float
+    """[B] int64, the row that each picture was mixed with."""
+    weight: float
     """The part of a picture that is its own."""
 
 
@@ -124,17 +124,17 @@ def mix(images: Tensor, mixup: float, cutmix: float) -> Mixture:
 
     Args:
         images: [B, 3, H, W].
-        mixup: parameter of the Beta distribution that shares are drawn from; 0 is off.
+        mixup: parameter of the Beta distribution that weights are drawn from; 0 is off.
         cutmix: the same for cutmix.
     """
     cuts = cutmix > 0 and (mixup == 0 or bool(torch.rand(()) < 0.5))
     strength = cutmix if cuts else mixup
-    share = float(torch.distributions.Beta(strength, strength).sample())  # on the CPU: no device is waited for
+    weight = float(torch.distributions.Beta(strength, strength).sample())  # on the CPU: no device is waited for
     partner = torch.randperm(len(images)).to(images.device, non_blocking=True)
     if not cuts:
-        return Mixture(torch.lerp(images[partner], images, share), partner, share)
+        return Mixture(torch.lerp(images[partner], images, weight), partner, weight)
     height, width = images.shape[2:]
-    side = math.sqrt(1 - share)
+    side = math.sqrt(1 - weight)
     y, x = (torch.rand(2) * torch.tensor([height, width])).int().tolist()
     top, bottom = max(0, y - round(height * side / 2)), min(height, y + round(height * side / 2))
     left, right = max(0, x - round(width * side / 2)), min(width, x + round(width * side / 2))

@@ -30,7 +30,7 @@ from facefast.training.losses import (
 IGNORED = -100
 
 
-class Share(NamedTuple):
+class RowCounts(NamedTuple):
     """How many rows of one update count, over all ranks and micro-batches, as the index promises it."""
 
     rows: int
@@ -128,13 +128,13 @@ class Objective(nn.Module):
         """What a checkpoint keeps of the objective beside the model."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
 
-    def forward(self, batch: Batch, values: Tensor, share: Share, world: int) -> Terms:
+    def forward(self, batch: Batch, values: Tensor, row_counts: RowCounts, world: int) -> Terms:
         """One micro-batch of one rank.
 
         Args:
             batch: pictures, or embeddings where they are cached.
             values: [B, A] of the attributes, NaN where unknown.
-            share: what means are taken over.
+            row_counts: what means are taken over.
             world: number of ranks.
         """
         mixture = mix(batch.images, self.phase.mixup, self.phase.cutmix) if self._mixes else None
@@ -142,23 +142,23 @@ class Objective(nn.Module):
         with self._autocast:
             embeddings, stages = self._embed(images)
             logits = self.model.classify(embeddings) if self.model.head is not None else None
-            told = self.model.tell_logits(embeddings)
+            attribute_logits = self.model.attribute_logits(embeddings)
         embeddings = embeddings.float()
         parts: dict[str, Tensor] = {}
         correct = torch.zeros((), device=embeddings.device)
         if logits is not None:
             parts["identity"] = (
-                self._identity(logits, embeddings, batch.labels, mixture) * world / max(1, share.labelled)
+                self._identity(logits, embeddings, batch.labels, mixture) * world / max(1, row_counts.labelled)
             )
             correct = ((logits.argmax(1) == batch.labels) & (batch.labels >= 0)).sum()
-        if told is not None:
-            parts |= self._attributes(told, values, batch.rows, share, world)
+        if attribute_logits is not None:
+            parts |= self._attributes(attribute_logits, values, batch.rows, row_counts, world)
         readable = batch.rows >= 0
-        portion = readable.sum() * (world / share.rows)
-        parts |= self._pairwise(embeddings, batch.labels, readable, share)
+        portion = readable.sum() * (world / row_counts.rows)
+        parts |= self._pairwise(embeddings, batch.labels, readable, row_counts)
         if self.distillation:
             found = self.distillation(images, batch.rows, embeddings, logits, stages)
-            parts |= {name: value * (world / share.rows) for name, value in found.items()}
+            parts |= {name: value * (world / row_counts.rows) for name, value in found.items()}
         values_in_order = torch.stack([parts[name].float() for name in self.names])
         return Terms(self._weighed(values_in_order, portion), values_in_order.detach(), correct)
 
@@ -183,9 +183,11 @@ class Objective(nn.Module):
         if mixture is None:
             return own
         other = focal_sum(logits, labels[mixture.partner], loss, margin, self.class_weights)
-        return mixture.share * own + (1 - mixture.share) * other
+        return mixture.weight * own + (1 - mixture.weight) * other
 
-    def _attributes(self, logits: Tensor, values: Tensor, rows: Tensor, share: Share, world: int) -> dict[str, Tensor]:
+    def _attributes(
+        self, logits: Tensor, values: Tensor, rows: Tensor, row_counts: RowCounts, world: int
+    ) -> dict[str, Tensor]:
         """Each attribute's mean of sigmoid focal losses over the rows that know it."""
         heads = self.model.attribute_heads
         assert heads is not None
@@ -193,12 +195,14 @@ class Objective(nn.Module):
         alpha = self.tasks.alpha if self.tasks.alpha >= 0 else None
         losses = ops.sigmoid_focal_loss(logits.float(), targets, gamma=self.tasks.gamma, alpha=alpha, reduction="none")
         found, start = {}, 0
-        for spec, known in zip(heads.specs, share.known, strict=True):
+        for spec, known in zip(heads.specs, row_counts.known, strict=True):
             found[spec.name] = losses[:, start : start + spec.outputs].sum() * world / max(1, known)
             start += spec.outputs
         return found
 
-    def _pairwise(self, embeddings: Tensor, labels: Tensor, readable: Tensor, share: Share) -> dict[str, Tensor]:
+    def _pairwise(
+        self, embeddings: Tensor, labels: Tensor, readable: Tensor, row_counts: RowCounts
+    ) -> dict[str, Tensor]:
         """The terms that compare pictures with each other, over the micro-batch of all ranks."""
         loss, align = self.phase.loss, self.phase.align
         if not (loss.triplet or loss.contrastive or align != "none"):
@@ -212,7 +216,7 @@ class Objective(nn.Module):
         if align != "none":
             named = labels >= 0
             found["align"] = matched_statistics(embeddings, readable & ~named, readable & named, align)
-        return {name: value * (readable.sum() / share.rows) for name, value in found.items()}
+        return {name: value * (readable.sum() / row_counts.rows) for name, value in found.items()}
 
     def _weighed(self, values: Tensor, portion: Tensor) -> Tensor:
         """The sum of the terms by the recipe's weights, or by exp(-s) with s / 2 on top, s the learnt log-variances

@@ -27,14 +27,14 @@ from facefast.recipe import Phase, PhasePlan, Plan, Recipe, to_json
 from facefast.runtime import files
 from facefast.runtime.process import Runtime, decode_threads
 from facefast.training.distill import Teacher
-from facefast.training.objective import Objective, Share
+from facefast.training.objective import Objective, RowCounts
 from facefast.training.optim import build_optimizer, rate_factor
 from facefast.training.prune import Pruner
 from facefast.training.transfer import Anchor, freeze_batchnorm, freeze_stages, keeps_statistics, parameter_groups
 
 
 @dataclass(frozen=True)
-class Supply:
+class SideInputs:
     """What a phase learns from beside its batches; every part may be missing."""
 
     counts: Tensor | None = None
@@ -61,38 +61,38 @@ class TrainState:
     average: AveragedModel | None
     pruner: Pruner | None
     anchor: Anchor | None
-    supply: Supply
+    side_inputs: SideInputs
 
     def __init__(self, recipe: Recipe, plan: Plan, run: Runtime) -> None:
         self.recipe, self.plan, self.run = recipe, plan, run
         self.reading = recipe.data.reading(decode_threads(recipe.threads, run.world))
         self.precision = Precision.choose(recipe.precision, recipe.model.backbone, recipe.channels_last, run.device)
         self.step = 0  # updates done in the whole run
-        self.phase = 0
+        self.phase_number = 0
         self.phase_step = 0  # updates done in this phase
         self.best: float | None = None  # the named metric's best value in this phase and those it goes on from
-        self.results: dict[str, dict[str, float]] = {}  # the best exam of each phase: that of its best checkpoint
+        self.results: dict[str, dict[str, float]] = {}  # the best evaluation of each phase: that of its best checkpoint
 
-    def enter(self, number: int, model: FaceModel, supply: Supply | None = None) -> None:
+    def enter(self, number: int, model: FaceModel, side: SideInputs | None = None) -> None:
         """Begins phase `number` with `model`: what learns, how fast, and the objective as DDP and the compiler want
         it."""
         if not self.continues(number):
             self.best = None
-        self.phase, self.phase_step = number, 0
-        self.model, self.supply = model, supply or Supply()
-        phase, device, supply = self.settings, self.run.device, self.supply
+        self.phase_number, self.phase_step = number, 0
+        self.model, self.side_inputs = model, side or SideInputs()
+        phase, device, side = self.phase, self.run.device, self.side_inputs
         freeze_stages(model, phase.trainable)
         self.objective = Objective(
             model,
             phase,
             self.recipe.tasks,
-            counts=supply.counts,
-            cached=supply.embeddings is not None,
-            teacher=supply.teacher,
+            counts=side.counts,
+            cached=side.embeddings is not None,
+            teacher=side.teacher,
             autocast=self.precision.autocast(device),
             compile=self.recipe.compile,
         ).to(device)
-        self.values = torch.zeros(0, 0) if supply.values is None else supply.values.to(device)
+        self.values = torch.zeros(0, 0) if side.values is None else side.values.to(device)
         own = [parameter for _, parameter in self.objective.own_parameters()]
         self.optimizer = build_optimizer(phase, parameter_groups(model, phase, own), device)
         # One mechanism for all precisions: the scaler's check on the device guards bf16 and fp32 too, at scale 1.
@@ -102,7 +102,7 @@ class TrainState:
         if self.recipe.ema:
             decay = get_ema_multi_avg_fn(self.recipe.ema)
             self.average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
-        self.anchor = Anchor(model, supply.source, phase.l2sp) if phase.l2sp and supply.source else None
+        self.anchor = Anchor(model, side.source, phase.l2sp) if phase.l2sp and side.source else None
         self.pruner = Pruner(model, phase.prune) if phase.prune else None
         self.network = self.objective
         if self.run.world.size > 1:
@@ -114,36 +114,36 @@ class TrainState:
         self.set_modes()
 
     def continues(self, number: int) -> bool:
-        """Whether phase `number` goes on from the weights of the one before and faces the same exam, so that the best
-        of both is the best."""
+        """Whether phase `number` goes on from the weights of the one before and is measured on the same set, so
+        that the best of both is the best."""
         phases = self.recipe.phases
         return number > 0 and phases[number].start == "previous" and phases[number].split == phases[number - 1].split
 
     def set_modes(self) -> None:
-        """Training mode, with BatchNorm as the phase says; to be called again after an exam."""
+        """Training mode, with BatchNorm as the phase says; to be called again after an evaluation."""
         self.network.train()
         plan = self.phase_plan
-        freeze_batchnorm(self.model, everywhere=keeps_statistics(self.settings, plan.num_rows, plan.num_classes))
+        freeze_batchnorm(self.model, everywhere=keeps_statistics(self.phase, plan.num_rows, plan.num_classes))
 
     def values_of(self, rows: Tensor) -> Tensor:
         """[B, A] attributes of training rows [B]; those of a row below 0 are another row's, and count for nothing."""
         return self.values[rows.clamp(min=0)] if len(self.values) else self.values.new_zeros(len(rows), 0)
 
     @property
-    def settings(self) -> Phase:
+    def phase(self) -> Phase:
         """The recipe's words on this phase."""
-        return self.recipe.phases[self.phase]
+        return self.recipe.phases[self.phase_number]
 
     @property
     def phase_plan(self) -> PhasePlan:
         """The plan's numbers for this phase."""
-        return self.plan.phases[self.phase]
+        return self.plan.phases[self.phase_number]
 
     @property
     def lr(self) -> float:
         """The schedule's rate for the next update, before the groups' own factors."""
         plan = self.phase_plan
-        return self.settings.lr * rate_factor(self.settings, self.phase_step, plan.steps, plan.steps_per_epoch)
+        return self.phase.lr * rate_factor(self.phase, self.phase_step, plan.steps, plan.steps_per_epoch)
 
     @property
     def epoch(self) -> float:
@@ -175,7 +175,7 @@ class TrainState:
             "plan": to_json(self.plan),
             "state": {
                 "step": self.step,
-                "phase": self.phase,
+                "phase": self.phase_number,
                 "phase_step": self.phase_step,
                 "best": self.best,
                 "results": self.results,
@@ -201,28 +201,28 @@ class TrainState:
             setattr(self, name, document[name])
 
 
-def train_step(state: TrainState, batches: Sequence[Batch], share: Share) -> Tensor:
+def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCounts) -> Tensor:
     """One update from the micro-batches of this rank.
 
     Args:
         batches: accumulated one after the other; together with the other ranks' they are the update's batch.
-        share: what the losses' means are taken over. Rows that turn out unreadable are taken out of the divisor
+        row_counts: what the losses' means are taken over. Rows that turn out unreadable are taken out of the divisor
             afterwards, on the device.
 
     Returns:
         [5 + T] float32 on the device, summed over ranks: `log.STATS`, then the objective's terms.
     """
-    phase, world = state.settings, state.run.world
+    phase, world = state.phase, state.run.world
     torch.manual_seed(_seed(state.recipe.seed, state.step, world.rank))
     for group in state.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * state.lr / phase.lr
     stats = torch.zeros(5 + len(state.objective.names), device=state.run.device)
     for number, batch in enumerate(batches):
         with _no_sync(state.network, number < len(batches) - 1):
-            terms = state.network(batch, state.values_of(batch.rows), share, world.size)
+            terms = state.network(batch, state.values_of(batch.rows), row_counts, world.size)
             state.scaler.scale(terms.total).backward()
         with torch.no_grad():
-            per_row = share.rows / world.size
+            per_row = row_counts.rows / world.size
             stats[0] += terms.total * per_row
             stats[1] += terms.correct
             stats[2] += (batch.rows >= 0).sum()
@@ -232,7 +232,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], share: Share) -> Ten
         dist.all_reduce(stats)
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
-    factor = share.rows / stats[2].clamp(min=1)
+    factor = row_counts.rows / stats[2].clamp(min=1)
     norm = nn.utils.get_total_norm(gradients) * factor
     if phase.clip_grad:
         factor = factor * (phase.clip_grad / norm.clamp(min=phase.clip_grad))

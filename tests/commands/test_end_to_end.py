@@ -74,10 +74,10 @@ def test_every_metric_line_has_the_promised_fields_and_the_phases_come_in_order(
     assert [line["phase"] for line in training] == ["scratch"] * 3 + ["pretrain"] * 4 + ["finetune"] * 5
     for line in training:
         assert {"epoch", "loss", "lr", "accuracy", "images_per_second", "data_wait_fraction"} <= line.keys()
-    exams = [line for line in lines if line["split"] == "eval"]
-    assert {line["phase"] for line in exams} == {"scratch", "pretrain", "finetune"}
-    assert {"top1", "top5", "per_class", "verification_accuracy", "tar@1e-2", "auc"} <= exams[-1].keys()
-    assert exams[-1]["test_rows"] == 3  # one of five pictures of three people
+    evaluations = [line for line in lines if line["split"] == "eval"]
+    assert {line["phase"] for line in evaluations} == {"scratch", "pretrain", "finetune"}
+    assert {"top1", "top5", "per_class", "verification_accuracy", "tar@1e-2", "auc"} <= evaluations[-1].keys()
+    assert evaluations[-1]["test_rows"] == 3  # one of five pictures of three people
 
 
 def test_the_report_and_the_summary_name_the_phases(finished: Path) -> None:

@@ -1,4 +1,4 @@
-"""Exams: embeddings row by row, numbers over what could be read, and which questions a command line asks."""
+"""Evaluations: embeddings row by row, numbers over what could be read, and which questions a command line asks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 from facefast import evaluate
 from facefast.data import FaceIndex, PairSet, oracle, read_index
-from facefast.data.prepare import Exam
+from facefast.data.prepare import EvaluationSet
 from facefast.evaluation.embed import embed_rows
 from facefast.evaluation.measure import verification
-from facefast.evaluation.sets import find_exam
+from facefast.evaluation.sets import find_evaluation_set
 from facefast.models.precision import Precision
 from facefast.recipe import DataConfig, EvalConfig, Reading
 from facefast.runtime import process
@@ -74,13 +74,13 @@ def test_pairs_with_a_picture_that_cannot_be_read_are_left_out_and_counted() -> 
         verification(embeddings, torch.tensor([True, True, False, False, False]), pairs)
 
 
-def test_an_exam_counts_what_could_be_read_and_puts_the_model_back_as_it_was(index: FaceIndex) -> None:
+def test_an_evaluation_counts_what_could_be_read_and_puts_the_model_back_as_it_was(index: FaceIndex) -> None:
     model = small.make_model(classes=PEOPLE).train()
-    exam = Exam(test=index, verification=index, pairs=PairSet.random(index, 18, 2), held_out=False)
-    found = evaluate.evaluate(model, exam, EvalConfig(batch_size=4), RUN, FP32, EVERYTHING)
+    evaluation = EvaluationSet(test=index, verification=index, pairs=PairSet.random(index, 18, 2), held_out=False)
+    found = evaluate.evaluate(model, evaluation, EvalConfig(batch_size=4), RUN, FP32, EVERYTHING)
     assert model.training
     assert found["test_rows"] == 8
-    assert found["known_pairs"] < len(exam.pairs.same)
+    assert found["known_pairs"] < len(evaluation.pairs.same)
     assert "verification_accuracy" not in found  # these people are known
     model.eval()
     embeddings, seen = embed_rows(model, index, RUN, FP32, EVERYTHING, batch_size=9)
@@ -109,10 +109,12 @@ def test_a_list_of_pairs_is_asked_as_it_is(root: Path, tmp_path: Path, capsys: p
 def test_strangers_are_asked_about_in_random_pairs_of_everybody(root: Path, tmp_path: Path) -> None:
     model = small.make_model()
     run = small.save_run(tmp_path / "run", model, root)
-    exam = find_exam(run, model, DataConfig(root=str(root)), EvalConfig(pairs=8, folds=2), seed=0, threads=1)
-    assert exam.test is None and exam.held_out
-    assert exam.verification is not None and exam.pairs is not None
-    assert (len(exam.verification), len(exam.pairs.same)) == (9, 8)
+    evaluation = find_evaluation_set(
+        run, model, DataConfig(root=str(root)), EvalConfig(pairs=8, folds=2), seed=0, threads=1
+    )
+    assert evaluation.test is None and evaluation.held_out
+    assert evaluation.verification is not None and evaluation.pairs is not None
+    assert (len(evaluation.verification), len(evaluation.pairs.same)) == (9, 8)
 
 
 @pytest.mark.parametrize(

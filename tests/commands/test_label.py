@@ -13,7 +13,7 @@ import pytest
 from facefast import label
 from facefast.data import read_index
 from facefast.data.corrections import read_labels
-from facefast.label import LabelArguments, name_pictures
+from facefast.label import LabelArguments, propose_names
 from tests.support import small
 from tests.support.points import people
 
@@ -46,7 +46,7 @@ def loose(drawn: Path, folder: Path, known: int) -> Path:
 def test_the_others_get_the_names_of_known_people() -> None:
     unit, labels, _ = people([10] * 20)
     seeds = np.where(np.arange(200) % 10 < 3, labels, -1)
-    found = name_pictures(GIVEN, unit, seeds, NAMES)
+    found = propose_names(GIVEN, unit, seeds, NAMES)
     right = [name == NAMES[label] for name, label in zip(found.identities, labels.tolist(), strict=True)]
     assert np.mean(right) > 0.9
     assert set(found.identities) <= {*NAMES, ""}
@@ -58,7 +58,7 @@ def test_new_people_get_new_names_where_that_is_wanted() -> None:
     unit, labels, _ = people([10] * 20 + [12, 8], spread=0.05)
     seeds = np.where((labels < 20) & (np.arange(220) % 10 < 3), labels, -1)
     names = ("cluster-0001", *NAMES[1:])
-    found = name_pictures(dataclasses.replace(GIVEN, new_identities=True), unit, seeds, names)
+    found = propose_names(dataclasses.replace(GIVEN, new_identities=True), unit, seeds, names)
     assert set(found.identities[200:212]) == {"cluster-0002"}  # the first is taken
     assert set(found.identities[212:]) == {"cluster-0003"}
 
@@ -66,7 +66,7 @@ def test_new_people_get_new_names_where_that_is_wanted() -> None:
 def test_without_a_known_person_pictures_are_clustered() -> None:
     unit, labels, _ = people([12, 8, 6, 1], spread=0.04, dimensions=512)
     for given, seeds in ((GIVEN, np.full(27, -1)), (dataclasses.replace(GIVEN, ignore_labels=True), labels)):
-        found = name_pictures(given, unit, seeds, NAMES)
+        found = propose_names(given, unit, seeds, NAMES)
         assert [set(found.identities[a:b]) for a, b in ((0, 12), (12, 20), (20, 26), (26, 27))] == [
             {"cluster-0001"},
             {"cluster-0002"},
@@ -87,7 +87,7 @@ def test_without_a_known_person_pictures_are_clustered() -> None:
 def test_options_without_effect_are_refused(options: dict[str, float], known: bool, message: str) -> None:
     unit, labels, _ = people([3, 3])
     with pytest.raises(ValueError, match=message):
-        name_pictures(dataclasses.replace(GIVEN, **options), unit, labels if known else labels * 0 - 1, NAMES)
+        propose_names(dataclasses.replace(GIVEN, **options), unit, labels if known else labels * 0 - 1, NAMES)
 
 
 def test_the_command_names_loose_pictures_and_training_reads_them(

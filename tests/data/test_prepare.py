@@ -1,4 +1,4 @@
-"""Splits and exams: who is trained on, who is asked about, and how many bad files a run puts up with."""
+"""Splits and evaluations: who is trained on, who is asked about, and how many bad files a run puts up with."""
 
 from __future__ import annotations
 
@@ -53,33 +53,33 @@ def files(index: FaceIndex | None) -> set[bytes]:
 
 
 def test_everybody_is_trained_on_and_asked_about_with_other_pictures() -> None:
-    stage = divide(people(0, 0, 0, 0), recipe(test_fraction=0.34), PHASE)
-    assert stage.exam.test is not None
-    assert names(stage.train) == names(stage.exam.test) and len(names(stage.train)) == 4
-    assert files(stage.train).isdisjoint(files(stage.exam.test))
-    assert (len(stage.train), len(stage.exam.test)) == (16, 8)
-    assert stage.exam.verification is stage.exam.test and not stage.exam.held_out
-    assert stage.train.class_names == stage.exam.test.class_names  # the same numbers mean the same people
+    data = divide(people(0, 0, 0, 0), recipe(test_fraction=0.34), PHASE)
+    assert data.evaluation.test is not None
+    assert names(data.train) == names(data.evaluation.test) and len(names(data.train)) == 4
+    assert files(data.train).isdisjoint(files(data.evaluation.test))
+    assert (len(data.train), len(data.evaluation.test)) == (16, 8)
+    assert data.evaluation.verification is data.evaluation.test and not data.evaluation.held_out
+    assert data.train.class_names == data.evaluation.test.class_names  # the same numbers mean the same people
 
 
 def test_people_of_another_part_are_verified_and_never_trained_on() -> None:
     index = people(0, 1, 2, 2, 0, 1)
     phase = dataclasses.replace(PHASE, split="val")
-    stage = divide(index, recipe(split="test"), phase)
-    assert names(stage.train) == {"person 1", "person 5"}
-    assert names(stage.exam.verification) == {"person 2", "person 3"}
-    assert stage.exam.held_out
-    assert stage.train.num_classes == 2  # numbered anew: the head has no room for others
-    assert stage.exam.pairs is not None and len(stage.exam.pairs.same) == 20
+    data = divide(index, recipe(split="test"), phase)
+    assert names(data.train) == {"person 1", "person 5"}
+    assert names(data.evaluation.verification) == {"person 2", "person 3"}
+    assert data.evaluation.held_out
+    assert data.train.num_classes == 2  # numbered anew: the head has no room for others
+    assert data.evaluation.pairs is not None and len(data.evaluation.pairs.same) == 20
 
 
 def test_a_part_of_the_people_is_kept_for_verification_where_the_recipe_says_so() -> None:
-    stage = divide(people(*[0] * 8), recipe(verify_fraction=0.25), PHASE)
-    assert len(names(stage.exam.verification)) == 2 and len(names(stage.train)) == 6
-    assert names(stage.train).isdisjoint(names(stage.exam.verification))
-    assert stage.exam.held_out
+    data = divide(people(*[0] * 8), recipe(verify_fraction=0.25), PHASE)
+    assert len(names(data.evaluation.verification)) == 2 and len(names(data.train)) == 6
+    assert names(data.train).isdisjoint(names(data.evaluation.verification))
+    assert data.evaluation.held_out
     again = divide(people(*[0] * 8), recipe(verify_fraction=0.25), PHASE)
-    assert files(again.train) == files(stage.train)
+    assert files(again.train) == files(data.train)
 
 
 def test_nobody_is_both_trained_on_and_kept_for_verification() -> None:
@@ -95,20 +95,20 @@ def test_a_part_without_people_is_refused() -> None:
 def test_pictures_of_nobody_in_particular_are_left_out() -> None:
     index = people(0, 0, 0)
     stranger = dataclasses.replace(index, labels=np.where(np.arange(18) == 4, -1, index.labels).astype(np.int32))
-    stage = divide(stranger, recipe(test_fraction=0.34), PHASE)
-    assert b"4.jpg" not in files(stage.train) | files(stage.exam.test)
+    data = divide(stranger, recipe(test_fraction=0.34), PHASE)
+    assert b"4.jpg" not in files(data.train) | files(data.evaluation.test)
 
 
 def test_few_pictures_a_person_make_a_test_set_but_no_pairs() -> None:
     """A folder with four photographs a person trains; one test picture of each has nothing to pair with."""
-    stage = divide(people(0, 0, 0, pictures=4), recipe(test_fraction=0.2), PHASE)
-    assert stage.exam.test is not None and len(stage.exam.test) == 3
-    assert stage.exam.verification is None and stage.exam.pairs is None
+    data = divide(people(0, 0, 0, pictures=4), recipe(test_fraction=0.2), PHASE)
+    assert data.evaluation.test is not None and len(data.evaluation.test) == 3
+    assert data.evaluation.verification is None and data.evaluation.pairs is None
 
 
-def test_without_test_pictures_there_is_no_exam() -> None:
-    exam = divide(people(0, 0), recipe(test_fraction=0.0), PHASE).exam
-    assert (exam.test, exam.verification, exam.pairs) == (None, None, None)
+def test_without_test_pictures_there_is_no_evaluation() -> None:
+    evaluation = divide(people(0, 0), recipe(test_fraction=0.0), PHASE).evaluation
+    assert (evaluation.test, evaluation.verification, evaluation.pairs) == (None, None, None)
 
 
 def half_named(pictures: int = 6) -> FaceIndex:
@@ -122,11 +122,13 @@ def test_pictures_without_a_name_are_trained_on_where_a_phase_can_use_them() -> 
     plain = divide(index, recipe(test_fraction=0.34), PHASE)
     assert (plain.train.labels >= 0).all()
     for fields in ({"labels": "pseudo"}, {"align": "coral"}, {"distill": DistillConfig(embeddings=1.0)}):
-        stage = divide(index, recipe(test_fraction=0.34), dataclasses.replace(PHASE, **fields))
-        assert files(stage.exam.test) == files(plain.exam.test)  # the exam does not depend on the method
-        assert (stage.train.labels < 0).sum() == 9
-        assert stage.facts().num_unlabelled == 9
-        assert stage.train.class_names == plain.train.class_names
+        data = divide(index, recipe(test_fraction=0.34), dataclasses.replace(PHASE, **fields))
+        assert files(data.evaluation.test) == files(
+            plain.evaluation.test
+        )  # the evaluation does not depend on the method
+        assert (data.train.labels < 0).sum() == 9
+        assert data.facts().num_unlabelled == 9
+        assert data.train.class_names == plain.train.class_names
         if "distill" not in fields:  # which a teacher makes useful without them
             with pytest.raises(ValueError, match="has no effect: every training picture has a name"):
                 divide(people(0, 0), recipe(), dataclasses.replace(PHASE, **fields))
@@ -137,7 +139,7 @@ def test_hidden_names_and_few_shots_touch_training_only() -> None:
     whole = divide(index, recipe(), PHASE)
     few = divide(index, recipe(shots=2), PHASE)
     hidden = divide(index, recipe(label_fraction=0.25), PHASE)
-    assert files(whole.exam.test) == files(few.exam.test) == files(hidden.exam.test)
+    assert files(whole.evaluation.test) == files(few.evaluation.test) == files(hidden.evaluation.test)
     assert (len(whole.train), len(few.train), len(hidden.train)) == (24, 6, 6)
     pseudo = divide(index, recipe(label_fraction=0.25), dataclasses.replace(PHASE, labels="pseudo"))
     assert (len(pseudo.train), (pseudo.train.labels >= 0).sum()) == (24, 6)
@@ -149,12 +151,12 @@ def test_attributes_come_with_their_kind_and_pictures_that_know_only_them_are_tr
     values = np.stack([np.arange(36) % 2, ages], axis=1).astype(np.float32)
     index = dataclasses.replace(index, attributes=values, attribute_names=("Male", "age"))
     tasks = TaskConfig(attributes=("age", "male"))
-    stage = divide(index, dataclasses.replace(recipe(test_fraction=0.5), tasks=tasks), PHASE)
-    assert stage.attributes == (AttributeSpec("age", (20.0, 21.0, 22.0, 23.0, 24.0)), AttributeSpec("male"))
-    assert stage.values().shape == (len(stage.train), 2)
-    for part in (stage.train, stage.exam.test):
+    data = divide(index, dataclasses.replace(recipe(test_fraction=0.5), tasks=tasks), PHASE)
+    assert data.attributes == (AttributeSpec("age", (20.0, 21.0, 22.0, 23.0, 24.0)), AttributeSpec("male"))
+    assert data.values().shape == (len(data.train), 2)
+    for part in (data.train, data.evaluation.test):
         assert part is not None and (part.labels < 0).any() and (part.labels >= 0).any()
-    assert files(stage.train) | files(stage.exam.test) == files(index)
+    assert files(data.train) | files(data.evaluation.test) == files(index)
     with pytest.raises(ValueError, match="attribute age has 1 different values"):
         constant = dataclasses.replace(index, attributes=np.ones((36, 2), np.float32))
         divide(constant, dataclasses.replace(recipe(), tasks=tasks), PHASE)
@@ -169,17 +171,17 @@ def test_yes_or_no_tests_strangers_that_training_never_saw(tmp_path: Path) -> No
     config = DataConfig(root=str(root), format="celeba", test_fraction=0.5)
     asked = Recipe(data=config, phases=(loss,), binary=BinaryConfig(people=("1",)))
     index = photographs_of(asked, Reading(1))
-    stage = divide(index, asked, loss)
-    assert stage.attributes == (AttributeSpec("match"),)
+    data = divide(index, asked, loss)
+    assert data.attributes == (AttributeSpec("match"),)
     given = read_index(root, "celeba")
     person = {bytes(path): given.class_names[label] for path, label in zip(given.paths, given.labels, strict=True)}
-    test = stage.exam.test
-    for part in (stage.train, test):
+    test = data.evaluation.test
+    for part in (data.train, test):
         assert part is not None
         answers = dict(zip(part.paths.tolist(), part.attributes[:, 0].tolist(), strict=True))
         assert answers == {path: float(person[path] == "1") for path in answers}
         assert set(answers.values()) == {0.0, 1.0}
-    strangers = [{person[path] for path in files(part)} - {"1"} for part in (stage.train, test)]
+    strangers = [{person[path] for path in files(part)} - {"1"} for part in (data.train, test)]
     assert strangers[0] and strangers[1] and not strangers[0] & strangers[1]
     with pytest.raises(ValueError, match="binary.people names nobody, who is not among the 4 identities"):
         photographs_of(dataclasses.replace(asked, binary=BinaryConfig(people=("nobody",))), Reading(1))

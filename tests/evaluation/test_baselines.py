@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from facefast.evaluation.baselines import BASELINES, Gallery, baseline_accuracies, linear_probe, nearest_neighbours
+from facefast.evaluation.baselines import (
+    BASELINES,
+    LabelledEmbeddings,
+    baseline_accuracies,
+    linear_probe,
+    nearest_neighbours,
+)
 from facefast.models.heads import unit
 
 
@@ -15,7 +21,7 @@ def test_clear_classes_are_told_by_every_baseline_and_unlabelled_rows_are_not_as
     points = centres[labels] + 0.3 * torch.randn(60, 16, generator=generator)
     poisoned = torch.cat([points, -points[:10]])  # would pull every class away from its people
     known = torch.cat([labels, torch.full((10,), -1)])
-    found = baseline_accuracies(Gallery(7 * poisoned, known, 5), 3 * points, labels)
+    found = baseline_accuracies(LabelledEmbeddings(7 * poisoned, known, 5), 3 * points, labels)
     assert found == dict.fromkeys(BASELINES, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""report.html and the table on the terminal: the best exams, the curves, and nothing that a browser would run."""
+"""report.html and the table on the terminal: the best evaluations, the curves, and nothing that a browser would run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS = {
 
 
 def test_the_table_is_aligned_and_shows_only_numbers_that_somebody_has() -> None:
-    header, first, second = report.table(RESULTS)
+    header, first, second = report.results_text(RESULTS)
     assert header.split() == ["phase", "top-1", "TAR", "at", "FAR", "0.1", "%", "AUC"]
     assert first.split() == ["scratch", "50.00%", "-", "91.23%"]  # 40 pairs cannot show a rate of one in a thousand
     assert second.split() == ["finetune", "100.00%", "-", "-"]
@@ -80,12 +80,12 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_page_shows_the_exam_of_each_phases_best_checkpoint_and_the_state(folder: Path) -> None:
+def test_the_page_shows_the_evaluation_of_each_phases_best_checkpoint_and_the_state(folder: Path) -> None:
     assert report.write(folder) == folder / "report.html"
     text = Page((folder / "report.html").read_text(encoding="utf-8")).text
     assert "State: done at step 6. Best checkpoint: top1 87.50% in phase finetune. Bound by compute; use less." in text
     assert "12.50%" in text and "87.50%" in text
-    assert "25.00%" not in text and "75.00%" not in text  # exams of checkpoints that are not the best
+    assert "25.00%" not in text and "75.00%" not in text  # evaluations of checkpoints that are not the best
     assert "TAR at FAR 0.1 %" not in text  # nobody has it
     for name in ("status.json", "recipe.json", "plan.json", "environment.json"):
         assert name in text

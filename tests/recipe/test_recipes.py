@@ -129,16 +129,16 @@ def test_fixed_weights_move_the_head_alone_and_see_each_picture_once(runs: Runs,
     assert set(speeds) == {0.0}  # no picture was decoded after the features were computed
 
 
-def test_a_later_phase_may_go_on_for_epochs_without_an_exam(drawn: Path, source: Path, tmp_path: Path) -> None:
+def test_a_later_phase_may_go_on_for_epochs_without_an_evaluation(drawn: Path, source: Path, tmp_path: Path) -> None:
     small = [f"--phases.{phase}.{flag}" for phase in ("last", "all") for flag in ("batch-size=8", "steps=12")]
     words = ["finetune", *TINY, *small, "--eval.every=100", f"--model.source={source}", f"--data.root={drawn}"]
     assert train.main([*words, f"--out={tmp_path}"]) == 0
-    assert [exam["phase"] for exam in lines(tmp_path, "eval")] == ["last", "last", "all"]
-    best, exams = files.read_json(tmp_path / "status.json")["best"], lines(tmp_path, "eval")
+    assert [evaluation["phase"] for evaluation in lines(tmp_path, "eval")] == ["last", "last", "all"]
+    best, evaluations = files.read_json(tmp_path / "status.json")["best"], lines(tmp_path, "eval")
     assert best == {
-        "phase": next(exam["phase"] for exam in exams if exam["top1"] == best["value"]),
+        "phase": next(evaluation["phase"] for evaluation in evaluations if evaluation["top1"] == best["value"]),
         "metric": "top1",
-        "value": max(exam["top1"] for exam in exams),
+        "value": max(evaluation["top1"] for evaluation in evaluations),
     }
 
 
@@ -153,10 +153,10 @@ def test_shared_weights_stay_in_the_first_stages(runs: Runs, source: Path) -> No
 
 def test_the_default_moves_the_last_stages_first_and_then_all(runs: Runs, source: Path) -> None:
     assert any(name.startswith("conv1.") for name in moved(runs["finetune"], source))
-    exams = lines(runs["finetune"], "eval")
-    assert [exam["phase"] for exam in exams] == ["last", "last", "last", "all", "all"]
-    assert {"class_means_top1", "neighbours_top1", "probe_top1"} <= exams[0].keys()
-    assert exams[0]["top1"] == exams[0]["class_means_top1"]  # the head starts from them
+    evaluations = lines(runs["finetune"], "eval")
+    assert [evaluation["phase"] for evaluation in evaluations] == ["last", "last", "last", "all", "all"]
+    assert {"class_means_top1", "neighbours_top1", "probe_top1"} <= evaluations[0].keys()
+    assert evaluations[0]["top1"] == evaluations[0]["class_means_top1"]  # the head starts from them
     rates = {line["phase"]: line["lr"] for line in lines(runs["finetune"], "train")}
     assert max(rates.values()) <= 0.01
     page = (runs["finetune"] / "report.html").read_text()
@@ -229,8 +229,8 @@ def test_the_regularised_run_evaluates_averaged_weights(runs: Runs) -> None:
 
 
 def test_attributes_are_told_beside_names(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    exam = lines(runs["multitask"], "eval")[-1]
-    assert {"top1", "Male/auc", "Male/accuracy", "Smiling/auc", "tasks"} <= exam.keys()
+    evaluation = lines(runs["multitask"], "eval")[-1]
+    assert {"top1", "Male/auc", "Male/accuracy", "Smiling/auc", "tasks"} <= evaluation.keys()
     training = lines(runs["multitask"], "train")
     assert {"loss/identity", "loss/Male", "loss/Smiling"} <= training[0].keys()
     assert "log_variances" in checkpoint.read_tensors(runs["multitask"] / "checkpoints" / "last", "objective")
@@ -334,9 +334,9 @@ def test_a_set_that_knows_only_ages_joins_a_run_on_names(runs: Runs, tmp_path: P
     words = ["--phases.multitask.batch-size=8", "--phases.multitask.steps=6", "--tasks.attributes", "Male", "age"]
     words += ["--tasks.weights", "0.5", "0.1", f"--data.more={tmp_path / 'afad'}", f"--model.source={runs.source}"]
     assert train.main(["multitask", *TINY, *words, f"--data.root={runs.drawn}", f"--out={out}"]) == 0
-    exam = lines(out, "eval")[-1]
-    assert {"top1", "Male/auc", "age/mae", "age/within5", "tasks"} <= exam.keys()
-    assert 0 <= exam["age/mae"] <= 2
+    evaluation = lines(out, "eval")[-1]
+    assert {"top1", "Male/auc", "age/mae", "age/within5", "tasks"} <= evaluation.keys()
+    assert 0 <= evaluation["age/mae"] <= 2
     assert files.read_json(out / "checkpoints/last/model.json")["attributes"] == [
         {"name": "Male", "levels": []},
         {"name": "age", "levels": [20.0, 21.0, 22.0]},
@@ -346,7 +346,7 @@ def test_a_set_that_knows_only_ages_joins_a_run_on_names(runs: Runs, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["multitask", "binary", "pseudolabel"])
-def test_what_a_recipe_learns_beside_names_does_not_stand_in_the_way_of_an_exam_elsewhere(
+def test_what_a_recipe_learns_beside_names_does_not_stand_in_the_way_of_an_evaluation_elsewhere(
     name: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, picture in enumerate(sorted((runs.drawn / "img_align_celeba").iterdir())[:12]):

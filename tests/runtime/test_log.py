@@ -80,28 +80,28 @@ def test_a_line_sums_up_its_window_and_comes_every_few_steps_and_at_the_end(tmp_
     assert run_log.speeds == [Speed(3, 24, 6, 1.5), Speed(2, 16, 4, 1.0)]
 
 
-def test_an_exam_in_the_middle_of_a_window_is_not_taken_for_training_time(tmp_path: Path, clock: Clock) -> None:
+def test_an_evaluation_in_the_middle_of_a_window_is_not_taken_for_training_time(tmp_path: Path, clock: Clock) -> None:
     with open_log(tmp_path, every=4) as run_log:
         for step in range(1, 5):
             clock.now += 2
             run_log.step(at(step), stats(), 8, 1.0 * step)
             if step == 3:
                 clock.now += 60
-                run_log.exam(at(step), {"top1": 0.5}, "top1", False)
+                run_log.evaluation(at(step), {"top1": 0.5}, "top1", False)
     line = lines(tmp_path)[-1]
     assert line["images_per_second"] == pytest.approx(32 / 8)  # not 16: three of the four updates came before it
     assert line["data_wait_fraction"] == pytest.approx(4 / 8)  # not 2, which no fraction is
 
 
-def test_an_exam_after_a_line_is_not_taken_for_training_time_either(tmp_path: Path, clock: Clock) -> None:
+def test_an_evaluation_after_a_line_is_not_taken_for_training_time_either(tmp_path: Path, clock: Clock) -> None:
     with open_log(tmp_path) as run_log:
         clock.now += 60
-        run_log.exam(at(0), {"top1": 0.1}, "top1", True)  # what a class-mean head knows before any training
+        run_log.evaluation(at(0), {"top1": 0.1}, "top1", True)  # what a class-mean head knows before any training
         for step in (1, 2):
             clock.now += 2
             run_log.step(at(step), stats(), 8, 0.0)
             clock.now += 60
-            run_log.exam(at(step), {"top1": 0.5}, "top1", False)
+            run_log.evaluation(at(step), {"top1": 0.5}, "top1", False)
     assert [line["images_per_second"] for line in lines(tmp_path) if line["split"] == "train"] == [4.0, 4.0]
 
 
@@ -116,10 +116,10 @@ def test_waiting_is_counted_anew_with_each_phases_loader(tmp_path: Path, clock: 
 def test_numbers_that_are_none_are_null_in_json_and_absent_in_tensorboard(tmp_path: Path) -> None:
     with open_log(tmp_path) as run_log:
         run_log.step(at(1), stats(loss_sum=0, correct=0, rows=0), 8, 0.0)
-        run_log.exam(at(1), {"top1": 0.5, "tar@1e-3": math.nan}, "top1", True)
-    train, exam = lines(tmp_path)
+        run_log.evaluation(at(1), {"top1": 0.5, "tar@1e-3": math.nan}, "top1", True)
+    train, evaluation = lines(tmp_path)
     assert train["loss"] is None and train["accuracy"] is None
-    assert exam["tar@1e-3"] is None
+    assert evaluation["tar@1e-3"] is None
     tags = board(tmp_path).Tags()["scalars"]
     assert "eval/top1" in tags and "train/lr" in tags
     assert "eval/tar@1e-3" not in tags and "train/loss" not in tags
@@ -129,7 +129,7 @@ def test_tensorboard_has_the_numbers_of_the_lines(tmp_path: Path) -> None:
     with open_log(tmp_path) as run_log:
         for step in (1, 2, 3):
             run_log.step(at(step), stats(loss_sum=32 / 2**step), 8, 0.0)
-        run_log.exam(at(3), {"top1": 0.75, "auc": 0.5}, "top1", True)
+        run_log.evaluation(at(3), {"top1": 0.75, "auc": 0.5}, "top1", True)
     assert scalars(tmp_path, "train/loss") == [(1, 2.0), (2, 1.0), (3, 0.5)]
     assert scalars(tmp_path, "eval/auc") == [(3, 0.5)]
 
@@ -161,7 +161,7 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_no_later_or_torn
     with open_log(tmp_path) as run_log:
         for step in range(1, 7):
             run_log.step(at(step), stats(loss_sum=8 * step), 8, 0.0)
-        run_log.exam(at(4), {"top1": 0.5}, "top1", True)
+        run_log.evaluation(at(4), {"top1": 0.5}, "top1", True)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "phase": "fine')  # the power went
     with open_log(tmp_path, first_step=4) as run_log:
@@ -179,7 +179,7 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_no_later_or_torn
 
 def test_a_run_that_was_stopped_before_its_first_update_keeps_what_it_knew_then(tmp_path: Path) -> None:
     with open_log(tmp_path) as run_log:
-        run_log.exam(at(0), {"top1": 0.25}, "top1", True)
+        run_log.evaluation(at(0), {"top1": 0.25}, "top1", True)
     with open_log(tmp_path, first_step=0) as run_log:
         run_log.step(at(1), stats(loss_sum=8), 8, 0.0)
     assert [line["step"] for line in lines(tmp_path)] == [0, 1]
@@ -189,7 +189,7 @@ def test_a_run_that_was_stopped_before_its_first_update_keeps_what_it_knew_then(
 def test_a_run_that_starts_anew_keeps_nothing_of_the_one_before(tmp_path: Path) -> None:
     for value in (0.25, 0.5):
         with open_log(tmp_path) as run_log:
-            run_log.exam(at(0), {"top1": value}, "top1", True)
+            run_log.evaluation(at(0), {"top1": value}, "top1", True)
             run_log.step(at(1), stats(loss_sum=8 * value), 8, 0.0)
     assert [line.get("top1") for line in lines(tmp_path)] == [0.5, None]
     assert scalars(tmp_path, "eval/top1") == [(0, 0.5)]
@@ -199,7 +199,7 @@ def test_a_run_that_starts_anew_keeps_nothing_of_the_one_before(tmp_path: Path) 
 def test_other_ranks_count_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_log(tmp_path, enabled=False) as run_log:
         run_log.step(at(1), stats(), 8, 0.0)
-        run_log.exam(at(1), {"top1": 0.5}, "top1", True)
+        run_log.evaluation(at(1), {"top1": 0.5}, "top1", True)
         run_log.pictures("p", smooth_picture(8, 8)[None], 1)
         run_log.embeddings(torch.zeros(1, 2), ["ann"], 1)
         run_log.say("nothing")
@@ -221,9 +221,9 @@ def test_a_skipped_update_now_and_then_stops_nothing(tmp_path: Path) -> None:
             run_log.step(at(step), stats(skipped=int(step % LOST_UPDATES > 0)), 8, 0.0)  # 19 of 20 are lost
 
 
-def test_an_exam_is_said_with_its_headline_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_is_said_with_its_headline_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_log(tmp_path) as run_log:
-        run_log.exam(at(8), {"loss": 0.12345, "top1": 0.5, "pairs": 6000}, "top1", True)
+        run_log.evaluation(at(8), {"loss": 0.12345, "top1": 0.5, "pairs": 6000}, "top1", True)
     assert "finetune epoch 1: loss 0.1235, top1 50.00%  (best top1 so far)" in capsys.readouterr().out
     run_log.close()  # a second time
     run_log.say("too late")

@@ -85,8 +85,8 @@ def words_between_ranks(rank: int) -> int:
         assert run.world.rank == rank and run.is_main == (rank == 0)
         assert run.agree(rank == 2)  # one of them is enough
         assert not run.agree(False)
-        assert run.share(f"from rank {rank}") == "from rank 0"
-        assert run.share(None) is None
+        assert run.broadcast(f"from rank {rank}") == "from rank 0"
+        assert run.broadcast(None) is None
         assert run.allreduce_seconds(1000) > 0
         if rank == 1:
             run.stop_requested = True
@@ -102,7 +102,7 @@ def test_ranks_agree_when_one_of_them_wants_to_stop() -> None:
 def test_one_process_agrees_with_itself() -> None:
     run = Runtime(World(), torch.device("cpu"))
     assert run.agree(True) and not run.agree(False)
-    assert run.share("mine") == "mine"
+    assert run.broadcast("mine") == "mine"
     assert run.allreduce_seconds(1000) == 0
     assert run.transfer_seconds(1000) == 0
     run.barrier()

@@ -85,7 +85,7 @@ def test_a_run_that_a_signal_to_one_rank_stopped_goes_on_to_the_same_bits(drawn:
         assert files.read_json(run / "status.json")["state"] == "done"
         assert (run / "report.html").exists()
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 6]  # the last is the exam
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 6]  # the last is the evaluation
     one, two = (run / "checkpoints" / "step-0000006" for run in (whole, out))
     for stem in ("model", "ema", "optimizer"):
         expected = safetensors.torch.load_file(one / f"{stem}.safetensors")
@@ -154,20 +154,20 @@ def test_the_best_checkpoint_is_chosen_by_the_number_asked_for(
     assert finish.named_metric(EvalConfig(metric=metric), results) == expected
 
 
-def test_a_number_that_the_exam_cannot_give_is_refused() -> None:
-    with pytest.raises(ValueError, match="eval.metric is auc, but the exam gives only top1, top5"):
+def test_a_number_that_the_evaluation_cannot_give_is_refused() -> None:
+    with pytest.raises(ValueError, match="eval.metric is auc, but the evaluation gives only top1, top5"):
         finish.named_metric(EvalConfig(metric="auc"), {"top1": 0.5, "top5": 0.5})
-    with pytest.raises(ValueError, match="the exam gives only nothing"):
+    with pytest.raises(ValueError, match="the evaluation gives only nothing"):
         finish.named_metric(EvalConfig(), {})
     # Nothing is ever greater than NaN: the first checkpoint would have stayed the best one without a word.
-    with pytest.raises(ValueError, match="eval.metric is tar@1e-3, for which the exam has too few pairs"):
+    with pytest.raises(ValueError, match="eval.metric is tar@1e-3, for which the evaluation has too few pairs"):
         finish.named_metric(EvalConfig(metric="tar@1e-3", pairs=40), {"top1": 0.5, "tar@1e-3": float("nan")})
 
 
 def make_state(recipe: Recipe, results: dict[str, dict[str, float]]) -> TrainState:
-    """A state of which only the exams matter."""
+    """A state of which only the evaluations matter."""
     state = TrainState(recipe, None, Runtime(World(), torch.device("cpu")))  # type: ignore[arg-type]
-    state.results, state.phase = results, len(recipe.phases) - 1
+    state.results, state.phase_number = results, len(recipe.phases) - 1
     return state
 
 
@@ -192,7 +192,7 @@ def test_the_summary_of_drawn_faces_says_so_and_compares_nothing_with_itself() -
     assert "against training from scratch" not in text
 
 
-def test_the_best_checkpoint_is_unknown_before_the_first_exam() -> None:
+def test_the_best_checkpoint_is_unknown_before_the_first_evaluation() -> None:
     state = make_state(Recipe(phases=(Phase(name="scratch", start="scratch"),)), {"scratch": {"top1": 0.7}})
     assert finish.best_of(state) is None
     state.best = 0.7
@@ -205,7 +205,7 @@ def test_the_best_checkpoint_may_be_one_of_the_phase_before() -> None:
         for name, start in (("other", "scratch"), ("first", "scratch"), ("second", "previous"))
     )
     state = make_state(Recipe(phases=phases), {"other": {"top1": 0.7}, "first": {"top1": 0.7}})
-    state.phase, state.best = 2, 0.7
+    state.phase_number, state.best = 2, 0.7
     assert finish.best_of(state) == {"phase": "first", "metric": "top1", "value": 0.7}
     state.results["second"] = {"top1": 0.6}
     assert finish.best_of(state)["phase"] == "first"

@@ -122,14 +122,14 @@ def test_mixup_mixes_whole_pictures_and_cutmix_exchanges_a_rectangle() -> None:
     images = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 20, 16).contiguous()
     torch.manual_seed(3)
     mixed = mix(images, 0.4, 0.0)
-    expected = mixed.share * images + (1 - mixed.share) * images[mixed.partner]
+    expected = mixed.weight * images + (1 - mixed.weight) * images[mixed.partner]
     torch.testing.assert_close(mixed.images, expected)
     for seed in range(20):
         torch.manual_seed(seed)
         cut = mix(images, 0.0, 1.0)
         own = (cut.images == images)[:, 0].float().mean((1, 2))
         moved = cut.partner != torch.arange(6)
-        torch.testing.assert_close(own[moved], torch.full_like(own[moved], cut.share))
+        torch.testing.assert_close(own[moved], torch.full_like(own[moved], cut.weight))
         assert torch.equal(images, torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 20, 16))  # the batch stays
     torch.manual_seed(5)
     one = mix(images, 0.4, 0.4)

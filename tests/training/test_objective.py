@@ -30,14 +30,14 @@ from facefast.runtime import process
 from facefast.runtime.process import Runtime, World
 from facefast.training.distill import Teacher, caches_teacher, stage_outputs
 from facefast.training.losses import effective_weights, mix, supervised_contrastive
-from facefast.training.objective import Objective, Share
-from facefast.training.step import Supply, TrainState, train_step
+from facefast.training.objective import Objective, RowCounts
+from facefast.training.step import SideInputs, TrainState, train_step
 from tests.support import small
 from tests.support.ranks import run_ranks
 
 RUN = Runtime(World(), torch.device("cpu"))
 SPECS = (AttributeSpec("Male"), AttributeSpec("age", (20.0, 30.0, 40.0, 50.0)))
-SHARE = Share(8, 8)
+ROW_COUNTS = RowCounts(8, 8)
 
 
 def model_with(seed: int = 1, **more: Any) -> FaceModel:
@@ -66,10 +66,10 @@ def phase_with(**fields: Any) -> Phase:
 
 def loss_of(phase: Phase, batch: Batch, **more: Any) -> tuple[Objective, dict[str, float], float]:
     """The objective, its terms by name, and their weighted total."""
-    values, share = more.pop("values", torch.zeros(8, 0)), more.pop("share", SHARE)
+    values, row_counts = more.pop("values", torch.zeros(8, 0)), more.pop("row_counts", ROW_COUNTS)
     objective = Objective(more.pop("model", None) or model_with(), phase, more.pop("tasks", None), **more)
     with torch.no_grad():
-        terms = objective.eval()(batch, values, share, 1)
+        terms = objective.eval()(batch, values, row_counts, 1)
     return objective, dict(zip(objective.names, terms.parts.tolist(), strict=True)), float(terms.total)
 
 
@@ -95,7 +95,7 @@ def test_adaface_spares_pictures_of_low_norm() -> None:
         expected = ops.reference.focal_loss(model.classify(embeddings), batch.labels, gamma=0.0, margin=margin, scale=8)
     assert parts["identity"] == pytest.approx(float(expected), rel=1e-5)
     assert set(objective.own_state()) == {"margin.mean", "margin.std"}  # a checkpoint keeps what it has seen
-    objective.train()(batch, torch.zeros(8, 0), SHARE, 1)
+    objective.train()(batch, torch.zeros(8, 0), ROW_COUNTS, 1)
     assert float(objective.margin.mean) != 20.0
 
 
@@ -106,7 +106,7 @@ def test_pairs_move_the_backbone_without_a_head(term: str) -> None:
     objective, parts, total = loss_of(phase, batch_of(), model=model)
     assert list(parts) == [term]
     assert total == pytest.approx(2 * parts[term])
-    objective(batch_of(), torch.zeros(8, 0), SHARE, 1).total.backward()
+    objective(batch_of(), torch.zeros(8, 0), ROW_COUNTS, 1).total.backward()
     assert model.backbone.conv1.conv.weight.grad.abs().sum() > 0
 
 
@@ -131,7 +131,7 @@ def test_mixup_and_cutmix_pay_for_both_labels() -> None:
         with torch.no_grad():
             logits = 8 * objective.model(mixed.images)
         both = [torch.nn.functional.cross_entropy(logits, of) for of in (labels, labels[mixed.partner])]
-        expected = mixed.share * both[0] + (1 - mixed.share) * both[1]
+        expected = mixed.weight * both[0] + (1 - mixed.weight) * both[1]
         assert parts["identity"] == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -140,11 +140,13 @@ def test_attributes_are_learnt_where_they_are_known_and_nowhere_else() -> None:
     values = torch.tensor(
         [[1.0, 20], [0, 30], [torch.nan, 50], [1, torch.nan], [torch.nan, torch.nan]] + [[0, 40.0]] * 3
     )
-    share = Share(8, 8, (6, 6))
+    row_counts = RowCounts(8, 8, (6, 6))
     tasks = TaskConfig(attributes=("Male", "age"), weights=(0.5, 2.0), gamma=0.0)
-    objective, parts, total = loss_of(phase_with(), batch_of(), model=model, values=values, share=share, tasks=tasks)
+    objective, parts, total = loss_of(
+        phase_with(), batch_of(), model=model, values=values, row_counts=row_counts, tasks=tasks
+    )
     with torch.no_grad():
-        logits = model.tell_logits(model.encode(batch_of().images))
+        logits = model.attribute_logits(model.encode(batch_of().images))
     male, age = logits[:, 0], logits[:, 1:]
     cross = torch.nn.functional.binary_cross_entropy_with_logits
     known = ~values[:, 0].isnan()
@@ -156,7 +158,7 @@ def test_attributes_are_learnt_where_they_are_known_and_nowhere_else() -> None:
     assert total == pytest.approx(parts["identity"] + 0.5 * parts["Male"] + 2 * parts["age"], rel=1e-5)
     nobody = torch.full((8, 2), torch.nan)
     objective.model.zero_grad()
-    objective(batch_of(), nobody, Share(8, 8, (0, 0)), 1).total.backward()
+    objective(batch_of(), nobody, RowCounts(8, 8, (0, 0)), 1).total.backward()
     heads = objective.model.attribute_heads
     assert not heads.weight.grad.any() and not heads.biases.grad.any()
 
@@ -174,12 +176,12 @@ def test_an_age_is_told_by_the_steps_that_are_likelier_than_not() -> None:
 
 def test_uncertainty_weighs_losses_by_what_it_learns() -> None:
     model = model_with(attributes=SPECS[:1])
-    values, share = torch.tensor([[1.0], [0.0]] * 4), Share(8, 8, (8,))
+    values, row_counts = torch.tensor([[1.0], [0.0]] * 4), RowCounts(8, 8, (8,))
     tasks = TaskConfig(attributes=("Male",), weighting="uncertainty", gamma=0.0)
     objective = Objective(model, phase_with(), tasks)
     with torch.no_grad():
         objective.log_variances.copy_(torch.tensor([0.7, -0.4]))
-    terms = objective(batch_of(), values, share, 1)
+    terms = objective(batch_of(), values, row_counts, 1)
     s = torch.tensor([0.7, -0.4])
     torch.testing.assert_close(terms.total, ((-s).exp() * terms.parts + s / 2).sum())
     terms.total.backward()
@@ -190,11 +192,13 @@ def test_uncertainty_weighs_losses_by_what_it_learns() -> None:
 @pytest.mark.parametrize("kind", ["coral", "mmd"])
 def test_alignment_is_between_pictures_with_and_without_a_name(kind: str) -> None:
     labels = torch.tensor([0, 1, 2, 3, -100, -100, -100, -100])
-    objective, parts, _ = loss_of(phase_with(align=kind, align_weight=2.0), batch_of(labels=labels), share=Share(8, 4))
+    objective, parts, _ = loss_of(
+        phase_with(align=kind, align_weight=2.0), batch_of(labels=labels), row_counts=RowCounts(8, 4)
+    )
     assert parts["align"] > 0
     _, alone, _ = loss_of(phase_with(align=kind, align_weight=2.0), batch_of())  # no target domain in this batch
     assert alone["align"] == 0
-    plain = loss_of(phase_with(), batch_of(labels=labels), share=Share(8, 4), model=objective.model)[1]
+    plain = loss_of(phase_with(), batch_of(labels=labels), row_counts=RowCounts(8, 4), model=objective.model)[1]
     assert parts["identity"] == pytest.approx(plain["identity"])
 
 
@@ -220,7 +224,7 @@ def test_a_student_is_drawn_to_the_teachers_embeddings_and_answers() -> None:
     assert parts["distill_embeddings"] == pytest.approx(float((1 - cosines).mean()), rel=1e-4)
     assert parts["distill_logits"] == pytest.approx(float(divergence), rel=1e-4)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    objective(batch, torch.zeros(8, 0), SHARE, 1).total.backward()
+    objective(batch, torch.zeros(8, 0), ROW_COUNTS, 1).total.backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not any("teacher" in name for name in objective.state_dict())
@@ -245,7 +249,7 @@ def test_stages_are_compared_one_by_one_and_a_student_equal_to_its_teacher_has_n
         objective.model.encode(batch_of().images)
     assert len(own) == 4  # stem and three stages, not the embedding
     assert len(objective.distillation.convolutions) == (4 if match == "projected" else 0)
-    objective(batch_of(), torch.zeros(8, 0), SHARE, 1).total.backward()
+    objective(batch_of(), torch.zeros(8, 0), ROW_COUNTS, 1).total.backward()
     assert objective.model.backbone.blocks[0].conv[0].weight.grad.abs().sum() > 0
     if match == "attention":
         twin = model_with(seed=9)
@@ -286,7 +290,7 @@ def test_teachers_of_other_people_or_other_pictures_are_refused() -> None:
         distilled(DistillConfig(embeddings=1.0), teacher=bgr)
 
 
-def train_on(phase: Phase, steps: int = 6, supply: Supply | None = None, **fields: Any) -> TrainState:
+def train_on(phase: Phase, steps: int = 6, side: SideInputs | None = None, **fields: Any) -> TrainState:
     """A few updates on one batch."""
     recipe = Recipe(
         image=ImageSpec(size=small.SIZE, template="none"),
@@ -296,9 +300,9 @@ def train_on(phase: Phase, steps: int = 6, supply: Supply | None = None, **field
         **fields,
     )
     state = TrainState(recipe, resolve(recipe, (IndexFacts(64, 4, "f"),), 1), RUN)
-    state.enter(0, model_with(), supply)
+    state.enter(0, model_with(), side)
     for _ in range(steps):
-        train_step(state, [batch_of()], SHARE)
+        train_step(state, [batch_of()], ROW_COUNTS)
     return state
 
 
@@ -308,7 +312,7 @@ def test_l2sp_keeps_the_backbone_near_the_source_and_leaves_the_head_alone() -> 
     for strength in (0.0, 20.0):
         phase = phase_with(l2sp=strength, momentum=0.0, weight_decay=0.0, loss=LossConfig(scale=8))
         phase = dataclasses.replace(phase, lr=0.02)
-        state = train_on(phase, supply=Supply(source=source))
+        state = train_on(phase, side=SideInputs(source=source))
         moved = [(p - source[n]).norm() for n, p in state.model.named_parameters() if n.startswith("backbone")]
         distances.append(float(torch.stack(moved).norm().detach()))
         heads.append(float((state.model.head.weight - source["head.weight"]).norm().detach()))
@@ -361,10 +365,10 @@ def half_an_update(rank: int, out: str, world: int) -> int:
         torch.manual_seed(3)
         image = ImageSpec(size=small.SIZE, template="none")
         teacher = build_model(ModelConfig(backbone="mobilefacenet", embedding=24), 0, image).eval()
-        state.enter(0, model_with(attributes=SPECS[:1]), Supply(values=values, teacher=Teacher(teacher)))
+        state.enter(0, model_with(attributes=SPECS[:1]), SideInputs(values=values, teacher=Teacher(teacher)))
         whole = batch_of()
         parts = [Batch(*(column[k + 2 * rank :: 2 * world] for column in whole)) for k in range(2)]
-        train_step(state, parts, Share(8, 8, (6,)))
+        train_step(state, parts, RowCounts(8, 8, (6,)))
         if rank == 0:
             found = state.model.state_dict() | {f"own.{n}": p for n, p in state.objective.own_parameters()}
             torch.save({name: value.detach().clone() for name, value in found.items()}, out)

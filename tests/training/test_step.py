@@ -23,7 +23,7 @@ from facefast.recipe import (
 )
 from facefast.runtime.log import STATS
 from facefast.runtime.process import Runtime, World
-from facefast.training.objective import Share
+from facefast.training.objective import RowCounts
 from facefast.training.step import TrainState, train_step
 
 CLASSES = 5
@@ -58,9 +58,9 @@ def make_model(recipe: Recipe) -> FaceModel:
     return model
 
 
-def share(rows: int) -> Share:
+def share(rows: int) -> RowCounts:
     """An update of so many rows, all with a label."""
-    return Share(rows, rows)
+    return RowCounts(rows, rows)
 
 
 def make_batch(size: int = 8, seed: int = 0) -> Batch:

@@ -17,8 +17,8 @@ from facefast.models import FaceModel
 from facefast.recipe import AugmentSpec, IndexFacts, Phase, Recipe, resolve
 from facefast.runtime.process import Runtime, World
 from facefast.training.begin import advice
-from facefast.training.objective import Share
-from facefast.training.step import Supply, TrainState, train_step
+from facefast.training.objective import RowCounts
+from facefast.training.step import SideInputs, TrainState, train_step
 from facefast.training.transfer import (
     caches_features,
     freeze_batchnorm,
@@ -171,9 +171,11 @@ def test_a_head_learns_the_same_from_cached_features_as_from_the_pictures() -> N
     heads = []
     for cached in (None, embeddings):
         state = TrainState(recipe, plan, RUN)
-        state.enter(0, small.make_model(), Supply(embeddings=cached))
+        state.enter(0, small.make_model(), SideInputs(embeddings=cached))
         for rows in torch.arange(24).split(8):
-            train_step(state, [Batch((images if cached is None else cached)[rows], labels[rows], rows)], Share(8, 8))
+            train_step(
+                state, [Batch((images if cached is None else cached)[rows], labels[rows], rows)], RowCounts(8, 8)
+            )
         heads.append({name: value.clone() for name, value in state.model.head.state_dict().items()})
         start = small.make_model().backbone.state_dict()
         assert all(torch.equal(value, start[name]) for name, value in state.model.backbone.state_dict().items())
