@@ -26,8 +26,8 @@ from facefast.runtime import exits, files, process
 from facefast.runtime.exits import StorageError
 from facefast.runtime.log import Position, RunLog, environment
 from facefast.runtime.process import Runtime
-from facefast.training import finish
 from facefast.training.begin import Start, begin, find_source, find_teacher, settle
+from facefast.training.finish import best_of, fail, finish, leave, named_metric, write_status
 from facefast.training.objective import RowCounts
 from facefast.training.step import TrainState, train_step
 
@@ -58,12 +58,14 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
                     if improved or stopping or save_due(recipe, state):
                         save(folder, state, improved)
                     if stopping:
-                        return finish.leave(folder, state, log)
-        return finish.finish(folder, state, datasets, log)
+                        return leave(folder, state, log)
+        return finish(folder, state, datasets, log)
 
 
-def open_folder(folder: Path, run: Runtime) -> None:
+def open_folder(folder: Path, recipe: Recipe, run: Runtime) -> None:
     """Makes the run folder and finds out at once whether it can be written.
+
+    A new folder says at once what was asked for and where, so that a start that fails explains itself.
 
     Raises:
         StorageError: it cannot.
@@ -71,7 +73,10 @@ def open_folder(folder: Path, run: Runtime) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if run.is_main:
-            finish.write_status(folder, "running")
+            write_status(folder, "running")
+            if not (folder / "recipe.json").exists():
+                files.write_json(folder / "recipe.json", to_json(recipe))
+                files.write_json(folder / "environment.json", environment(run.world.size, run.device))
     except OSError as error:
         raise StorageError(f"cannot write the run folder {folder}: {error}; choose another --out") from error
 
@@ -105,7 +110,7 @@ def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
         files.write_json(folder / "recipe.json", to_json(recipe))
         files.write_json(folder / "plan.json", to_json(plan))
         files.write_json(folder / "environment.json", environment(run.world.size, run.device))
-        finish.write_status(folder, "running", step=state.step)
+        write_status(folder, "running", step=state.step)
     log = RunLog(
         folder,
         enabled=run.is_main,
@@ -237,9 +242,9 @@ def measure(state: TrainState, data: PhaseData, log: RunLog, known: LabelledEmbe
         known,
     )
     state.set_modes()
-    value, name = finish.named_metric(recipe.eval, results)
+    value, name = named_metric(recipe.eval, results)
     before = state.results.get(state.phase.name)
-    if before is None or value > finish.named_metric(recipe.eval, before)[0]:
+    if before is None or value > named_metric(recipe.eval, before)[0]:
         state.results = with_baselines(results) | state.results | {state.phase.name: results}
     improved = state.best is None or value > state.best
     if improved:
@@ -259,16 +264,16 @@ def save(folder: Path, state: TrainState, improved: bool) -> None:
             best=improved,
             keep=state.recipe.keep,
         )
-        finish.write_status(folder, "running", step=state.step, best=finish.best_of(state))
+        write_status(folder, "running", step=state.step, best=best_of(state))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     folder: Path | None = None
-    with exits.exit_codes(lambda code, error: finish.fail(folder, code, error)) as outcome:
+    with exits.exit_codes(lambda code, error: fail(folder, code, error)) as outcome:
         recipe, folder, resume = flags.train_arguments(sys.argv[1:] if arguments is None else arguments)
         with process.start() as run:
-            open_folder(folder, run)
+            open_folder(folder, recipe, run)
             outcome.code = train(recipe, folder, resume, run)
     return outcome.code
 

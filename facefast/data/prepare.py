@@ -15,7 +15,7 @@ from facefast.data.corrections import apply_corrections, read_labels
 from facefast.data.drawn import synthetic
 from facefast.data.index import FAULTS, SPLITS
 from facefast.data.subsets import joined, with_attributes, with_hidden_labels, with_shots
-from facefast.recipe import AttributeSpec, IndexFacts, Phase, Photographs, Reading, Recipe
+from facefast.recipe import AttributeSpec, DataConfig, IndexFacts, Phase, Photographs, Reading, Recipe
 from facefast.runtime.exits import DataError
 from facefast.runtime.process import Runtime, decode_threads
 
@@ -69,7 +69,7 @@ def prepare(recipe: Recipe, folder: Path, run: Runtime) -> tuple[PhaseData, ...]
 
     Raises:
         DataError: more bad files than `data.max_bad_fraction` allows.
-        ValueError: the folder's layout is not what the recipe says.
+        ValueError: the folder's layout is not what the recipe says, or a phase has nothing to be measured on.
     """
     saved = folder / "index.npz"
     if run.is_main:
@@ -77,7 +77,26 @@ def prepare(recipe: Recipe, folder: Path, run: Runtime) -> tuple[PhaseData, ...]
         index.save(saved)
     run.barrier()
     index = FaceIndex.load(saved)
-    return tuple(divide(index, recipe, phase) for phase in recipe.phases)
+    datasets = tuple(divide(index, recipe, phase) for phase in recipe.phases)
+    for phase, data in zip(recipe.phases, datasets, strict=True):
+        _require_evaluation(data, phase, recipe.data)
+    return datasets
+
+
+def _require_evaluation(data: PhaseData, phase: Phase, config: DataConfig) -> None:
+    if data.evaluation.test is not None or data.evaluation.verification is not None:
+        return
+    most = int(np.bincount(data.train.labels[data.train.labels >= 0], minlength=1).max())
+    advice = (
+        "give people more photographs: one to learn from and one to test with at least"
+        if most < 2
+        else "raise data.test_fraction, or keep people for verification with data.verify_fraction"
+    )
+    raise ValueError(
+        f"phase {phase.name}: no photograph is left to measure the model on: {len(data.train)} pictures of "
+        f"{data.train.num_classes} identities, at most {most} of one, and data.test_fraction {config.test_fraction:g}; "
+        f"{advice}"
+    )
 
 
 def photographs_of(recipe: Recipe, reading: Reading) -> FaceIndex:

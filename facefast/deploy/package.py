@@ -124,7 +124,7 @@ def write_package(model: FaceModel, out: Path, recipe: dict[str, Any] | None = N
     if recipe is not None:
         files.write_json(out / "recipe.json", _without_paths(recipe))
     files.write_json(out / "model.json", model.to_config())
-    safetensors.torch.save_file(checkpoint.savable(model.state_dict()), out / "model.safetensors")
+    checkpoint.write_tensors(out / "model.safetensors", model.state_dict())
     checkpoint.write_manifest(out, step=0)
 
 

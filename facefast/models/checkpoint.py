@@ -55,7 +55,7 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         for stem, named in tensors.items():
-            safetensors.torch.save_file(savable(named), aside / f"{stem}.safetensors")
+            write_tensors(aside / f"{stem}.safetensors", named)
         for stem, value in documents.items():
             files.write_json(aside / f"{stem}.json", value)
         write_manifest(aside, step)
@@ -83,9 +83,15 @@ def write_manifest(folder: Path, step: int) -> None:
     files.write_json(folder / "manifest.json", {"format": FORMAT, "step": step, "files": content})
 
 
-def savable(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as safetensors takes them."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+def write_tensors(path: Path, named: dict[str, Tensor]) -> None:
+    """A .safetensors file of named tensors, readable by whom the umask lets read.
+
+    Raises:
+        OSError, safetensors.SafetensorError: it cannot be written.
+    """
+    savable = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    safetensors.torch.save_file(savable, path)
+    files.follow_umask(path)
 
 
 def _remove_old(folder: Path, keep: int) -> None:

@@ -146,6 +146,22 @@ def test_too_many_broken_files_end_with_65_and_their_names(
     assert train.main(["scratch", f"--data.root={root}", f"--out={tmp_path / 'run'}"]) == 65
     assert "bo0.jpg" in capsys.readouterr().err
     assert files.read_json(tmp_path / "run" / "status.json")["exit_code"] == 65
+    asked = files.read_json(tmp_path / "run" / "recipe.json")["data"]["root"]  # the folder explains itself
+    assert asked == str(root) and (tmp_path / "run" / "environment.json").exists()
+
+
+def test_one_photograph_a_person_is_refused_before_anything_is_trained(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, picture in enumerate(sorted((drawn / "img_align_celeba").iterdir())[:4]):
+        (tmp_path / "people" / f"p{number}").mkdir(parents=True)
+        (tmp_path / "people" / f"p{number}" / "1.jpg").write_bytes(picture.read_bytes())
+    run = tmp_path / "run"
+    assert train.main(["scratch", f"--data.root={tmp_path / 'people'}", f"--out={run}"]) == 64
+    error = capsys.readouterr().err
+    assert "no photograph is left to measure the model on: 4 pictures of 4 identities, at most 1 of one" in error
+    assert "give people more photographs" in error
+    assert not (run / "metrics.jsonl").exists()
 
 
 def test_the_finished_model_evaluates_predicts_and_exports(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -30,6 +31,18 @@ def test_a_saved_checkpoint_verifies_and_reads_back_bit_for_bit(tmp_path: Path) 
     assert files.read_json(path / "state.json") == {"step": 7}
     assert (tmp_path / "checkpoints" / "last").resolve() == path.resolve()
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_every_file_has_the_mode_that_the_umask_gives(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        path = write(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == {
+        name: oct(mode) for name in ("model.safetensors", "state.json", "manifest.json")
+    }
 
 
 def test_old_checkpoints_go_but_best_and_last_stay(tmp_path: Path) -> None:
