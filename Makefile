@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A GPU without a CUDA compiler gets one from the package index; FACEFAST_CUDA=1 asks for it anywhere.
-EXTRAS := $(shell if [ "$(FACEFAST_CUDA)" = 1 ] || { [ "$(FACEFAST_CUDA)" != 0 ] && command -v nvidia-smi >/dev/null && ! command -v nvcc >/dev/null; }; then echo dev,cuda; else echo dev; fi)
+# A GPU without a compiler of CUDA 13 gets one from the package index; FACEFAST_CUDA=1 asks for it anywhere.
+EXTRAS := $(shell if [ "$(FACEFAST_CUDA)" = 1 ] || { [ "$(FACEFAST_CUDA)" != 0 ] && command -v nvidia-smi >/dev/null && ! nvcc --version 2>/dev/null | grep -q 'release 13'; }; then echo dev,cuda; else echo dev; fi)
 NATIVE := setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' -o -name '*.json')
 
 .PHONY: help setup train test lint format bench clean
@@ -46,4 +46,4 @@ bench: setup  ## every benchmark, peers interleaved; rows go to benchmarks/resul
 	$(BIN)/python -m pytest benchmarks --benchmark-enable $(ARGS)
 
 clean:  ## removes .venv and what was built
-	rm -rf $(VENV) build facefast/*.so facefast.egg-info
+	rm -rf $(VENV) build dist facefast/*.so facefast.egg-info
