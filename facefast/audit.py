@@ -64,7 +64,7 @@ class AuditArguments:
 
 
 def corrections_of(index: FaceIndex, suspects: Suspects) -> list[Correction]:
-    """The findings as lines of suspects.csv."""
+    """The findings as lines of suspects.csv, in the same order."""
 
     def name(label: int) -> str:
         return index.class_names[label] if label >= 0 else ""
@@ -145,6 +145,7 @@ def audit(given: AuditArguments, index: FaceIndex, embeddings: Floats, out: Path
 
 def planted(given: AuditArguments, index: FaceIndex, embeddings: Floats) -> SelfTest:
     """The self-test: wrong labels planted in the set, and how many of them are found."""
+    # The set's own mistakes are found in both runs, and set aside when the planted ones are counted.
     labels = index.labels.astype(np.int64)
     wrong, rows = plant_wrong_labels(labels, given.plant, given.seed)
     before, after = (

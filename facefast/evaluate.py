@@ -1,7 +1,6 @@
-"""What a model is worth: closed-set accuracy and open-set verification, on all ranks, with exact counts.
+"""What a finished model is worth: `python -m facefast.evaluate MODEL --data.root DIR`.
 
-`train` calls `evaluate` after each epoch; `python -m facefast.evaluate MODEL --data.root DIR` does it for a finished
-model.
+Closed-set accuracy and open-set verification, on all ranks, with exact counts.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def findings(index: FaceIndex) -> dict[str, Any]:
 
 def copies(index: FaceIndex) -> list[NDArray[np.int64]]:
     """Rows of each set of two or more sound pictures with the same bytes, in the index's order."""
-    rows = np.flatnonzero(index.hashes.any(axis=1))
+    rows = np.flatnonzero(index.hashes.any(axis=1))  # 0 is not scanned, or a fault
     rows = rows[np.lexsort((rows, *index.hashes[rows].T))]
     hashes = index.hashes[rows]
     begins = np.flatnonzero((hashes[1:] != hashes[:-1]).any(axis=1)) + 1

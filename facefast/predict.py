@@ -68,6 +68,7 @@ def find_images(given: tuple[Path, ...]) -> list[Path]:
 
 def index_of(paths: list[Path], detector: Detector | None) -> FaceIndex:
     """A scanned index of loose photographs, with the detector's landmarks where there is one."""
+    # Loose photographs may lie anywhere: the file system's root is the one folder that holds all of them.
     files = [os.fsencode(os.path.abspath(path)).lstrip(b"/") for path in paths]
     index = FaceIndex.build("/", files, np.full(len(files), -1), ()).scanned()
     if detector is None:
@@ -84,7 +85,7 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """One answer a row: path, names with probabilities and attributes, or what kept the picture from being read.
 
-    An index with landmarks comes from a detector: a picture without them shows no face, and nobody is named.
+    An index with landmarks comes from a detector: a picture without them shows no face, and no name is given.
     """
     sound = np.flatnonzero(index.faults == 0)
     answers: dict[int, dict[str, Any]] = {}
