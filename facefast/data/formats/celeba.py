@@ -200,6 +200,7 @@ def _read_table(path: Path, width: int | None) -> _Table:
     if width == 0:
         raise DataError(f"{path} has no header line to name its columns")
 
+    # From the right: what is left of the numbers is the name, with whatever spaces it has.
     parts = [line.rsplit(None, width) for line in lines]
     try:
         complete = all(len(part) == width + 1 for part in parts)
@@ -215,7 +216,7 @@ def _read_table(path: Path, width: int | None) -> _Table:
     values = np.array(numbers, np.float32).reshape(-1, width)
     files = [part[0] for part in parts]
     rows = {_stem(name): row for row, name in enumerate(files)}
-    if len(rows) < len(files):
+    if len(rows) < len(files):  # named twice: allowed where both lines say the same
         last = np.array([rows[_stem(name)] for name in files])
         clash = np.flatnonzero((values != values[last]).any(axis=1))
         if len(clash) > 0:

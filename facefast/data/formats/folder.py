@@ -12,7 +12,7 @@ EXTENSIONS = frozenset(
     b".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm "
     b".gif .avif .heic .heif .jp2 .j2k .jxl".split()
 )
-"""Names that claim to be a picture, in any case; what a file is, the scan tells by its content."""
+"""Names that claim to be a picture, in any case; what a file is, the scan finds from its content."""
 SPLIT_FOLDERS = {b"train": 0, b"val": 1, b"valid": 1, b"validation": 1, b"test": 2}
 
 
@@ -28,6 +28,7 @@ def read_folder(root: str | os.PathLike[str]) -> FaceIndex:
     """
     top = os.fsencode(root)
     folders = [entry.name for entry in _entries(top) if entry.is_dir()]
+    # Only where every folder is called so: a person may be named "val".
     divided = b"train" in folders and set(folders) <= set(SPLIT_FOLDERS)
     paths: list[bytes] = []
     names: list[str] = []

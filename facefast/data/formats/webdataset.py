@@ -80,6 +80,7 @@ def _samples(shard: Path) -> Iterator[tuple[int, int, str]]:
             f"{shard} is damaged or no plain tar file ({error}); a compressed shard must be "
             "decompressed first, for pictures are read in place"
         ) from error
+    # After the whole shard was read: a key's files may come in any order. Where both exist, .cls decides.
     identities = in_json | in_cls
     for key, offset, length in pictures:
         identity = identities.get(key, "")
