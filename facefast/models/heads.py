@@ -1,4 +1,4 @@
-"""Heads: from embeddings [B, D] to one number per identity, and to attributes. `face.FaceModel` ends in them."""
+"""Heads: from embeddings [B, D] to one number per identity, and to attributes."""
 
 from __future__ import annotations
 
