@@ -12,7 +12,7 @@ from facefast.recipe.phase import Phase
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. Named ones are functions in `facefast.recipes`."""
+    """A whole run. Named ones are functions in `facefast.recipe.named`."""
 
     data: DataConfig = field(default_factory=DataConfig)
     image: ImageSpec = field(default_factory=ImageSpec)
@@ -64,6 +64,7 @@ class Recipe:
                     f"phase {phase.name}: loss.margin {phase.loss.margin} needs model.head cosine, "
                     f"it is {self.model.head}"
                 )
+        # An option without effect is an error: it is refused here, before anything slow happens.
         self._check_source_and_teacher()
         self._check_tasks()
 

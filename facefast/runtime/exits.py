@@ -17,7 +17,7 @@ EXIT_PREEMPTED = 75
 
 
 class DataError(ValueError):
-    """The photographs are worse than the run was told to accept; the process ends with exit code 65."""
+    """More photographs are bad than the run accepts; the process ends with exit code 65."""
 
 
 class NumericsError(RuntimeError):
@@ -29,7 +29,7 @@ class StorageError(OSError):
 
 
 def exit_code(error: BaseException) -> int | None:
-    """The exit code for an error that a user can act on; None for one of ours, which deserves its traceback."""
+    """The exit code for an error that a user can act on; None for a bug, which is shown with its traceback."""
     codes = {DataError: EXIT_DATA, NumericsError: EXIT_NUMERICS, StorageError: EXIT_STORAGE}
     for kind, code in codes.items():
         if isinstance(error, kind):
@@ -46,12 +46,12 @@ class Outcome:
 
 @contextlib.contextmanager
 def exit_codes(on_failure: Callable[[int, str], None] = lambda code, text: None) -> Iterator[Outcome]:
-    """Runs a command so that it ends with DESIGN's exit codes: users see one message, our own faults their
-    traceback."""
+    """Runs a command so that it ends with one of the exit codes above: an error that a user can act on prints one
+    message, a bug its traceback (exit code 1)."""
     outcome = Outcome()
     try:
         yield outcome
-    except SystemExit as error:
+    except SystemExit as error:  # the argument parser's: 2 is its usage error
         outcome.code = EXIT_USAGE if error.code == 2 else int(error.code or 0)
     except Exception as error:
         code = exit_code(error)
