@@ -50,7 +50,7 @@ class IndexArguments:
 
 
 def findings(index: FaceIndex) -> dict[str, Any]:
-    """What the pre-flight says of a scanned index, as JSON values that name every file."""
+    """What the pre-flight finds in a scanned index, as JSON values that name every file."""
     bad = np.flatnonzero(index.faults)
     groups = copies(index)
     sound = index.sound()

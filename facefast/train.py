@@ -106,7 +106,7 @@ def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
 
 
 def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
-    """Writes what the run is into its folder and opens its log."""
+    """Writes recipe, plan and environment into the run folder and opens its log."""
     recipe, plan, run = state.recipe, state.plan, state.run
     if run.is_main:
         if saved is None:  # checkpoints of an earlier run would be taken for this one's by the next resume
@@ -134,8 +134,7 @@ def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
 
 
 def measure_untrained(folder: Path, state: TrainState, start: Start, log: RunLog) -> None:
-    """What there is before any training, the floor to beat; where a model starts with a head, it is its first
-    checkpoint."""
+    """Measures the model before any training, the floor to beat, and saves it where it is the best so far."""
     if start.known is None and state.phase.head_start != "class_mean":
         return
     if measure(state, start.data, log, start.known):

@@ -198,6 +198,8 @@ class Phase:
                 f"phase {self.name}: prune {self.prune} must lie in [0, 1), pseudo_confidence {self.pseudo_confidence} "
                 "in [0, 1]"
             )
+        # What follows contradicts itself or would have no effect. Running it all the same would let its user believe in
+        # an option that did nothing.
         mixes = "mixup" if self.mixup else "cutmix"
         if self.loss.pairwise and (self.mixup or self.cutmix):
             raise ValueError(f"phase {self.name}: {mixes} leaves no pairs of one person to loss.triplet or contrastive")

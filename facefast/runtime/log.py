@@ -1,6 +1,6 @@
 """What a run says while it trains: progress bar, metrics.jsonl, TensorBoard and the verdict on what bounds it.
 
-Rank 0 only. The device is read when a line is due, never in between.
+Written by rank 0 alone. The device is read when a line is due, never in between.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class RunLog:
             )
 
     def evaluation(self, at: Position, results: dict[str, float], metric: str, improved: bool) -> None:
-        """Logs the results and says their headlines; the time since the last update does not count as training."""
+        """Logs the results and prints their headlines; the time since the last update does not count as training."""
         self._write(at, "eval", results)
         shown = [name for name in results if name in HEADLINES or name.endswith(("/accuracy", "/mae"))]
         numbers = ", ".join(f"{name} {_human(name, results[name])}" for name in shown)

@@ -114,7 +114,7 @@ class Pruner:
 
     @torch.no_grad()
     def apply_to(self, model: FaceModel) -> None:
-        """Prunes a model of the same architecture alike, such as the moving average, which only comes near 0."""
+        """Prunes the same weights of a model of the same architecture, such as the moving average."""
         theirs = prunable(model)
         for name, kept in zip(self._names, self._kept, strict=True):
             theirs[name].mul_(kept)

@@ -1,5 +1,4 @@
-"""Which parameters move and how fast: freezing, BatchNorm policy, layer-wise rates, class-mean heads, the feature
-cache."""
+"""Which parameters move and how fast: freezing, BatchNorm policy, layer-wise rates, L2-SP."""
 
 from __future__ import annotations
 
@@ -53,7 +52,7 @@ def _learns(module: nn.Module) -> bool:
 
 
 FEW_PICTURES = 100
-"""An identity: below it, `batchnorm auto` keeps the source's statistics."""
+"""Pictures an identity on average; below it, `batchnorm auto` keeps the source's statistics."""
 
 
 def keeps_statistics(phase: Phase, num_rows: int, num_classes: int) -> bool:
