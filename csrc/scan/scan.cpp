@@ -107,7 +107,7 @@ class Source {
  private:
   Fault open_file(const std::string& path) {
     close();
-    // O_NONBLOCK: a pipe with a picture's name must not hold the thread for ever.
+    // O_NONBLOCK: a pipe with a picture's name must not hold the thread forever.
     file_ = openat(folder_, path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (file_ < 0) {
       const bool missing = errno == ENOENT || errno == ENOTDIR || errno == ELOOP;

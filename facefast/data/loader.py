@@ -294,7 +294,7 @@ class Loader:
                 self._drop_decoder()  # after an error it is not to be relied on, see `Pipeline.run`
                 # Every batch under way is searched: which of them made the decoder fail is nowhere promised.
                 if not sum(self._spoil_broken(work) for work in self._under_way):
-                    raise  # no picture's fault: repeating would fail for ever
+                    raise  # no picture's fault: repeating would fail forever
                 # In front, in their order: batches that wait from an earlier failure come after these.
                 self._repeated.extendleft(reversed(self._under_way))
                 self._under_way.clear()

@@ -227,7 +227,7 @@ def assign(
     Class means of the labelled rows classify the others, which then count in every mean by how likely they belong to
     it, and again (expectation maximisation): what is named does not depend on how much is wanted. The confidence is a
     softmax over the cosines whose temperature makes the labelled rows, each left out in turn, most likely (Guo et al.
-    2017), times the probability that the row shows somebody who is known at all: a mixture fitted to the rows without a
+    2017), times the probability that the row shows a person who is known at all: a mixture fitted to the rows without a
     label of what labelled rows score with their own class and with the best of the others.
 
     Args:

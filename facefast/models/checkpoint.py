@@ -152,7 +152,7 @@ def check_same_run(path: Path, recipe: Recipe, plan: Plan) -> None:
     Raises:
         ValueError: naming each field that differs with both values.
     """
-    # Free to change is what has no part in the weights. Anything else would make the rest another run.
+    # These may change in the middle of a run: they have no part in its weights.
     theirs, ours = files.read_json(path / "recipe.json"), to_json(recipe)
     free = ("threads", "log_every", "keep", "save_every", "projector")
     differs = [

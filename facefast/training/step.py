@@ -219,7 +219,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
         [5 + T] float32 on the device, summed over ranks: `log.STATS`, then the objective's terms.
     """
     phase, world = state.phase, state.run.world
-    # Dropout, stochastic depth and mixed pictures draw from generators that every update seeds anew: a resumed run
+    # Dropout, stochastic depth and mixed pictures draw from generators that every update seeds: a resumed run
     # draws what an uninterrupted one would, and no generator's state has to be saved.
     torch.manual_seed(_seed(state.recipe.seed, state.step, world.rank))
     # The schedule's factor on each group's own peak, which keeps layer_decay's and head_lr's ratios.

@@ -73,7 +73,7 @@ class _Reader:
             return self.integer() == 1
         if kind not in (TABLE, OBJECT, *FUNCTIONS):
             raise ValueError(f"no value has type {kind}")
-        # None while it is being read, so that an object that refers to itself ends instead of nesting for ever.
+        # None while it is being read, so that an object that refers to itself ends instead of nesting forever.
         index = self.integer()
         if index not in self.known:
             self.known[index] = None
