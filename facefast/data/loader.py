@@ -78,19 +78,13 @@ class Decoder(Protocol):
 
 
 # The order of events. A batch is a `Work`, and is in one queue at a time:
-#
 #   sampler -> _prepare (reading thread) -> _ahead -> _feed -> decoder, and _under_way -> _take -> _hand_over -> caller
-#
 # 1. `_begin` sends the first AHEAD steps to the reading thread, which looks rows up, reads files and draws numbers.
 # 2. The caller's `next` runs the decoder, which first calls `_feed` (on the caller's thread) for batches to come, until
-#    PREFETCH are in it. `_feed` takes the oldest of `_ahead`, sends one more step to the reading thread, and notes the
-#    batch in `_under_way`.
-# 3. The decoder gives batches back in the order in which it took them, so its result belongs to the oldest of
-#    `_under_way`.
-# 4. One broken picture fails the decoder's whole run, and with it every batch that it holds. `_take` then decodes the
-#    pictures of all of them one by one, takes out those that break, and puts the batches in `_repeated`, which a new
-#    decoder is fed from first.
-#
+#    PREFETCH are in it. `_feed` takes the oldest of `_ahead` and sends one more step to the reading thread.
+# 3. The decoder gives batches back in the order in which it took them: its result is the oldest of `_under_way`.
+# 4. One broken picture fails the decoder's whole run, and with it every batch that it holds. `_take` then decodes their
+#    pictures one by one, takes out those that break, and lets a new decoder begin with these batches, `_repeated`.
 # Every queue is first in, first out, which is all that keeps images and rows together: no batch carries its step.
 
 
