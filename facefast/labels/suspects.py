@@ -293,7 +293,7 @@ def find_suspects(
     mixed = tuple(np.flatnonzero((suspects_of > 0) & (2 * suspects_of >= counts)).tolist())
     found = []
     for row in flagged[np.argsort(-doubts.wrong[flagged], kind="stable")].tolist():
-        # A new name needs more certainty than leaving the picture out. In a mixed identity even that is left to a person.
+        # A new name needs more certainty than leaving a picture out, which in a mixed identity is left to a person.
         known = bool(doubts.elsewhere[row] >= doubts.stranger[row])
         action: Literal["drop", "keep", "relabel"] = "relabel" if doubts.elsewhere[row] >= RELABEL else "drop"
         found.append(
