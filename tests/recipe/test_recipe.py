@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -57,7 +59,7 @@ def test_json_with_an_unknown_field_is_refused_with_the_known_ones() -> None:
         (Phase, {"epochs": 1.0, "steps": True}, "steps is True; it must be int"),
     ],
 )
-def test_json_of_the_wrong_type_is_refused_by_name(kind: type, data: dict, message: str) -> None:
+def test_json_of_the_wrong_type_is_refused_by_name(kind: type, data: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_json(kind, data)
 
@@ -143,7 +145,7 @@ def test_json_of_the_wrong_type_is_refused_by_name(kind: type, data: dict, messa
         (lambda: ImageSpec(size=4), "image.size is 4"),
     ],
 )
-def test_contradictions_are_refused_with_the_value_seen(build, message: str) -> None:
+def test_contradictions_are_refused_with_the_value_seen(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
 

@@ -72,6 +72,7 @@ def digest(rows: int, classes: int) -> list[str]:
     x = torch.randn(rows, classes, generator=generator).bfloat16().requires_grad_()
     loss = focal_loss(x, torch.arange(rows) % classes, label_smoothing=0.1)
     loss.backward()
+    assert x.grad is not None
     values = (loss.detach(), x.grad.view(torch.int16))
     return [hashlib.sha256(value.numpy().tobytes()).hexdigest() for value in values]
 
