@@ -73,7 +73,12 @@ def test_the_console_script_knows_its_commands(
 
 def test_the_console_script_hands_its_flags_to_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
-    monkeypatch.setattr(index, "main", lambda words: given.append(words) or 65)
+
+    def main(words: list[str]) -> int:
+        given.append(words)
+        return 65
+
+    monkeypatch.setattr(index, "main", main)
     monkeypatch.setattr(sys, "argv", ["facefast", "index", "ROOT", "--json"])
     with pytest.raises(SystemExit) as left:
         cli.main()
