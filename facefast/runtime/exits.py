@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 EXIT_DONE = 0
+EXIT_BUG = 1
 EXIT_USAGE = 64
 EXIT_DATA = 65
 EXIT_NUMERICS = 70
@@ -59,5 +60,5 @@ def exit_codes(on_failure: Callable[[int, str], None] = lambda code, text: None)
             traceback.print_exc()
         else:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        outcome.code = 1 if code is None else code
+        outcome.code = EXIT_BUG if code is None else code
         on_failure(outcome.code, str(error))

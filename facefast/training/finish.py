@@ -71,10 +71,22 @@ def leave(folder: Path, state: TrainState, log: RunLog) -> int:
 
 
 def fail(folder: Path | None, code: int, error: str) -> None:
-    """Leaves the reason in the run folder, where there is one by now and it can be written."""
+    """Leaves the reason in the run folder, where there is one by now and it can be written.
+
+    Every rank calls it. One that only lost its connection to another (code 1) leaves that one's reason alone.
+    """
     if folder is not None and folder.is_dir():
         with contextlib.suppress(OSError):  # a full disk: the exit code must still be that of the first error
+            if code == exits.EXIT_BUG and _has_reason(folder):
+                return
             write_status(folder, "failed", code, error=error)
+
+
+def _has_reason(folder: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        status = files.read_json(folder / "status.json")
+        return status["state"] == "failed" and status["exit_code"] != exits.EXIT_BUG
+    return False
 
 
 def finish(folder: Path, state: TrainState, datasets: tuple[PhaseData, ...], log: RunLog) -> int:

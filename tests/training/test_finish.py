@@ -138,6 +138,15 @@ def test_a_failure_is_noted_only_where_there_is_a_run_folder(tmp_path: Path) -> 
     assert files.read_json(tmp_path / "status.json") == {"state": "failed", "exit_code": 65, "error": "bad pictures"}
 
 
+def test_a_rank_that_lost_its_connection_leaves_the_reason_of_the_one_that_failed(tmp_path: Path) -> None:
+    finish.write_status(tmp_path, "running")
+    finish.fail(tmp_path, 1, "connection closed by peer")
+    assert files.read_json(tmp_path / "status.json")["exit_code"] == 1
+    finish.fail(tmp_path, 65, "bad pictures")
+    finish.fail(tmp_path, 1, "connection closed by peer")
+    assert files.read_json(tmp_path / "status.json") == {"state": "failed", "exit_code": 65, "error": "bad pictures"}
+
+
 @pytest.mark.parametrize(
     ("metric", "results", "expected"),
     [
