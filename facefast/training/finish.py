@@ -85,7 +85,7 @@ def fail(folder: Path | None, code: int, error: str) -> None:
 def _has_reason(folder: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
         status = files.read_json(folder / "status.json")
-        return status["state"] == "failed" and status["exit_code"] != exits.EXIT_BUG
+        return bool(status["state"] == "failed" and status["exit_code"] != exits.EXIT_BUG)
     return False
 
 
