@@ -30,6 +30,8 @@ class Name(NamedTuple):
     example: str = ""
     members: tuple[str, ...] = ()
     """Methods of a class that have a paragraph of their own."""
+    made: bool = False
+    """Whether functions make it, so that nobody calls its constructor."""
 
 
 class Part(NamedTuple):
@@ -51,7 +53,7 @@ from each other and begin with
 import facefast
 import torch
 from facefast import ops
-from facefast.data import make_loader, read_index
+from facefast.data import make_loader, make_sampler, oracle, read_index
 from facefast.models import build_model
 from facefast.recipe import AugmentSpec, ImageSpec, ModelConfig
 ```
@@ -69,7 +71,7 @@ PARTS = (
                 model = facefast.load("runs/mine")  # or a checkpoint, a package, a weights file
                 print(model.image.shape, model.embedding_size, model.class_names)""",
             ),
-            Name("facefast.models.FaceModel", members=("embed", "predict", "encode", "classify")),
+            Name("facefast.models.FaceModel", members=("embed", "predict", "encode", "classify"), made=True),
             Name("facefast.models.Prediction"),
             Name(
                 "facefast.models.build_model",
@@ -92,7 +94,17 @@ PARTS = (
                 """\
                 train, test = index.split_per_identity(0.2, seed=0)
                 print(len(train), index.num_classes, train.path(0))""",
-                ("scanned", "sound", "select", "compact", "split_per_identity", "split_identities", "save", "load"),
+                (
+                    "build",
+                    "scanned",
+                    "sound",
+                    "select",
+                    "compact",
+                    "split_per_identity",
+                    "split_identities",
+                    "save",
+                    "load",
+                ),
             ),
             Name(
                 "facefast.data.make_loader",
@@ -101,11 +113,18 @@ PARTS = (
                 shapes = [batch.images.shape for batch in loader]  # [4, 3, 64, 64] each""",
             ),
             Name(
+                "facefast.data.make_sampler",
+                """\
+                sampler = make_sampler("epoch", labels=train.labels, batch_size=4, seed=0)
+                loader = make_loader(train, ImageSpec(size=64), sampler=sampler)""",
+            ),
+            Name(
                 "facefast.data.Loader",
                 """\
-                loader.set_epoch(1)  # another order where the sampler has one, other augmentation
+                loader.set_epoch(1)  # another order, other augmentation
                 loader.close()""",
                 ("set_epoch", "close"),
+                made=True,
             ),
             Name(
                 "facefast.data.Batch",
@@ -113,6 +132,8 @@ PARTS = (
                 with make_loader(test, ImageSpec(size=64), batch_size=2) as loader:
                     names = [test.path(row) for batch in loader for row in batch.rows.tolist() if row >= 0]""",
             ),
+            Name("facefast.data.oracle.decode", "picture = oracle.decode(train.path(0))  # [H, W, 3]"),
+            Name("facefast.faces.detect.Detector", members=("landmarks",)),
         ),
     ),
     Part(
@@ -212,7 +233,7 @@ def described(name: Name) -> Iterator[str]:
     thing = resolve(name.path)
     yield from (f"### `{name.path}`", "")
     is_class, own_fields = inspect.isclass(thing), fields(thing)
-    plain = not is_class or not (own_fields or issubclass(thing, Exception) or name.members)
+    plain = not is_class or not (own_fields or issubclass(thing, Exception) or name.made)
     if plain:
         yield from fenced(signature(name.path, thing))
     yield from prose(inspect.getdoc(thing) or "", without=("Example",) if plain else ("Example", "Args", "Raises"))
