@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -369,21 +372,58 @@ def test_an_ignored_row_may_hold_anything(normalize: bool) -> None:
     assert leaf.grad[2].tolist() == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
-@pytest.mark.parametrize(("rows", "classes", "dim"), ((64, 3000, 64), (8, 60_000, 16), (700, 500, 32)))
+# Long inner dimensions: the classes for the gradient of x, the rows for that of the weight, the width for the logits.
+REPEATED = (
+    (64, 3000, 64),
+    (8, 60_000, 16),
+    (700, 500, 32),
+    (1, 50_000, 8),
+    (5000, 3, 256),
+    (4096, 40, 24),
+    (33, 2000, 700),
+)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(("rows", "classes", "dim"), REPEATED)
 def test_results_repeat_bit_for_bit_at_any_number_of_threads(
     rows: int, classes: int, dim: int, dtype: torch.dtype
 ) -> None:
     x, weight, y = operands(rows, classes, dim, dtype)
     try:
         results = []
-        for threads in (1, 2, 3, 1):
+        for threads in (1, 2, 3, 4, 7, 1):
             torch.set_num_threads(threads)
             results.append(run(x, weight, y, normalize=True, scale=16.0, label_smoothing=0.1, margin=Arc(0.3)))
+            assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(1)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+AS_ON_INTEL = """
+import sys, pytest, torch
+a, b = torch.randn(8, 60_000), torch.randn(60_000, 16)
+products = [(torch.set_num_threads(threads), a @ b)[1] for threads in (1, 2)]
+if torch.equal(*products):
+    sys.exit("MKL does not divide an inner dimension here")
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "bit_for_bit and not float16", sys.argv[1]]))
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch comes without MKL")
+def test_results_repeat_where_mkl_divides_inner_dimensions_among_threads(tmp_path: Path) -> None:
+    """It does so on Intel's processors, and on others when a library loaded before it says that they are Intel's."""
+    source, library = tmp_path / "intel.cpp", tmp_path / "intel.so"
+    source.write_text('extern "C" int mkl_serv_intel_cpu_true() { return 1; }')
+    subprocess.run([os.environ.get("CXX", "c++"), "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    command = [sys.executable, "-c", AS_ON_INTEL, __file__]
+    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if "does not divide" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---------------------------------------------------------------------------------------------

@@ -18,7 +18,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SOURCES = ("csrc/loss/ops.cpp", "csrc/loss/linear_focal.cpp", "tests/support/cuda_on_host.cpp")
+SOURCES = (
+    *(f"csrc/loss/{name}.cpp" for name in ("linear_focal", "ops", "products")),
+    "tests/support/cuda_on_host.cpp",
+)
 DIGESTED = ((70, 3), (9, 40), (5, 1000), (3, 10177), (2, 30001))  # rows and classes
 CUDA_SOURCES = json.loads((ROOT / "csrc" / "sources.json").read_text())["_C"]["cuda"]
 
