@@ -1,7 +1,7 @@
 // On the CPU a product is cut into tiles at places that depend on its shape alone, and each tile is one call of
 // aten::mm on one thread, which the library behind it must not leave. Left to itself, MKL divides a long inner
 // dimension among the threads that it may use, and with it the order of the sum; within a parallel region it still
-// divides it in the way of a number of threads, and oneDNN looks at that number, too.
+// divides by the number that it was given. oneDNN, which multiplies 16-bit numbers, is held to one thread as well.
 #include "products.h"
 
 #include <algorithm>
@@ -18,8 +18,8 @@ namespace facefast {
 namespace {
 
 // A product of 2, 8, 32, ... times as many multiplications is cut into 2, 4, 8, ... tiles: smaller ones are easier to
-// share out, and cost more calls. oneDNN multiplies 16-bit numbers several times as fast as MKL
-// does wider ones, and takes several times as long to begin.
+// share out, and cost more calls. oneDNN multiplies 16-bit numbers several times as fast as MKL does wider ones, and
+// takes several times as long to begin.
 constexpr int64_t kDoubleUnit = 1 << 20, kFloatUnit = 2 << 20, kHalfUnit = 8 << 20;
 constexpr int64_t kSmallest = 128;  // rows or columns of a tile that are not cut any more
 constexpr int64_t kStep = 16;       // numbers in a vector register
