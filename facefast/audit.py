@@ -34,6 +34,7 @@ from facefast.labels.selftest import SelfTest, plant_wrong_labels, self_test
 from facefast.labels.sheets import strips, write_sheets
 from facefast.labels.suspects import KINDS, Suspects, find_suspects
 from facefast.recipe import Photographs
+from facefast.recipe.options import parse
 from facefast.runtime import exits, process
 
 
@@ -158,7 +159,7 @@ def planted(given: AuditArguments, index: FaceIndex, embeddings: Floats) -> Self
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
-        given = tyro.cli(AuditArguments, args=arguments, prog="facefast.audit")
+        given = parse(AuditArguments, arguments, "audit")
         if (given.out is None) == (given.plant == 0):
             raise ValueError("give either --out DIR, for the findings, or --plant FRACTION, for the self-test")
         with process.start() as run:

@@ -29,6 +29,7 @@ from facefast.deploy.gate import Array, Gate, compare, seconds_per_picture
 from facefast.evaluation.sets import find_evaluation_set
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Reading, to_json
+from facefast.recipe.options import parse
 from facefast.runtime import exits, files, process
 
 FORMAT = 1
@@ -284,7 +285,7 @@ def gate_text(document: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
-        given = tyro.cli(CompressArguments, args=arguments, prog="facefast.compress")
+        given = parse(CompressArguments, arguments, "compress")
         with process.start("cpu") as run:
             if run.world.size > 1:
                 raise ValueError(f"compress runs in one process, not in {run.world.size}; start it without torchrun")

@@ -16,6 +16,7 @@ from facefast.evaluation.measure import evaluate
 from facefast.evaluation.sets import find_evaluation_set, given_pairs
 from facefast.models import checkpoint
 from facefast.recipe import DataConfig, EvalConfig
+from facefast.recipe.options import parse
 from facefast.runtime import exits, process
 from facefast.runtime.process import decode_threads
 
@@ -41,7 +42,7 @@ class EvaluateArguments:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
-        given = tyro.cli(EvaluateArguments, args=arguments, prog="facefast.evaluate")
+        given = parse(EvaluateArguments, arguments, "evaluate")
         with process.start() as run:
             reading = given.data.reading(decode_threads(0, run.world))
             model = checkpoint.load_model(given.model, run.device)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from facefast.data import FAULTS, FaceIndex, read_index
 from facefast.recipe import Reading
+from facefast.recipe.options import parse
 from facefast.runtime import exits
 from facefast.runtime.exits import DataError
 
@@ -129,7 +130,7 @@ def scan(index: FaceIndex, threads: int, max_pixels: int) -> FaceIndex:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
-        given = tyro.cli(IndexArguments, args=arguments, prog="facefast.index")
+        given = parse(IndexArguments, arguments, "index")
         index = scan(read_index(given.root, given.format), given.threads, given.max_pixels)
         if given.out is not None:
             index.save(given.out if given.out.suffix == ".npz" else f"{given.out}.npz")

@@ -26,6 +26,7 @@ from facefast.data.formats.folder import is_picture
 from facefast.evaluation.embed import embed_photographs
 from facefast.labels.clustering import Floats, Numbers, agreement, assign, cluster, unit_rows
 from facefast.recipe import Photographs
+from facefast.recipe.options import parse
 from facefast.runtime import exits, process
 
 
@@ -167,7 +168,7 @@ def with_format(data: Photographs) -> Photographs:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
-        given = tyro.cli(LabelArguments, args=arguments, prog="facefast.label")
+        given = parse(LabelArguments, arguments, "label")
         given = dataclasses.replace(given, data=with_format(given.data))
         with process.start() as run:
             index, rows = embed_photographs(given.model, given.data, run, given.batch_size)

@@ -23,6 +23,7 @@ from facefast.faces.detect import Detector
 from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
 from facefast.recipe import Reading
+from facefast.recipe.options import parse
 from facefast.runtime import exits, process
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -121,7 +122,7 @@ def predict(
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
-        given = tyro.cli(PredictArguments, args=arguments, prog="facefast.predict")
+        given = parse(PredictArguments, arguments, "predict")
         with process.start() as run:
             model = checkpoint.load_model(given.model, run.device)
             if not model.num_classes and model.attribute_heads is None and given.embeddings is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -55,6 +57,8 @@ def exit_codes(on_failure: Callable[[int, str], None] = lambda code, text: None)
     except SystemExit as error:  # the argument parser's: 2 is its usage error
         outcome.code = EXIT_USAGE if error.code == 2 else int(error.code or 0)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _output_is_gone():
+            error = StorageError("nobody reads the output any more")
         code = exit_code(error)
         if code is None:
             traceback.print_exc()
@@ -62,3 +66,15 @@ def exit_codes(on_failure: Callable[[int, str], None] = lambda code, text: None)
             print(f"error: {error}", file=sys.stderr, flush=True)
         outcome.code = EXIT_BUG if code is None else code
         on_failure(outcome.code, str(error))
+
+
+def _output_is_gone() -> bool:
+    """Whether who read our output has left, as head does; what is still to be written then goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):  # an output without a file has no reader either
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        if any(event & select.POLLERR for _, event in output.poll(0)):
+            # Without this the interpreter writes once more at its end, fails, and leaves with a code of its own.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return True
+    return False

@@ -27,7 +27,11 @@ from facefast.recipe import (
 )
 from facefast.recipe.named import RECIPES, Given, with_scratch_baseline
 
-GIVEN = Given(source="weights.pt", teacher="run", people=("ann",), attributes=("Male",))
+GIVEN = Given(
+    model=ModelConfig(source="weights.pt", teacher="run"),
+    binary=BinaryConfig(people=("ann",)),
+    tasks=TaskConfig(attributes=("Male",)),
+)
 FACTS = IndexFacts(num_rows=1000, num_classes=10, fingerprint="f")
 
 
