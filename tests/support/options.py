@@ -20,7 +20,8 @@ def arguments_of(command: str) -> type:
     if command == "train":
         return TrainArguments
     module = importlib.import_module(f"facefast.{command}")
-    return getattr(module, f"{command.capitalize()}Arguments")
+    kind: type = getattr(module, f"{command.capitalize()}Arguments")
+    return kind
 
 
 def named(option: Option) -> str:
