@@ -30,7 +30,7 @@ from facefast.evaluation.sets import find_evaluation_set
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Reading, to_json
 from facefast.recipe.options import parse
-from facefast.runtime import exits, files, process
+from facefast.runtime import exits, files, manifest, process
 
 FORMAT = 1
 PACKAGE = ("model-int8.onnx", "int8.json", "manifest.json")
@@ -239,7 +239,7 @@ def _write(out: Path, content: bytes, document: dict[str, Any]) -> None:
         aside.mkdir()
         (aside / "model-int8.onnx").write_bytes(content)
         files.write_json(aside / "int8.json", document)
-        checkpoint.write_manifest(aside, step=0)
+        manifest.write(aside, step=0)
         files.replace_folder(aside, out)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)

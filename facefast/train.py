@@ -22,7 +22,7 @@ from facefast.evaluation.measure import evaluate
 from facefast.evaluation.report import with_baselines
 from facefast.models import checkpoint
 from facefast.recipe import EvalConfig, Recipe, flags, resolve, to_json
-from facefast.runtime import exits, files, process
+from facefast.runtime import exits, files, manifest, process
 from facefast.runtime.exits import StorageError
 from facefast.runtime.log import Position, RunLog, environment
 from facefast.runtime.process import Runtime
@@ -96,7 +96,7 @@ def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
         path = checkpoint.newest(folder)
     elif state.run.is_main and resume != "never":
         path = checkpoint.find_model(Path(resume))
-        checkpoint.verify(path)
+        manifest.verify(path)
     path = state.run.broadcast(path)
     if path is not None:
         checkpoint.check_same_run(path, state.recipe, state.plan)

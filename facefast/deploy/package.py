@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from facefast.models import FaceModel, checkpoint
-from facefast.runtime import files
+from facefast.runtime import files, manifest
 from facefast.runtime.exits import StorageError
 
 LEAST_COSINE = 0.9999
@@ -126,7 +126,7 @@ def write_package(model: FaceModel, out: Path, recipe: dict[str, Any] | None = N
         files.write_json(out / "recipe.json", _without_paths(recipe))
     files.write_json(out / "model.json", model.to_config())
     checkpoint.write_tensors(out / "model.safetensors", model.state_dict())
-    checkpoint.write_manifest(out, step=0)  # last: it hashes the others
+    manifest.write(out, step=0)  # last: it hashes the others
 
 
 def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:

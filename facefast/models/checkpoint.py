@@ -18,10 +18,9 @@ from torch import Tensor
 from facefast.models import FaceModel, load_source, model_from_source
 from facefast.models.precision import Precision
 from facefast.recipe import Plan, Recipe, to_json
-from facefast.runtime import files
+from facefast.runtime import files, manifest
 from facefast.runtime.exits import StorageError
 
-FORMAT = 1
 FOLDER = "checkpoints"
 
 
@@ -56,35 +55,23 @@ def save(
     aside = folder / f".{path.name}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove_leftovers(folder)
         aside.mkdir()
         for stem, named in tensors.items():
             write_tensors(aside / f"{stem}.safetensors", named)
         for stem, value in documents.items():
             files.write_json(aside / f"{stem}.json", value)
-        write_manifest(aside, step)
+        manifest.write(aside, step)
         files.replace_folder(aside, path)
         files.replace_link(folder / "last", path.name)
         if best:
             files.replace_link(folder / "best", path.name)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        free = shutil.disk_usage(run_folder).free
-        raise StorageError(
-            f"cannot write {path}: {error}; {free} bytes are free there. Earlier checkpoints are untouched."
-        ) from error
+        free = f"{shutil.disk_usage(run_folder).free} bytes are free there" if run_folder.exists() else "it is gone"
+        raise StorageError(f"cannot write {path}: {error}; {free}. Earlier checkpoints are untouched.") from error
     _remove_old(folder, keep)
     return path
-
-
-def write_manifest(folder: Path, step: int) -> None:
-    """manifest.json with size and hash of everything else in a folder."""
-    content = {
-        file.name: {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
-        for file in sorted(folder.iterdir())
-        if file.name != "manifest.json"
-    }
-    files.write_json(folder / "manifest.json", {"format": FORMAT, "step": step, "files": content})
 
 
 def write_tensors(path: Path, named: dict[str, Tensor]) -> None:
@@ -96,6 +83,15 @@ def write_tensors(path: Path, named: dict[str, Tensor]) -> None:
     savable = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     safetensors.torch.save_file(savable, path)
     files.follow_umask(path)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Takes away what a run that was killed while it saved has left."""
+    for path in folder.glob(".*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _remove_old(folder: Path, keep: int) -> None:
@@ -110,37 +106,29 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
 
 
-def verify(path: Path) -> None:
-    """Checks every file of a checkpoint against its manifest.
+def newest(run_folder: Path) -> Path | None:
+    """The newest sound checkpoint of a run, or None where it has none; damaged ones are passed over with a warning.
 
     Raises:
-        StorageError: naming the file that is missing, has another size or another hash.
+        StorageError: there are checkpoints, but none of them is sound, or a later facefast wrote the newest one. To
+            start anew would throw them away.
     """
-    try:
-        manifest = files.read_json(path / "manifest.json")
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{path} is not a finished checkpoint: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise StorageError(f"{path} has checkpoint format {manifest.get('format')}; this facefast reads {FORMAT}")
-    for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            size = file.stat().st_size if file.is_file() else "no file"
-            raise StorageError(f"{file} should have {entry['bytes']} bytes, it has {size}")
-        if files.sha256(file) != entry["sha256"]:
-            raise StorageError(f"{file} does not match the hash in its manifest: it was changed or damaged")
-
-
-def newest(run_folder: Path) -> Path | None:
-    """The newest sound checkpoint of a run, or None; damaged ones are passed over with a warning on the terminal."""
     # By the folders' names, not by `last`: a run killed between the rename and the link has a newer one.
-    for path in _steps(run_folder / FOLDER):
+    steps = _steps(run_folder / FOLDER)
+    for path in steps:
         try:
-            verify(path)
+            manifest.verify(path)
+        except manifest.NewerFormatError as error:
+            raise StorageError(f"{error}; or give another --out, or --resume never to throw it away") from error
         except StorageError as error:
             print(f"passing over a damaged checkpoint: {error}", flush=True)
             continue
         return path
+    if steps:
+        raise StorageError(
+            f"none of the {len(steps)} checkpoints in {run_folder / FOLDER} is sound, see above; restore one from a "
+            "backup, give another --out, or --resume never to throw them away and start anew"
+        )
     return None
 
 
@@ -276,7 +264,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> FaceMode
         model = model_from_source(load_source(path))
         return model.to(device).eval()
     folder = find_model(path)
-    verify(folder)
+    manifest.verify(folder)
     model = FaceModel.from_config(files.read_json(folder / "model.json"))
     model.load_state_dict(read_tensors(folder, "ema") or read_tensors(folder, "model"))
     return model.to(device).eval()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +54,34 @@ def sha256(path: Path) -> str:
 
 
 def replace_folder(aside: Path, path: Path) -> None:
-    """Renames a finished folder into place, where it replaces one that may be there."""
+    """Renames a finished folder into place; one that is there already stays whole until the new one has its name."""
     for file in aside.iterdir():
         sync(file)
     sync(aside)
-    # A rename cannot replace a folder that holds something, so an older one goes first.
+    # A rename cannot replace a folder that holds something, and to remove that first could lose both.
     if path.exists():
-        shutil.rmtree(path)
-    os.rename(aside, path)
-    sync(path.parent)  # the name is an entry of that folder
+        _exchange(aside, path)
+        sync(path.parent)
+        shutil.rmtree(aside)
+    else:
+        os.rename(aside, path)
+        sync(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Lets two paths change their names in one step, so that no moment has neither.
+
+    Linux has a call for it (renameat2, RENAME_EXCHANGE); elsewhere, and on file systems without it, `other` is away for
+    the moment between two renames.
+    """
+    exchange, here = 2, -100  # RENAME_EXCHANGE, AT_FDCWD
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if call is not None and call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return
+    between = one.with_name(f"{one.name}.old")
+    os.rename(other, between)
+    os.rename(one, other)
+    os.rename(between, one)
 
 
 def replace_link(link: Path, target: str) -> None:

@@ -23,12 +23,27 @@ def build_optimizer(phase: Phase, groups: list[dict[str, Any]], device: torch.de
     if device.type == "cuda" and (apex := _apex()):
         return _fused_by_apex(apex, phase, groups)
     if phase.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=phase.lr, momentum=phase.momentum, nesterov=phase.momentum > 0, fused=True)
+        momentum = phase.momentum
+        return with_momentum(torch.optim.SGD(groups, lr=phase.lr, momentum=momentum, nesterov=momentum > 0, fused=True))
     if phase.optimizer == "adam":
         return torch.optim.Adam(groups, lr=phase.lr, betas=betas, fused=True)
     if phase.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=phase.lr, betas=betas, fused=True)
     return Lamb(groups, lr=phase.lr, betas=betas)
+
+
+def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """The optimiser with its momentum at 0 from the start.
+
+    torch's fused SGD makes the buffers of its first step from memory as it finds it and leaves them so where a
+    GradScaler has that step skipped: the next one then adds whatever was there. From zeros the first step is the same,
+    0 * momentum + gradient.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if group["momentum"]:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def _fused_by_apex(apex: Any, phase: Phase, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

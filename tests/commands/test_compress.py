@@ -26,6 +26,7 @@ from facefast.deploy.gate import Gate
 from facefast.deploy.package import export
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, Reading
+from facefast.runtime import manifest
 from tests.support import small
 
 Array = NDArray[np.float32]
@@ -80,7 +81,7 @@ def random_pictures(number: int) -> Array:
 
 def test_a_package_says_what_it_takes_and_what_the_gate_found(package: Path, run: Path) -> None:
     assert sorted(file.name for file in package.iterdir()) == sorted(compress.PACKAGE)
-    checkpoint.verify(package)
+    manifest.verify(package)
     document = json.loads((package / "int8.json").read_text())
     model = checkpoint.load_model(run)
     assert document["image"] == model.to_config()["image"]

@@ -16,7 +16,7 @@ import torch
 from facefast import evaluate, export, predict, train
 from facefast.data.drawn import synthetic
 from facefast.models import checkpoint
-from facefast.runtime import files
+from facefast.runtime import files, manifest
 
 TINY = (
     "drawn",
@@ -61,7 +61,7 @@ def test_a_run_folder_holds_everything_that_is_promised_of_it(finished: Path) ->
         assert (finished / name).stat().st_size > 0
     assert list((finished / "tensorboard").iterdir())
     for name in ("last", "best", "step-0000012"):
-        checkpoint.verify(finished / "checkpoints" / name)
+        manifest.verify(finished / "checkpoints" / name)
     status = files.read_json(finished / "status.json")
     assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, 12)
     assert status["best"]["phase"] == "finetune"

@@ -14,8 +14,8 @@ import torch
 import facefast
 from facefast import evaluate, export, predict
 from facefast.deploy import package as packages
-from facefast.models import FaceModel, checkpoint
-from facefast.runtime import files
+from facefast.models import FaceModel
+from facefast.runtime import files, manifest
 from tests.support import small
 
 BATCHES = (1, 2, 5)
@@ -78,7 +78,7 @@ def package(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_package_reads_back_as_the_same_model(run: Path, package: Path) -> None:
     assert sorted(file.name for file in package.iterdir()) == sorted(packages.PACKAGE)
-    checkpoint.verify(package)
+    manifest.verify(package)
     one, two = facefast.load(run), facefast.load(package)
     assert two.to_config() == one.to_config()
     assert two.class_names == small.NAMES

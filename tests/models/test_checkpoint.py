@@ -13,7 +13,7 @@ import torch
 
 from facefast.models import build_model, checkpoint
 from facefast.recipe import ImageSpec, IndexFacts, ModelConfig, Phase, Recipe, resolve, to_json
-from facefast.runtime import files
+from facefast.runtime import files, manifest
 from facefast.runtime.exits import StorageError
 
 TENSORS = {"model": {"weight": torch.arange(6.0).reshape(2, 3)}}
@@ -25,7 +25,7 @@ def write(folder: Path, step: int, *, best: bool = False, keep: int = 2) -> Path
 
 def test_a_saved_checkpoint_verifies_and_reads_back_bit_for_bit(tmp_path: Path) -> None:
     path = write(tmp_path, 7)
-    checkpoint.verify(path)
+    manifest.verify(path)
     assert torch.equal(checkpoint.read_tensors(path, "model")["weight"], TENSORS["model"]["weight"])
     assert checkpoint.read_tensors(path, "ema") == {}
     assert files.read_json(path / "state.json") == {"step": 7}
@@ -64,7 +64,7 @@ def test_one_flipped_byte_anywhere_is_noticed_and_the_checkpoint_before_it_is_us
     content[position] ^= 1
     file.write_bytes(content)
     with pytest.raises(StorageError, match="changed or damaged"):
-        checkpoint.verify(bad)
+        manifest.verify(bad)
     assert checkpoint.newest(tmp_path) == good
     assert "passing over a damaged checkpoint" in capsys.readouterr().out
 

@@ -1,0 +1,90 @@
+"""What a finished folder holds: the size and the hash of every file, written last and checked before use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from facefast.runtime import files
+from facefast.runtime.exits import StorageError
+
+NAME = "manifest.json"
+FORMAT = 1
+ENTRY = {"bytes": int, "sha256": str}
+
+
+class NewerFormatError(StorageError):
+    """A later facefast wrote the folder: it is whole, but not for this one."""
+
+
+def write(folder: Path, step: int) -> None:
+    """Writes manifest.json with size and hash of everything else in a folder, and a hash of itself."""
+    content = {
+        file.name: {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
+        for file in sorted(folder.iterdir())
+        if file.name != NAME
+    }
+    manifest = {"format": FORMAT, "step": step, "files": content}
+    files.write_json(folder / NAME, manifest | {"digest": _digest(manifest)})
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Hex SHA-256 over everything in a manifest but this."""
+    text = json.dumps({key: value for key, value in manifest.items() if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def verify(path: Path) -> None:
+    """Checks every file of a checkpoint or a package against its manifest.
+
+    Raises:
+        NewerFormatError: a later facefast wrote it.
+        StorageError: naming the file that is missing, has another size or another hash; or the manifest is damaged, in
+            whatever way.
+    """
+    for name, (size, digest) in _read(path).items():
+        file = path / name
+        try:
+            found = file.stat().st_size if file.is_file() else "no file"
+            if found != size:
+                raise StorageError(f"{file} should have {size} bytes, it has {found}")
+            if files.sha256(file) != digest:
+                raise StorageError(f"{file} does not match the hash in its manifest: it was changed or damaged")
+        except (OSError, ValueError) as error:  # a name that no file can have, a file that cannot be read
+            raise error if isinstance(error, StorageError) else StorageError(f"{file}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, tuple[int, str]]:
+    """Size and hash by file name."""
+    try:
+        manifest = files.read_json(path / NAME)
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(f"{path} is not a finished checkpoint: {error}") from error
+    # One flipped bit may turn a key, a number or a bracket into anything: what is not as written is not sound.
+    keys = set(manifest) if isinstance(manifest, dict) else set()
+    if keys - {"digest"} != {"format", "step", "files"}:  # the first checkpoints had no digest
+        raise StorageError(f"{path / NAME} is damaged: it holds {', '.join(sorted(keys)) or 'no object'}")
+    if "digest" in keys and manifest["digest"] != _digest(manifest):
+        raise StorageError(f"{path / NAME} does not match its own digest: it was changed or damaged")
+    if isinstance(manifest["format"], int) and manifest["format"] > FORMAT:
+        raise NewerFormatError(
+            f"{path} has checkpoint format {manifest['format']}, this facefast reads {FORMAT}; use the facefast that "
+            "wrote it, or a later one"
+        )
+    entries = manifest["files"]
+    if manifest["format"] != FORMAT or not isinstance(entries, dict) or not entries:
+        raise StorageError(f"{path / NAME} is damaged: format {manifest['format']!r}, files {entries!r:.80}")
+    found = {}
+    for name, entry in entries.items():
+        whole = isinstance(entry, dict) and set(entry) == {"bytes", "sha256"}
+        if (
+            not whole
+            or type(entry["bytes"]) is not int
+            or not isinstance(entry["sha256"], str)
+            or Path(name).name != name
+        ):
+            raise StorageError(f"{path / NAME} is damaged: {name!r:.80} has {entry!r:.80}")
+        found[name] = (entry["bytes"], entry["sha256"])
+    return found
