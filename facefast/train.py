@@ -65,23 +65,32 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
         return finish(folder, state, datasets, log)
 
 
-def open_folder(folder: Path, recipe: Recipe, run: Runtime) -> None:
-    """Makes the run folder and finds out at once whether it can be written.
+@contextlib.contextmanager
+def open_folder(folder: Path, recipe: Recipe, run: Runtime) -> Iterator[None]:
+    """Makes the run folder, finds out at once whether it can be written, and keeps other runs out of it.
 
     A new folder says at once what was asked for and where, so that a start that fails explains itself.
 
     Raises:
         StorageError: it cannot.
+        ValueError: another run writes to it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if run.is_main:
-            write_status(folder, "running")
-            if not (folder / "recipe.json").exists():
-                files.write_json(folder / "recipe.json", to_json(recipe))
-                files.write_json(folder / "environment.json", environment(run.world.size, run.device))
-    except OSError as error:
-        raise StorageError(f"cannot write the run folder {folder}: {error}; choose another --out") from error
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if run.is_main:
+                held.enter_context(files.locked(folder))
+                _begin_folder(folder, recipe, run)
+        except OSError as error:
+            raise StorageError(f"cannot write the run folder {folder}: {error}; choose another --out") from error
+        yield
+
+
+def _begin_folder(folder: Path, recipe: Recipe, run: Runtime) -> None:
+    write_status(folder, "running")
+    if not (folder / "recipe.json").exists():
+        files.write_json(folder / "recipe.json", to_json(recipe))
+        files.write_json(folder / "environment.json", environment(run.world.size, run.device))
 
 
 def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
@@ -277,11 +286,11 @@ def save(folder: Path, state: TrainState, improved: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    folder: Path | None = None
-    with exits.exit_codes(lambda code, error: fail(folder, code, error)) as outcome:
+    ours: Path | None = None  # the run folder, once no other run can be writing to it
+    with exits.exit_codes(lambda code, error: fail(ours, code, error)) as outcome:
         recipe, folder, resume = flags.train_arguments(sys.argv[1:] if arguments is None else arguments)
-        with process.start() as run:
-            open_folder(folder, recipe, run)
+        with process.start() as run, process.stop_on_signals(run), open_folder(folder, recipe, run):
+            ours = folder
             outcome.code = train(recipe, folder, resume, run)
     return outcome.code
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -120,10 +122,11 @@ def _attributes(
 
 
 def verification(embeddings: Tensor, seen: Tensor, pairs: PairSet) -> dict[str, float]:
-    """Verification numbers from [N, D] embeddings; pairs with an unreadable picture are left out and counted.
+    """Verification numbers from [N, D] embeddings; pairs with an unreadable picture are left out.
 
-    Raises:
-        ValueError: no pair is left.
+    Returns:
+        What the pairs that are left can show: without two folds that hold pairs of both kinds there is no accuracy (it
+        is NaN), without pairs of both kinds nothing but their number.
     """
     # Left out, not counted as wrong: which pictures are readable says nothing about the model.
     left, right = torch.from_numpy(pairs.left), torch.from_numpy(pairs.right)
@@ -132,11 +135,17 @@ def verification(embeddings: Tensor, seen: Tensor, pairs: PairSet) -> dict[str, 
     scores = metrics.pair_scores(unit, pairs.left, pairs.right)[whole.numpy()]
     keep = whole.numpy()
     same, folds = pairs.same[keep], pairs.folds[keep]
-    accuracy = metrics.kfold_verification(scores, same, folds)
+    if same.all() or not same.any():
+        return {"pairs": len(scores)}
+    kinds = [set(same[folds != fold].tolist()) for fold in np.unique(folds)]
+    accuracy, spread = math.nan, math.nan
+    if len(kinds) > 1 and all(kind == {True, False} for kind in kinds):
+        found = metrics.kfold_verification(scores, same, folds)
+        accuracy, spread = found.accuracy, found.std
     at_1e2 = metrics.tar_at_far(scores, same, 1e-2)
     return {
-        "verification_accuracy": accuracy.accuracy,
-        "verification_std": accuracy.std,
+        "verification_accuracy": accuracy,
+        "verification_std": spread,
         "tar@1e-2": at_1e2.tar,
         "tar@1e-3": metrics.tar_at_far(scores, same, 1e-3).tar,
         "auc": metrics.auc(scores, same),

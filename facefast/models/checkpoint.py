@@ -17,7 +17,7 @@ from torch import Tensor
 
 from facefast.models import FaceModel, load_source, model_from_source
 from facefast.models.precision import Precision
-from facefast.recipe import Plan, Recipe, to_json
+from facefast.recipe import Plan, Recipe, from_json, to_json
 from facefast.runtime import files, manifest
 from facefast.runtime.exits import StorageError
 
@@ -140,8 +140,9 @@ def check_same_run(path: Path, recipe: Recipe, plan: Plan) -> None:
     Raises:
         ValueError: naming each field that differs with both values.
     """
+    # By way of a Recipe: a field that is newer than the checkpoint has its default there.
+    theirs, ours = to_json(from_json(Recipe, files.read_json(path / "recipe.json"))), to_json(recipe)
     # These may change in the middle of a run: they have no part in its weights.
-    theirs, ours = files.read_json(path / "recipe.json"), to_json(recipe)
     free = ("threads", "log_every", "keep", "save_every", "projector")
     differs = [
         f"{name}: {old!r} there, {new!r} now" for name, old, new in _differences(theirs, ours) if name not in free

@@ -338,7 +338,7 @@ def build_model(
     config = dataclasses.replace(config, backbone=backbone, embedding=config.embedding or source.embedding)
     image = image.settled(source.image, source.fixed)
     model = FaceModel(config, num_classes, image, class_names, attributes=attributes)
-    model.report = apply_source(model, source)
+    model.report = apply_source(model, source, partial=config.partial)
     return model
 
 

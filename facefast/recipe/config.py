@@ -109,6 +109,8 @@ class ModelConfig:
     """A name that `facefast.models.NAMES` lists, or timm/NAME; auto is the source's, else mobilefacenet."""
     source: str = "none"
     """Source weights: a file, a run or checkpoint folder, imagenet (torchvision's), or none."""
+    partial: bool = False
+    """Start from a source that lacks tensors of the backbone, which keep their random values."""
     teacher: str = "none"
     """The model that `phases.K.distill` learns from: a run, checkpoint or package folder, a weights file, source (the
     source model as it is), or none."""

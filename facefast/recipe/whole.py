@@ -76,6 +76,8 @@ class Recipe:
             raise ValueError(
                 f"model.source {self.model.source} has no effect: no phase has start source (phases: {names})"
             )
+        if self.model.partial and self.model.source == "none":
+            raise ValueError("model.partial has no effect without model.source")
         asks = [phase for phase in self.phases if phase.distill.active or phase.start == "teacher"]
         if asks and self.model.teacher == "none":
             does = "distils" if asks[0].distill.active else "starts from the teacher"

@@ -66,6 +66,7 @@ class RunLog:
         self._enabled = enabled
         self._every = every
         self._lost = 0
+        self._said_unknown = False
         self.speeds: list[Speed] = []
         self._restart()
         self._loader_waited = 0.0
@@ -149,6 +150,10 @@ class RunLog:
         numbers = ", ".join(f"{name} {_human(name, results[name])}" for name in shown)
         best = f"  (best {metric} so far)" if improved else ""
         self.say(f"{at.phase} epoch {at.epoch:.3g}: {numbers}{best}")
+        unknown = [name for name, value in results.items() if math.isnan(value)]
+        if unknown and not self._said_unknown:
+            self._said_unknown = True
+            self.say(f"note: the evaluation set has too few pairs for {', '.join(unknown)}: they stay empty")
         # As if the clock had stood still: the line's time begins later by what the evaluation took.
         self._since += time.perf_counter() - self._stepped
         self._stepped = time.perf_counter()

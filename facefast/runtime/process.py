@@ -26,8 +26,12 @@ from facefast.runtime.exits import EXIT_PREEMPTED
 
 T = TypeVar("T")
 
-# SIGTERM is what schedulers and torchrun send; Slurm sends a signal of the user's choice ahead of the time limit.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# SIGTERM is what schedulers and torchrun send, SIGINT and SIGHUP come from a terminal; Slurm sends a signal of the
+# user's choice ahead of the time limit.
+INSISTING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (*INSISTING, signal.SIGUSR1, signal.SIGUSR2)
+SAME_REQUEST = 1.0
+"""Seconds within which a second signal is the first one, come another way."""
 
 
 @dataclass(frozen=True)
@@ -43,25 +47,38 @@ class World:
     def from_environment(cls) -> World:
         """Reads torchrun's variables, else those of a plain `srun`, else one process.
 
+        A batch script of Slurm runs once, whatever the tasks of its allocation: only what `srun` starts, a step, is
+        one of several.
+
         Raises:
-            ValueError: the variables contradict each other.
+            ValueError: a variable is missing or no number, or they contradict each other.
         """
         env = os.environ
+        in_step = "SLURM_STEP_ID" in env or "SLURM_STEPID" in env
         if "RANK" in env:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        elif in_step and "SLURM_PROCID" in env and _number("SLURM_NTASKS", "1") > 1:
             names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
         else:
             return cls()
-        rank, size = int(env[names[0]]), int(env[names[1]])
-        local_rank = int(env.get(names[2], "0"))
-        world = cls(rank, size, local_rank, int(env.get(names[3], str(local_rank + 1))))
+        local_rank = _number(names[2], "0")
+        world = cls(_number(names[0]), _number(names[1]), local_rank, _number(names[3], str(local_rank + 1)))
         if not 0 <= world.rank < world.size or not 0 <= world.local_rank < world.local_size:
             raise ValueError(
                 f"{names[0]}={world.rank} of {names[1]}={world.size}, {names[2]}={world.local_rank} of "
                 f"{names[3]}={world.local_size} contradict each other; start with torchrun"
             )
         return world
+
+
+def _number(name: str, default: str | None = None) -> int:
+    """A launch variable as a whole number."""
+    value = os.environ.get(name, default)
+    try:
+        return int(value or "")
+    except ValueError:
+        seen = "is not set" if value is None else f"is {value!r}, which is no whole number"
+        raise ValueError(f"{name} {seen}; unset RANK for one process, or start several with torchrun") from None
 
 
 @dataclass
@@ -73,7 +90,7 @@ class Runtime:
     control: dist.ProcessGroup | None = None
     """A group for messages between hosts: through NCCL even a flag would queue behind the device's work."""
     stop_requested: bool = False
-    """Set by SIGTERM, SIGUSR1 or SIGUSR2; the ranks agree on it at a step boundary."""
+    """Set by a signal of `stop_on_signals`; the ranks agree on it at a step boundary."""
 
     @property
     def is_main(self) -> bool:
@@ -145,12 +162,11 @@ def start(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Runtime
     """
     world = World.from_environment()
     run = Runtime(world, _choose_device(device, world))
-    # The cores that this process may use, shared with its neighbours: torch would take all of them in each process.
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // world.local_size))
+    _share_cores(world)
     if run.device.type == "cpu":
         _keep_memory()
     if world.size > 1:
+        _end_if_orphaned()
         _die_with_parent()
         # torchrun sets both. Under a plain `srun` the port follows the job, so that two jobs on a machine do not meet.
         os.environ.setdefault("MASTER_ADDR", socket.gethostname())
@@ -163,14 +179,23 @@ def start(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Runtime
             device_id=run.device if run.device.type == "cuda" else None,
         )
         run.control = dist.new_group(backend="gloo")
-    previous = _catch_stop_signals(run)
     try:
         yield run
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _share_cores(world: World) -> None:
+    """Gives this process its part of the cores, unless OMP_NUM_THREADS says how many it takes.
+
+    torchrun sets that variable to 1 where it starts several processes and nobody has set it: such a 1 says nothing.
+    """
+    # By default torch would take all cores in each process.
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked and not (asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
+        return
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
 
 
 def _choose_device(device: str, world: World) -> torch.device:
@@ -188,15 +213,37 @@ def _choose_device(device: str, world: World) -> torch.device:
     return chosen
 
 
-def _catch_stop_signals(run: Runtime) -> dict[int, signal.Handlers]:
+@contextlib.contextmanager
+def stop_on_signals(run: Runtime) -> Iterator[None]:
+    """Within it, a signal to end asks for a stop: the run saves at the next step boundary and leaves.
+
+    A second one of those a person or a scheduler sends to insist (SIGTERM, SIGINT, SIGHUP) ends the process at once.
+    One request may arrive twice, from the scheduler and by way of torchrun: what follows within `SAME_REQUEST` seconds
+    counts as the same.
+    """
+    asked = 0.0
+
     def request_stop(number: int, frame: FrameType | None) -> None:
         # Only a note: a handler runs between any two bytecodes, where nothing can be saved and no rank agrees.
+        nonlocal asked
+        insists = number in INSISTING and run.stop_requested and time.monotonic() - asked > SAME_REQUEST
+        if insists:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not run.stop_requested:
+            asked = time.monotonic()
         run.stop_requested = True
 
     # Python sets signal handlers in the main thread alone.
     if threading.current_thread() is not threading.main_thread():
-        return {}
-    return {number: signal.signal(number, request_stop) for number in STOP_SIGNALS}  # type: ignore[misc]
+        yield
+        return
+    previous = {number: signal.signal(number, request_stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _keep_memory() -> None:
@@ -211,14 +258,27 @@ def _keep_memory() -> None:
         mallopt(mmap_max, 0)
 
 
+def _end_if_orphaned() -> None:
+    """torchrun may have been killed while this worker was still importing, which nothing tells it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not os.path.isdir("/proc/self"):
+        return
+    try:
+        with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
+            command = file.read()
+    except OSError:  # gone between the two calls
+        command = b""
+    if b"torch" not in command and b"python" not in command:
+        os._exit(EXIT_PREEMPTED)
+
+
 def _die_with_parent() -> None:
     """Ends this process soon after its torchrun, also where that was killed outright: torchrun starts workers in
     sessions of their own, which no signal to its group reaches."""
     parent = os.getppid()
-    # The kernel sends the usual stop signal when the parent dies, by which this process may still save.
+    # The kernel sends a stop signal when the parent dies, by which this process may still save.
     if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of sys/prctl.h
-        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM)
+        set_parent_death_signal = 1
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGUSR2)  # one that nobody insists by
 
     # That is not enough: a main thread that waits in a collective operation for peers that are gone never gets to its
     # next update. A minute is left for a checkpoint; then this thread ends the process without asking the main one.

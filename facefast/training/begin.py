@@ -160,6 +160,8 @@ def begin(
         f"of {phase.batch_size}, {'goes on' if saved else 'starts from ' + phase.start}"
     )
     model = starting_model(state, number, data, source, teacher)
+    if model.report is not None and not saved:
+        log.say(str(model.report))
     # Ahead of `state.load`: a feature cache made below must be of the weights that the run stopped with.
     if saved:
         model.load_state_dict(checkpoint.read_tensors(saved, "model"))

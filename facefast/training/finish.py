@@ -29,14 +29,17 @@ def named_metric(config: EvalConfig, results: dict[str, float]) -> tuple[float, 
     for name in wishes:
         for candidate in (name, f"known_{name}"):
             if math.isnan(results.get(candidate, 0)):  # no later evaluation would ever count as better
+                if config.metric == "auto":
+                    continue
                 raise ValueError(
                     f"eval.metric is {config.metric}, for which the evaluation has too few pairs; "
                     f"raise eval.pairs, which is {config.pairs}, or choose another metric"
                 )
             if candidate in results:
                 return results[candidate], candidate
+    given = [name for name, value in results.items() if not math.isnan(value)]
     raise ValueError(
-        f"eval.metric is {config.metric}, but the evaluation gives only {', '.join(results) or 'nothing'}; "
+        f"eval.metric is {config.metric}, but the evaluation gives only {', '.join(given) or 'nothing'}; "
         "set data.test_fraction, data.verify_fraction or eval.split"
     )
 
@@ -73,13 +76,13 @@ def leave(folder: Path, state: TrainState, log: RunLog) -> int:
 def fail(folder: Path | None, code: int, error: str) -> None:
     """Leaves the reason in the run folder, where there is one by now and it can be written.
 
-    Every rank calls it. One that only lost its connection to another (code 1) leaves that one's reason alone.
+    Where one rank fails the others fail after it, for want of an answer: the first cause stays, and one that a user can
+    act on replaces a bug's (code 1), which a lost connection is taken for.
     """
     if folder is not None and folder.is_dir():
         with contextlib.suppress(OSError):  # a full disk: the exit code must still be that of the first error
-            if code == exits.EXIT_BUG and _has_reason(folder):
-                return
-            write_status(folder, "failed", code, error=error)
+            if not _has_reason(folder):
+                write_status(folder, "failed", code, error=error)
 
 
 def _has_reason(folder: Path) -> bool:

@@ -199,3 +199,28 @@ def test_two_gloo_ranks_train_the_same_batches_and_agree_on_every_number(
     assert first[0]["rows"] == first[1]["rows"] == 8
     # BatchNorm sees half of the batch on each rank, so only the loss of the first step is comparable, and loosely.
     assert first[1]["loss"] == pytest.approx(first[0]["loss"], rel=0.2)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_leaves_no_lock(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        files.write_json(tmp_path / "status.json", {"state": "running"})
+        assert train.main([*TINY, f"--data.root={drawn}", f"--out={tmp_path}"]) == 64
+        assert f"another run is writing to {tmp_path}" in capsys.readouterr().err
+        assert files.read_json(tmp_path / "status.json") == {"state": "running"}  # it is the other one's
+        holder.kill()
+    with files.locked(tmp_path):
+        pass
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from facefast.runtime import files
+with files.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""

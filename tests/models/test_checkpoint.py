@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -67,6 +70,107 @@ def test_one_flipped_byte_anywhere_is_noticed_and_the_checkpoint_before_it_is_us
         manifest.verify(bad)
     assert checkpoint.newest(tmp_path) == good
     assert "passing over a damaged checkpoint" in capsys.readouterr().out
+
+
+def test_every_flipped_bit_of_a_manifest_makes_a_resume_go_to_the_checkpoint_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = write(tmp_path, 1), write(tmp_path, 2)
+    content = (bad / "manifest.json").read_bytes()
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (bad / "manifest.json").write_bytes(damaged)
+        assert checkpoint.newest(tmp_path) == good, damaged
+    assert "passing over a damaged checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "null", "{}", '{"format": 1, "step": 2, "files": {}}', '{"format": 1, "step": 2, "files": {"../x": {}}}']
+    + ["[" * 100_000, '{"format": "1", "step": 2, "files": {"a": 1}}', '{"format": 1, "step": 2, "files": {"": null}}'],
+)
+def test_a_manifest_that_is_anything_else_is_not_sound(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, 1)
+    (path / "manifest.json").write_text(text)
+    with pytest.raises(StorageError, match="not a finished checkpoint|is damaged"):
+        manifest.verify(path)
+
+
+def test_checkpoints_of_a_later_facefast_are_refused_and_stay(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    newer = write(tmp_path, 2)
+    document = files.read_json(newer / "manifest.json") | {"format": 2}
+    document["digest"] = manifest._digest(document)
+    files.write_json(newer / "manifest.json", document)
+    with pytest.raises(
+        StorageError, match="has checkpoint format 2, this facefast reads 1; use the facefast that wrote"
+    ):
+        checkpoint.newest(tmp_path)
+    assert newer.exists()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (write(tmp_path, step) / "state.json").write_text("{}")
+    with pytest.raises(StorageError, match="none of the 2 checkpoints in .* is sound"):
+        checkpoint.newest(tmp_path)
+
+
+CALLS = ("mkdir", "rename", "replace", "fsync", "rmdir", "unlink", "symlink", "open")
+
+
+def killed_while(folder: Path, step: int, value: float, at: int) -> int:
+    """Saves in a process of its own, which a SIGKILL ends at the `at`-th call to the file system; 0 lets it live.
+
+    Returns:
+        The calls that it made, or -1 where it was killed.
+    """
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **keywords: Any) -> Any:
+                nonlocal calls
+                for moment in ("before", "after"):
+                    calls += 1
+                    if calls == at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    if moment == "before":
+                        result = function(*arguments, **keywords)
+                return result
+
+            return call
+
+        for name in CALLS:
+            setattr(os, name, counted(getattr(os, name)))
+        files._exchange = counted(files._exchange)
+        tensors = {"model": {"weight": torch.full((3,), value)}}
+        checkpoint.save(folder, step, tensors=tensors, documents={"state": {"value": value}}, best=True, keep=1)
+        os._exit(calls)
+    _, status = os.waitpid(child, 0)
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_kill_at_any_call_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path, step: int) -> None:
+    """Of the same step, or of a later one, where only one is kept."""
+    total = killed_while(tmp_path / "counted", step, 1.0, 0)
+    assert 20 < total < 256
+    for at in range(1, total + 30):  # saving the same step again makes a few calls more
+        folder = tmp_path / str(at)
+        assert killed_while(folder, 1, 1.0, 0) > 0
+        ended = killed_while(folder, step, 2.0, at)
+        path = checkpoint.newest(folder)
+        assert path is not None, at
+        value = files.read_json(path / "state.json")["value"]
+        assert value in (1.0, 2.0) and checkpoint.read_tensors(path, "model")["weight"].unique().tolist() == [value]
+        if ended > 0:
+            break
+        killed_while(folder, 3, 3.0, 0)  # the next save clears away what was left
+        assert not list((folder / "checkpoints").glob(".*"))
+    assert at > 40
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.safetensors", "state.json"])

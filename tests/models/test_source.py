@@ -294,7 +294,11 @@ def test_missing_and_unused_tensors_are_counted_and_named(tiny_state: dict[str, 
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     torch.save(state | {"extra.weight": torch.ones(1)}, tmp_path / "part.pt")
     model = build_model(ModelConfig(embedding=16), 2, TINY)
-    report = apply_source(model, load_source(tmp_path / "part.pt"))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="5 of the backbone's tensors are missing .*unused: backbone.extra.weight"):
+        apply_source(model, load_source(tmp_path / "part.pt"))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    report = apply_source(model, load_source(tmp_path / "part.pt"), partial=True)
     assert report.missing == tuple(
         f"backbone.linear1.{name}"
         for name in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
@@ -302,6 +306,13 @@ def test_missing_and_unused_tensors_are_counted_and_named(tiny_state: dict[str, 
     assert report.unused == ("backbone.extra.weight",)
     assert "5 missing (backbone.linear1.conv.weight, " in str(report)
     assert "and 1 more), 1 unused (backbone.extra.weight)" in str(report)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tiny_state: dict[str, Tensor], tmp_path: Path, value: float) -> None:
+    torch.save(tiny_state | {"conv1.bn.running_var": torch.full((64,), value)}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"1 of its 333 tensors hold numbers that are not finite \(backbone.conv1.bn"):
+        apply_source(build_model(ModelConfig(embedding=128), 2, TINY), load_source(tmp_path / "weights.pt"))
 
 
 def test_a_shape_mismatch_names_both_shapes_and_changes_nothing(tiny_state: dict[str, Tensor], tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +17,15 @@ from facefast.runtime.exits import DataError, NumericsError, StorageError
 from facefast.runtime.process import Runtime, World
 from tests.support.ranks import run_ranks
 
+ROOT = Path(__file__).parents[2]
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS_PER_NODE": "4",
+    "SLURM_STEP_ID": "0",
+}
 
 
 def world_of(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> World:
@@ -34,7 +44,8 @@ def world_of(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Worl
         (SLURM, World(5, 8, 1, 4)),
         (SLURM | TORCHRUN | {"RANK": "7"}, World(7, 8, 1, 4)),  # torchrun inside of a Slurm job
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, World(0, 1, 0, 1)),  # a plain salloc
-        ({name: SLURM[name] for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")}, World(5, 8, 1, 2)),
+        ({name: SLURM[name] for name in SLURM if name != "SLURM_NTASKS_PER_NODE"}, World(5, 8, 1, 2)),
+        ({name: SLURM[name] for name in SLURM if name != "SLURM_STEP_ID"} | {"SLURM_PROCID": "0"}, World()),  # sbatch
     ],
 )
 def test_the_launchers_variables_say_where_a_process_stands(
@@ -54,7 +65,7 @@ def test_a_stop_signal_is_noted_once_the_run_has_started_and_left_alone_after_it
     received = []
     before = signal.signal(number, lambda *_: received.append(number))
     try:
-        with process.start("cpu") as run:
+        with process.start("cpu") as run, process.stop_on_signals(run):
             assert not run.stop_requested
             os.kill(os.getpid(), number)
             assert run.stop_requested
@@ -64,6 +75,66 @@ def test_a_stop_signal_is_noted_once_the_run_has_started_and_left_alone_after_it
         assert received == [number]
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is not set; unset RANK for one process, or start several with torchrun"),
+        (TORCHRUN | {"RANK": "first"}, "RANK is 'first', which is no whole number"),
+        (SLURM | {"SLURM_NTASKS": ""}, "SLURM_NTASKS is '', which is no whole number"),
+    ],
+)
+def test_variables_that_are_missing_or_no_numbers_are_named(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        world_of(variables, monkeypatch)
+
+
+INSIST = """
+import os, signal, sys, time
+from facefast.runtime import process
+process.SAME_REQUEST = 0.2
+with process.start("cpu") as run, process.stop_on_signals(run):
+    number = getattr(signal, sys.argv[1])
+    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), number)  # the same request by another way
+    assert run.stop_requested
+    time.sleep(0.3)
+    os.kill(os.getpid(), number)
+    print("went on")
+"""
+
+
+@pytest.mark.parametrize(("name", "ends"), [("SIGTERM", True), ("SIGINT", True), ("SIGHUP", True), ("SIGUSR1", False)])
+def test_who_insists_on_a_stop_ends_the_process_at_once(name: str, ends: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    command = [sys.executable, "-c", INSIST, name]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == (-getattr(signal, name) if ends else 0), done.stderr
+    assert ("went on" in done.stdout) == (not ends)
+
+
+def test_omp_num_threads_is_respected_unless_torchrun_made_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    before = torch.get_num_threads()
+    try:
+        for variables, expected in (
+            ({}, 3),
+            ({"OMP_NUM_THREADS": "1"}, before),
+            ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 3),
+            ({"OMP_NUM_THREADS": "2", "TORCHELASTIC_RUN_ID": "x"}, before),
+        ):
+            torch.set_num_threads(before)
+            for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+                monkeypatch.delenv(name, raising=False)
+            for name, value in variables.items():
+                monkeypatch.setenv(name, value)
+            process._share_cores(World(0, 2, 0, 2))
+            assert torch.get_num_threads() == expected, variables
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_run_in_another_thread_catches_no_signals_and_works() -> None:

@@ -106,3 +106,29 @@ def test_lamb_follows_its_paper_through_many_steps_rates_and_a_weight_of_zeros()
     for parameter, weight in zip(parameters, weights, strict=True):
         # The step count is float32, and with it the bias corrections.
         torch.testing.assert_close(parameter.detach(), weight, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb"])
+def test_a_first_update_that_is_skipped_leaves_nothing_behind(name: str, dtype: torch.dtype) -> None:
+    junk = [torch.full((1000,), 1e30) for _ in range(50)]  # what an uninitialised buffer would find
+    del junk
+    ends = []
+    for gradients in ((math.inf, 1.0, 2.0), (1.0, 2.0)):
+        weight = torch.nn.Parameter(torch.full((1000,), 0.5))
+        phase = Phase(optimizer=name, lr=0.05, weight_decay=0.01)
+        group = {"params": [weight], "lr": phase.lr, "peak_lr": phase.lr, "weight_decay": phase.weight_decay}
+        optimizer = build_optimizer(phase, [group], torch.device("cpu"))
+        scale = 2.0**14 if dtype == torch.float16 else 1.0
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for gradient in gradients:
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = (weight * gradient).sum()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update() if dtype == torch.float16 else scaler.update(1.0)
+            optimizer.zero_grad(set_to_none=True)
+        ends.append(weight.detach().clone())
+    assert ends[0].isfinite().all()
+    assert torch.equal(ends[0], ends[1])  # as if the skipped one had not been

@@ -128,11 +128,15 @@ def load_source(source: str | Path, backbone: str = "auto") -> Source:
     )
 
 
-def apply_source(model: nn.Module, source: Source) -> Report:
+def apply_source(model: nn.Module, source: Source, *, partial: bool = False) -> Report:
     """Copies a source's weights into a `FaceModel`, its heads excepted.
 
+    Args:
+        partial: whether the source may lack tensors of the backbone.
+
     Raises:
-        ValueError: a tensor of another shape, or not one that fits; the model is then as it was.
+        ValueError: a tensor of another shape, one that is missing or holds numbers that are not finite, or not one that
+            fits; the model is then as it was.
     """
     # Everything is checked before anything is copied: a model half loaded would train, and nothing would say why it is
     # worse.
@@ -152,14 +156,28 @@ def apply_source(model: nn.Module, source: Source) -> Report:
             f"{_first(left)}, the model {_first(tuple(own))}; choose its architecture with "
             "model.backbone"
         )
+    # Files older than PyTorch 0.4.1 have no such counters, and nothing reads them.
+    missing = tuple(k for k in own if k not in used and not k.endswith("num_batches_tracked"))
+    lacking = tuple(key for key in missing if key.startswith("backbone."))
+    if lacking and not partial:
+        raise ValueError(
+            f"{source.name}: {len(lacking)} of the backbone's tensors are missing ({_first(lacking)}); it is not "
+            f"whole: one of several shards, or layers under other names (unused: {_first(left) or 'none'}); "
+            "give the whole file, or ask for a start with random values in their place by model.partial"
+        )
+    wrong = tuple(key for key, tensor in used.items() if tensor.is_floating_point() and not tensor.isfinite().all())
+    if wrong:
+        raise ValueError(
+            f"{source.name}: {len(wrong)} of its {len(source.state)} tensors hold numbers that are not finite "
+            f"({_first(wrong)}); the file is damaged, or its training had diverged: take another one"
+        )
     model.load_state_dict(used, strict=False)
     classifier = tuple(key for key in left if key.removeprefix("backbone.").startswith(CLASSIFIERS))
     return Report(
         source=source.name,
         used=len(used),
         total=len(own),
-        # Files older than PyTorch 0.4.1 have no such counters, and nothing reads them.
-        missing=tuple(k for k in own if k not in used and not k.endswith("num_batches_tracked")),
+        missing=missing,
         unused=tuple(key for key in left if key not in classifier),
         classifier=classifier,
     )
