@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Iterator
@@ -23,11 +24,12 @@ from facefast.evaluation.report import with_baselines
 from facefast.models import checkpoint
 from facefast.recipe import EvalConfig, Recipe, flags, resolve, to_json
 from facefast.runtime import exits, files, manifest, process
-from facefast.runtime.exits import StorageError
+from facefast.runtime.exits import NumericsError, StorageError
 from facefast.runtime.log import Position, RunLog, environment
 from facefast.runtime.process import Runtime
 from facefast.training.begin import Start, begin, find_source, find_teacher, settle
 from facefast.training.finish import best_of, fail, finish, leave, named_metric, write_status
+from facefast.training.guard import culprit, not_finite, some
 from facefast.training.objective import RowCounts
 from facefast.training.step import TrainState, train_step
 
@@ -52,7 +54,14 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
                 show_pictures(state, data, loader.sampler, log)
                 for batches, row_counts in updates(state, loader, data):
                     stats = train_step(state, batches, row_counts)  #     model -> logits -> focal -> step
-                    log.step(where(state), stats, row_counts.rows, loader.wait_seconds, state.objective.names)
+                    log.step(
+                        where(state),
+                        stats,
+                        row_counts.rows,
+                        loader.wait_seconds,
+                        state.objective.names,
+                        functools.partial(culprit, state.model, batches),
+                    )
                     # Measured before it is saved: the checkpoint holds the results, and `best` may point at it.
                     improved = evaluation_due(recipe.eval, state) and measure(state, data, log)
                     # A signal reaches ranks at different moments; unless all leave after the same update, those that
@@ -271,7 +280,18 @@ def measure(state: TrainState, data: PhaseData, log: RunLog, known: LabelledEmbe
 
 
 def save(folder: Path, state: TrainState, improved: bool) -> None:
-    """One checkpoint, written by rank 0."""
+    """One checkpoint, written by rank 0.
+
+    Raises:
+        NumericsError: it would hold numbers that are not finite; the one before stays the newest.
+    """
+    broken = not_finite(state.tensors())
+    if state.run.agree(bool(broken)):  # BatchNorm's statistics are each rank's own until they are measured
+        raise NumericsError(
+            f"after step {state.step} of phase {state.phase.name} the run holds numbers that are not finite "
+            f"({some(broken) or 'on another rank'}) and is not saved; the newest checkpoint is sound: go on from it "
+            "with a lower learning rate, or use precision fp32"
+        )
     if state.run.is_main:
         checkpoint.save(
             folder,

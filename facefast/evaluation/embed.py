@@ -17,6 +17,7 @@ from facefast.data.prepare import read_photographs
 from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
 from facefast.recipe import Photographs, Reading
+from facefast.runtime.exits import NumericsError
 from facefast.runtime.process import Runtime, decode_threads
 
 
@@ -35,6 +36,9 @@ def embed_rows(
     Returns:
         [N, D] float32 on the CPU, before normalisation, the mean of picture and mirror image where `mirror`; and [N]
         bool, False for rows that could not be read.
+
+    Raises:
+        NumericsError: an embedding is not finite.
     """
     found: Tensor | None = None
     seen = torch.zeros(len(index))
@@ -68,6 +72,12 @@ def embed_rows(
     # Each row was embedded on one rank and is 0 on the others: the sum is the whole, without an order to keep.
     if run.world.size > 1:
         found, seen = _sum_over_ranks(found, run), _sum_over_ranks(seen, run)
+    broken = torch.nonzero((seen > 0) & ~found.isfinite().all(1)).flatten().tolist()
+    if broken:
+        raise NumericsError(
+            f"the model's embeddings of {len(broken)} of {int(seen.sum())} pictures are not finite (first: "
+            f"{index.path(broken[0])}): its weights or BatchNorm statistics have diverged; use an earlier checkpoint"
+        )
     return found.clone(), seen > 0  # a tensor of inference mode could not be changed
 
 

@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TextIO
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from facefast.runtime.exits import NumericsError
 
 HEADLINES = ("loss", "top1", "verification_accuracy", "tar@1e-2", "known_verification_accuracy")
-STATS = ("loss_sum", "correct", "rows", "skipped", "labelled")
+STATS = ("loss_sum", "correct", "rows", "skipped", "labelled", "loss_rows")
 """What an update adds up on the device, float32, over all ranks, before the terms of the objective."""
 LOST_UPDATES = 20
 """Updates in a row with a non-finite gradient after which a run stops."""
@@ -83,16 +83,23 @@ class RunLog:
         self._since = self._stepped = time.perf_counter()
 
     def step(
-        self, at: Position, stats: Tensor, pictures: int, loader_waited: float, terms: tuple[str, ...] = ("identity",)
+        self,
+        at: Position,
+        stats: Tensor,
+        pictures: int,
+        loader_waited: float,
+        terms: tuple[str, ...] = ("identity",),
+        explain: Callable[[], str] = str,
     ) -> None:
         """Takes one update; writes a line, and reads the device for it, when one is due.
 
         Args:
             at: where the run stands.
-            stats: [5 + T] float32 on the device, see `STATS`.
+            stats: [6 + 2 T] float32 on the device: `STATS`, the terms' sums, and 1 for each term that is not finite.
             pictures: pictures of this update, over all ranks.
             loader_waited: seconds for which this rank has waited for data since its loader was opened.
             terms: names of the objective's T terms.
+            explain: what is wrong with this update, asked where the run ends with it.
 
         Raises:
             NumericsError: `LOST_UPDATES` updates in a row were skipped for a non-finite gradient.
@@ -109,13 +116,14 @@ class RunLog:
             return
         # The one moment when the host waits for the device. Every rank does it, also those that write nothing: all must
         # stop at the same update where too many are lost.
-        loss_sum, correct, rows, skipped, labelled, *sums = self._sums.tolist()
+        loss_sum, correct, rows, skipped, labelled, loss_rows, *others = self._sums.tolist()
+        sums, broken = others[: len(terms)], others[len(terms) :]
         seconds = max(time.perf_counter() - self._since, 1e-9)
         self.speeds.append(Speed(self._updates, self._pictures, seconds, self._waited))
         # Counted by whole lines: which of a line's updates were skipped is not known.
         self._lost = self._lost + self._updates if skipped == self._updates else 0
         fields = {
-            "loss": loss_sum / rows if rows else math.nan,
+            "loss": loss_sum / loss_rows if loss_rows else math.nan,
             "lr": at.lr,
             "accuracy": correct / labelled if labelled else math.nan,
             "images_per_second": self._pictures / seconds,
@@ -126,7 +134,8 @@ class RunLog:
         }
         if len(terms) > 1:
             fields |= {
-                f"loss/{name}": total / rows if rows else math.nan for name, total in zip(terms, sums, strict=True)
+                f"loss/{name}": total / loss_rows if loss_rows else math.nan
+                for name, total in zip(terms, sums, strict=True)
             }
         self._write(at, "train", fields)
         if self._enabled:
@@ -138,9 +147,12 @@ class RunLog:
             )
         self._restart()
         if self._lost >= LOST_UPDATES:
+            names = [name for name, count in zip(terms, broken, strict=True) if count]
+            lost = f"the loss terms {', '.join(names)} are not finite" if names else "every loss term is finite"
             raise NumericsError(
                 f"the last {self._lost} updates, up to step {at.step} of phase {at.phase}, had non-finite "
-                "gradients and were skipped; lower the learning rate or the loss scale, or use precision fp32"
+                f"gradients and were skipped: {lost}; {explain()}. The newest checkpoint is sound; lower the learning "
+                "rate or the loss scale, or use precision fp32"
             )
 
     def evaluation(self, at: Position, results: dict[str, float], metric: str, improved: bool) -> None:

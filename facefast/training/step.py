@@ -26,8 +26,10 @@ from facefast.models.checkpoint import pack_optimizer, read_tensors, unpack_opti
 from facefast.models.precision import Precision
 from facefast.recipe import Phase, PhasePlan, Plan, Recipe, to_json
 from facefast.runtime import files
+from facefast.runtime.log import STATS
 from facefast.runtime.process import Runtime, decode_threads
 from facefast.training.distill import Teacher
+from facefast.training.guard import StatisticsGuard
 from facefast.training.objective import Objective, RowCounts
 from facefast.training.optim import build_optimizer, rate_factor
 from facefast.training.prune import Pruner
@@ -63,6 +65,7 @@ class TrainState:
     pruner: Pruner | None
     anchor: Anchor | None
     side_inputs: SideInputs
+    guard: StatisticsGuard
 
     def __init__(self, recipe: Recipe, plan: Plan, run: Runtime) -> None:
         self.recipe, self.plan, self.run = recipe, plan, run
@@ -129,6 +132,7 @@ class TrainState:
         self.network.train()
         plan = self.phase_plan
         freeze_batchnorm(self.model, everywhere=keeps_statistics(self.phase, plan.num_rows, plan.num_classes))
+        self.guard = StatisticsGuard(self.model)
 
     def values_of(self, rows: Tensor) -> Tensor:
         """[B, A] attributes of training rows [B]; those of a row below 0 are another row's, and count for nothing."""
@@ -216,7 +220,8 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
             afterwards, on the device.
 
     Returns:
-        [5 + T] float32 on the device, summed over ranks: `log.STATS`, then the objective's terms.
+        [6 + 2 T] float32 on the device, summed over ranks: `log.STATS`, then the objective's terms, then 1 for each
+        term that is not finite.
     """
     phase, world = state.phase, state.run.world
     # Dropout, stochastic depth and mixed pictures draw from generators that every update seeds: a resumed run
@@ -226,7 +231,9 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
     for group in state.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * state.lr / phase.lr
     # On the device: reading a loss makes the host wait for all work queued there. The log reads when a line is due.
-    stats = torch.zeros(5 + len(state.objective.names), device=state.run.device)
+    first, terms_end = len(STATS), len(STATS) + len(state.objective.names)
+    stats = torch.zeros(terms_end + len(state.objective.names), device=state.run.device)
+    state.guard.remember()
     for number, batch in enumerate(batches):
         # DDP averages gradients over the ranks once per update, in the last backward pass.
         with _no_sync(state.network, number < len(batches) - 1):
@@ -240,7 +247,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
             stats[1] += terms.correct
             stats[2] += (batch.rows >= 0).sum()
             stats[4] += (batch.labels >= 0).sum()
-            stats[5:] += terms.parts * per_row
+            stats[first:terms_end] += terms.parts * per_row
     if world.size > 1:
         dist.all_reduce(stats)
     # First out of fp16's scale, so that `clip_grad` means the same in every precision. This also notes on the device,
@@ -273,6 +280,9 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
     # A skipped update counts: the host does not know of it, and schedule and sampler must go on alike on every rank.
     state.step += 1
     state.phase_step += 1
+    # Before the average, which takes statistics over as well.
+    finite = torch.isfinite(norm)
+    state.guard.settle(finite)
     # After the optimiser, whose momentum moves pruned weights off 0; before the average, which would take that up.
     if state.pruner is not None:
         state.pruner.update(state.phase_step / state.phase_plan.steps)
@@ -282,10 +292,15 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
         if state.pruner is not None:
             assert isinstance(state.average.module, FaceModel)
             state.pruner.apply_to(state.average.module)
-    finite = torch.isfinite(norm)
     stats[3] = 1 - finite.float()  # not added over ranks: after DDP all have the same gradients
-    # A log line adds up several updates; one that was lost must not make the sums NaN.
-    return torch.where(torch.isfinite(stats), stats, 0)
+    # A log line adds up several updates: a loss that is not finite counts for nothing in it, and neither do its rows.
+    broken = ~torch.isfinite(stats[first:terms_end])
+    sound = torch.isfinite(stats[0]) & ~broken.any()
+    stats[5] = stats[2] * sound
+    stats[terms_end:] = broken.float()
+    stats[0] = torch.where(sound, stats[0], 0)
+    stats[first:terms_end] = torch.where(sound, stats[first:terms_end], 0)
+    return stats
 
 
 def _no_sync(network: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:

@@ -45,8 +45,10 @@ def at(step: int, *, last: bool = False, phase: str = "finetune") -> Position:
     return Position(step=step, phase=phase, epoch=step / 8, lr=0.5, last=last)
 
 
-def stats(loss_sum: float = 8.0, correct: int = 4, rows: int = 8, skipped: int = 0) -> torch.Tensor:
-    return torch.tensor([loss_sum, correct, rows, skipped, rows, loss_sum], dtype=torch.float32)
+def stats(loss_sum: float = 8.0, correct: int = 4, rows: int = 8, skipped: int = 0, broken: int = 0) -> torch.Tensor:
+    """Of one update with one term, whose loss is not finite where it is `broken`."""
+    loss_sum, loss_rows = (0, 0) if broken else (loss_sum, rows)
+    return torch.tensor([loss_sum, correct, rows, skipped, rows, loss_rows, loss_sum, broken], dtype=torch.float32)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -213,6 +215,23 @@ def test_a_run_stops_when_no_update_counts_any_more(tmp_path: Path) -> None:
         for step in range(1, 100):
             run_log.step(at(step), stats(skipped=1), 8, 0.0)
     assert lines(tmp_path)[-1]["step"] == LOST_UPDATES
+
+
+def test_the_end_of_a_run_names_the_terms_and_what_is_wrong(tmp_path: Path) -> None:
+    with open_log(tmp_path) as run_log, pytest.raises(NumericsError) as ended:
+        for step in range(1, 100):
+            run_log.step(at(step), stats(skipped=1, broken=1), 8, 0.0, ("identity",), lambda: "row 7 is not finite")
+    assert "the loss terms identity are not finite; row 7 is not finite. The newest checkpoint is sound" in str(
+        ended.value
+    )
+    assert lines(tmp_path)[-1]["loss"] is None
+
+
+def test_a_loss_that_is_not_finite_counts_for_nothing_among_others_and_is_null_alone(tmp_path: Path) -> None:
+    with open_log(tmp_path, every=2) as run_log:
+        for step in range(1, 5):
+            run_log.step(at(step), stats(loss_sum=16, broken=int(step != 1)), 8, 0.0)
+    assert [line["loss"] for line in lines(tmp_path)] == [2.0, None]
 
 
 def test_a_skipped_update_now_and_then_stops_nothing(tmp_path: Path) -> None:
