@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -46,7 +47,9 @@ def make_batch(seed: int, spoilt: float | None = None) -> Batch:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_two_batches_that_are_not_finite_cost_two_updates_and_nothing_else(value: float, optimizer: str) -> None:
+def test_two_batches_that_are_not_finite_cost_two_updates_and_nothing_else(
+    value: float, optimizer: Literal["sgd", "adamw", "lamb"]
+) -> None:
     state = make_state()
     state.recipe = dataclasses.replace(
         state.recipe, phases=(dataclasses.replace(state.recipe.phases[0], optimizer=optimizer),)

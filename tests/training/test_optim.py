@@ -12,6 +12,8 @@ from torch.amp.grad_scaler import GradScaler
 from facefast.recipe import Phase
 from facefast.training.optim import Lamb, build_optimizer, rate_factor
 
+Optimizer = Literal["sgd", "adam", "adamw", "lamb"]
+
 
 def curve(phase: Phase, steps: int = 100, steps_per_epoch: int = 10) -> list[float]:
     return [rate_factor(phase, step, steps, steps_per_epoch) for step in range(steps)]
@@ -46,7 +48,7 @@ def test_one_cycle_rises_then_falls_to_almost_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb"])
 def test_every_optimizer_minimises_and_leaves_weights_alone_when_a_gradient_is_not_finite(
-    name: Literal["sgd", "adam", "adamw", "lamb"],
+    name: Optimizer,
 ) -> None:
     weight = torch.nn.Parameter(torch.tensor([[3.0, -2.0]]))
     phase = Phase(optimizer=name, lr=0.05)
@@ -110,7 +112,7 @@ def test_lamb_follows_its_paper_through_many_steps_rates_and_a_weight_of_zeros()
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb"])
-def test_a_first_update_that_is_skipped_leaves_nothing_behind(name: str, dtype: torch.dtype) -> None:
+def test_a_first_update_that_is_skipped_leaves_nothing_behind(name: Optimizer, dtype: torch.dtype) -> None:
     junk = [torch.full((1000,), 1e30) for _ in range(50)]  # what an uninitialised buffer would find
     del junk
     ends = []
@@ -120,7 +122,7 @@ def test_a_first_update_that_is_skipped_leaves_nothing_behind(name: str, dtype: 
         group = {"params": [weight], "lr": phase.lr, "peak_lr": phase.lr, "weight_decay": phase.weight_decay}
         optimizer = build_optimizer(phase, [group], torch.device("cpu"))
         scale = 2.0**14 if dtype == torch.float16 else 1.0
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler = GradScaler("cpu", init_scale=scale)
         for gradient in gradients:
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = (weight * gradient).sum()
