@@ -138,7 +138,7 @@ class FaceModel(nn.Module):
         Raises:
             ValueError: pictures of another size or kind, or a model in training mode.
         """
-        images = self._prepare(images)
+        images = self._evaluated(images)
         embeddings = self.encode(images).float()
         if mirror:
             embeddings = embeddings + self.encode(images.flip(3)).float()
@@ -151,7 +151,7 @@ class FaceModel(nn.Module):
         Raises:
             ValueError: as `embed`, or the model has neither classes nor attributes.
         """
-        embeddings = self.encode(self._prepare(images))
+        embeddings = self.encode(self._evaluated(images))
         attributes = self.predict_attributes(embeddings)
         if self.head is None and attributes:
             nobody = torch.full((len(images),), -1, device=embeddings.device)
@@ -269,10 +269,19 @@ class FaceModel(nn.Module):
             [from_json(AttributeSpec, spec) for spec in document.get("attributes", ())],
         )
 
-    def _prepare(self, images: Tensor) -> Tensor:
-        """Normalised pictures on the model's device."""
-        if self.training:
-            raise ValueError("the model is in training mode, where BatchNorm mixes pictures; call eval() first")
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Pictures as the network takes them; `embed` and `predict` do this themselves.
+
+        Args:
+            images: [B, 3, H, W] uint8 RGB of the size in `image`, aligned as its template says; or floating point that
+                is normalised already.
+
+        Returns:
+            [B, 3, H, W] on the model's device, in the channel order of `image`, mean subtracted, divided by std.
+
+        Raises:
+            ValueError: another size or type.
+        """
         self._check_shape(images)
         # The type says which of the two it is: bytes as decoded, or floats that a loader has normalised already.
         if images.dtype == torch.uint8:
@@ -282,6 +291,11 @@ class FaceModel(nn.Module):
         if not images.is_floating_point():
             raise ValueError(f"pictures are {images.dtype}; give uint8 RGB or normalised floating point")
         return images.to(self.pixel_mean)
+
+    def _evaluated(self, images: Tensor) -> Tensor:
+        if self.training:
+            raise ValueError("the model is in training mode, where BatchNorm mixes pictures; call eval() first")
+        return self.preprocess(images)
 
     def _check_shape(self, images: Tensor) -> None:
         height, width = self.image.shape

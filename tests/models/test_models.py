@@ -411,3 +411,13 @@ def test_a_step_never_waits_for_the_device() -> None:
             network(images).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_preprocess_is_what_embed_does_to_pixels() -> None:
+    network = model().eval()
+    prepared = network.preprocess(pixels(2))
+    assert prepared.is_floating_point() and prepared.shape == pixels(2).shape
+    assert torch.equal(network.preprocess(prepared), prepared)  # normalised already
+    assert torch.equal(network.embed(pixels(2)), network.embed(prepared))
+    with pytest.raises(ValueError, match="the model takes"):
+        network.preprocess(pixels(2)[..., :-1])

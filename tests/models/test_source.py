@@ -27,6 +27,8 @@ from facefast.models.backbones import build_backbone
 from facefast.models.weights.layouts import recognise
 from facefast.models.weights.source import PREFIXES, strip_prefixes
 from facefast.recipe import ImageSpec, ModelConfig
+from facefast.runtime import manifest
+from facefast.runtime.exits import StorageError
 
 PUBLISHED = "mobilefacenet_casia_112x96.ckpt"
 TEMPLATE = ((30.2946, 51.6963), (65.5318, 51.5014), (48.0252, 71.7366), (33.5493, 92.3655))
@@ -366,6 +368,7 @@ def saved_model(folder: Path, seed: int, **files: FaceModel) -> FaceModel:
     safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
     for stem, other in files.items():
         safetensors.torch.save_file(other.state_dict(), folder / f"{stem}.safetensors")
+    manifest.write(folder, step=0)
     return model
 
 
@@ -396,6 +399,9 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path) -> None:
         load_source(tmp_path)
     saved_model(tmp_path / "other", 1)
     (tmp_path / "other" / "model.json").write_text('{"backbone": "resnet18"}')
+    with pytest.raises(StorageError, match="model.json should have .* bytes"):
+        load_source(tmp_path / "other")
+    manifest.write(tmp_path / "other", step=0)
     with pytest.raises(ValueError, match="no entry 'embedding'"):
         load_source(tmp_path / "other")
 

@@ -20,7 +20,7 @@ from facefast.models.weights.layouts import (
 )
 from facefast.models.weights.readers import read
 from facefast.recipe import ImageSpec, from_json
-from facefast.runtime import files
+from facefast.runtime import files, manifest
 
 IMAGENET = "imagenet"
 # Where training programs keep the network inside a checkpoint, the surest name first.
@@ -234,6 +234,7 @@ def _from_folder(path: Path) -> Source:
         weights = [file for file in weights if file.is_file()]
         if not document.is_file() or not weights:
             continue
+        manifest.verify(folder)
         config = files.read_json(document)
         try:
             return Source(
