@@ -9,6 +9,7 @@ import pytest
 
 from facefast.data import FaceIndex, read_index
 from facefast.data.formats.folder import read_folder
+from facefast.runtime.exits import DataError
 from tests.support.faulty import jpeg
 from tests.support.pictures import encode, smooth_picture
 
@@ -68,7 +69,8 @@ def test_folders_named_train_and_test_are_splits_of_one_set_of_people(tmp_path: 
     }  # fmt: skip
     assert index.splits.tolist() == [2, 2, 0, 0, 1]
     touch(tmp_path, "someone/1.jpg")
-    assert "train" in read_folder(tmp_path).class_names, "a person called Train among others"
+    with pytest.raises(DataError, match="test, train, val, which look like a part .* and someone beside"):
+        read_folder(tmp_path)
 
 
 def test_links_are_followed_but_never_in_a_circle(tmp_path: Path) -> None:
