@@ -12,6 +12,7 @@ import io
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -172,6 +173,8 @@ def read_labels(index: FaceIndex, path: str | os.PathLike[str], min_confidence: 
         label = int(index.labels[row]) if row >= 0 else -1
         if not 0 <= line.confidence <= 1:
             faults.append((number, f"the confidence of {line.path} is {line.confidence}, which lies outside [0, 1]"))
+        elif any(unicodedata.category(letter) == "Cc" for letter in line.identity):
+            faults.append((number, f"the identity {line.identity!r} holds a line end or a terminal's code"))
         elif row < 0:
             faults.append((number, f"{line.path} is no picture of {index.root}"))
         elif label >= 0 and index.class_names[label] != line.identity:

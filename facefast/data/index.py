@@ -20,6 +20,13 @@ from facefast.recipe import IndexFacts, Reading
 FAULTS: tuple[str, ...] = _scan.FAULTS
 """Reasons by the numbers in `FaceIndex.faults`; 0 is sound."""
 """Larger pictures are refused: the decoder needs 6.5 bytes for each of their pixels."""
+
+
+def advice(fault: str) -> str:
+    """What to do about a fault, in brackets to be put behind its name; "" where there is no more to say."""
+    return " (convert it to JPEG or PNG)" if fault.startswith("unsupported") else ""
+
+
 SPLITS = ("train", "val", "test")
 """Names by the numbers in `FaceIndex.splits`."""
 
@@ -264,7 +271,7 @@ class FaceIndex:
         try:
             if not Path(path).is_file():
                 raise ValueError("it is no regular file")
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 stored: dict[str, Any] = {name: file[name] for name in names if name in file.files}
             stored["root"] = str(stored["root"])
             for name in ("class_names", "attribute_names"):
@@ -420,8 +427,10 @@ def _check_stored(stored: dict[str, Any]) -> None:
     }  # fmt: skip
     for name, kind in types.items():
         column = stored.get(name)
-        if column is None and name in ("landmarks", "attributes", "boxes"):
-            continue
+        if column is None:
+            if name in ("landmarks", "attributes", "boxes"):
+                continue
+            raise ValueError(f"it has no column {name}")
         expected = (rows, *shapes.get(name, ()))
         if column.shape != expected or column.dtype.str.lstrip("<|")[: len(kind)] != kind:
             raise ValueError(f"column {name} is {column.dtype} {column.shape}, and must be {kind} {expected}")

@@ -199,7 +199,7 @@ def _end(file: Path, announced: float, keys: NDArray[np.int64], is_identity: NDA
 
 
 def _warn_of_unlisted(
-    file: Path, offsets: NDArray[np.int64], records: NDArray[np.void], part: NDArray[np.uint32], size: int
+    file: Path, offsets: NDArray[np.int64], records: NDArray[np.void], part: NDArray[Any], size: int
 ) -> None:
     """Says how many bytes no line of the .idx accounts for: pictures, if it was cut or belongs to an older file."""
     order = np.argsort(offsets)

@@ -91,7 +91,7 @@ def _members(file: BinaryIO, size: int) -> Iterator[Member]:
         odd = "" if kind in FILE + FOLDER and not sparse else "is a link or another special file"
         if is_folder or odd:
             at = body if kind in b"123456" else at  # links and folders have no bytes, whatever their size says
-        yield Member(called, odd, not (is_folder or odd), body, length)
+        yield Member(called.rstrip("/") if is_folder else called, odd, not (is_folder or odd), body, length)
         name, facts = "", {}
     if name or facts:
         raise _DamagedTar(f"it ends at byte {at} after a name without a member")
