@@ -17,6 +17,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from enum import Enum, auto
+from operator import itemgetter
 
 from facefast.data.index import printable
 from facefast.runtime.exits import DataError
@@ -60,20 +62,28 @@ MAX_PATH = 1024
 """Of a folder, in bytes, from the folder that is walked; every path of an index takes as much room as the longest."""
 
 
+class Kind(Enum):
+    """What a name says of its file."""
+
+    PICTURE = auto()
+    COMPANION = auto()
+    OTHER = auto()
+    LOST = auto()
+    """Not a name's: a folder or a link that cannot be followed."""
+
+
+def kind_of(name: bytes) -> Kind:
+    """What a file's name says: `PICTURE` with a picture's extension, but `COMPANION` after one of `MARKS`."""
+    dot = name.rfind(b".")
+    if name[dot:].lower() not in EXTENSIONS:
+        return Kind.OTHER
+    before = name.rfind(b".", 0, dot) + 1
+    return Kind.COMPANION if before and name[before:dot].lower() in MARKS else Kind.PICTURE
+
+
 def is_picture(name: bytes) -> bool:
     """Whether a file name is a picture's: one of `EXTENSIONS`, not hidden, no companion's."""
-    return claims_picture(name) and not name.startswith(b".") and not is_companion(name)
-
-
-def claims_picture(name: bytes) -> bool:
-    """Whether a file name has a picture's extension."""
-    return name[name.rfind(b".") :].lower() in EXTENSIONS
-
-
-def is_companion(name: bytes) -> bool:
-    """Whether the last word before the extension is one of `MARKS`."""
-    parts = name.rsplit(b".", 2)
-    return len(parts) == 3 and parts[1].lower() in MARKS
+    return kind_of(name) is Kind.PICTURE and not name.startswith(b".")
 
 
 def is_left_out(name: bytes) -> bool:
@@ -92,17 +102,31 @@ def entries(folder: bytes) -> list[os.DirEntry[bytes]]:
     Raises:
         OSError: the folder cannot be read.
     """
-    kept = []
-    with os.scandir(folder) as found:
-        for entry in found:
-            if not is_left_out(entry.name):
-                kept.append(entry)
-            elif not entry.name.startswith(b".") and not os.access(entry.path, os.R_OK | os.X_OK):
-                warnings.warn(
-                    f"{printable(entry.path)} cannot be read; it is left out like all folders of that name",
-                    stacklevel=3,
-                )
-    return sorted(kept, key=lambda entry: entry.name)
+    return [entry for _, _, entry in _entries(folder)]
+
+
+def _entries(folder: bytes) -> list[tuple[bytes, Kind, os.DirEntry[bytes]]]:
+    found = []
+    with os.scandir(folder) as everything:
+        for entry in everything:
+            name = entry.name
+            if name[0] == _DOT:
+                continue
+            kind = kind_of(name)
+            if kind is Kind.OTHER and name.lower() in SYSTEM_FOLDERS:
+                if not os.access(entry.path, os.R_OK | os.X_OK):
+                    warnings.warn(
+                        f"{printable(entry.path)} cannot be read; it is left out like all folders of that name",
+                        stacklevel=3,
+                    )
+                continue
+            found.append((name, kind, entry))
+    found.sort(key=_first)  # kinds and entries have no order
+    return found
+
+
+_DOT = ord(".")
+_first = itemgetter(0)
 
 
 def top_entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[bytes]]:
@@ -137,14 +161,11 @@ def list_pictures(folder: str | bytes | os.PathLike[str], *, descend_first: bool
         DataError: `folder` itself cannot be read.
     """
     companions: list[bytes] = []
-    for path, is_file in _walk(os.fsencode(folder), descend_first, stop_at_pictures=True):
-        if not is_file:
+    for path, kind in _walk(os.fsencode(folder), descend_first, stop_at_pictures=True):
+        if kind is Kind.PICTURE or kind is Kind.LOST:
             yield path
-        elif claims_picture(path):
-            if is_companion(path[path.rfind(b"/") + 1 :]):
-                companions.append(path)
-            else:
-                yield path
+        elif kind is Kind.COMPANION:
+            companions.append(path)
     if companions:
         warnings.warn(
             f"{len(companions)} files below {printable(os.fsencode(folder))} are named like masks, thumbnails and "
@@ -160,8 +181,8 @@ def list_files(folder: str | os.PathLike[str]) -> Iterator[bytes]:
     Raises:
         DataError: a folder cannot be read or is too deep, or a link leads nowhere.
     """
-    for path, is_file in _walk(os.fsencode(folder), descend_first=True, stop_at_pictures=False):
-        if not is_file:
+    for path, kind in _walk(os.fsencode(folder), descend_first=True, stop_at_pictures=False):
+        if kind is Kind.LOST:
             raise DataError(
                 f"{printable(path)} in {os.fspath(folder)} cannot be looked into: it has no permission, leads nowhere, "
                 f"or is more than {MAX_DEPTH} folders down; mend it or move it away"
@@ -169,39 +190,47 @@ def list_files(folder: str | os.PathLike[str]) -> Iterator[bytes]:
         yield path
 
 
-def _walk(base: bytes, descend_first: bool, stop_at_pictures: bool) -> Iterator[tuple[bytes, bool]]:
-    """(path, whether it is a file, or named like a picture where those are not entered); not so are folders and links
-    that cannot be followed."""
-    stack = [(b"", iter(top_entries(os.fsdecode(base))))]
+def _walk(base: bytes, descend_first: bool, stop_at_pictures: bool) -> Iterator[tuple[bytes, Kind]]:
+    """Files and what cannot be looked into; folders named like a picture are not entered where that is said."""
+    top_entries(os.fsdecode(base))
+    stack = [(b"", iter(_entries(base)))]
     top = _identity(base)
     seen = {top}
     while stack:
         prefix, rest = stack[-1]
-        entry = next(rest, None)
-        if entry is None:
+        for name, kind, entry in rest:
+            path = prefix + name
+            if not prefix:
+                seen = {top}
+            if kind is not Kind.OTHER and stop_at_pictures and not (descend_first and not prefix):
+                yield path, kind
+            elif not is_folder(entry):
+                lost = entry.is_symlink() and not os.path.exists(entry.path)
+                yield path, Kind.LOST if lost else kind
+            else:
+                inside = _enter(entry, seen, len(stack) > MAX_DEPTH or len(path) > MAX_PATH)
+                if inside is None:
+                    yield path, Kind.LOST
+                elif inside:
+                    stack.append((path + b"/", iter(inside)))
+                    break
+        else:
             stack.pop()
-            continue
-        if not prefix:
-            seen = {top}
-        path = prefix + entry.name
-        enter = not (stop_at_pictures and claims_picture(entry.name)) or (descend_first and not prefix)
-        if not (enter and is_folder(entry)):
-            lost = enter and entry.is_symlink() and not os.path.exists(entry.path)
-            yield path, not lost
-            continue
-        try:
-            here = _identity(entry.path)
-            if here in seen:
-                continue
-            if len(stack) > MAX_DEPTH or len(path) > MAX_PATH:
-                yield path, False
-                continue
-            inside = entries(entry.path)
-        except OSError:
-            yield path, False
-            continue
-        seen.add(here)
-        stack.append((path + b"/", iter(inside)))
+
+
+def _enter(
+    folder: os.DirEntry[bytes], seen: set[tuple[int, int]], too_far: bool
+) -> list[tuple[bytes, Kind, os.DirEntry[bytes]]] | None:
+    """What is in a folder, nothing if it is among those `seen`, None if it cannot be looked into."""
+    try:
+        here = _identity(folder.path)
+        if here in seen:
+            return []
+        inside = None if too_far else _entries(folder.path)
+    except OSError:
+        return None
+    seen.add(here)
+    return inside
 
 
 def holds_picture(folder: bytes) -> bool:
@@ -220,10 +249,10 @@ def holds_picture(folder: bytes) -> bool:
                 for entry in found:
                     if is_left_out(entry.name):
                         continue
-                    if claims_picture(entry.name):
-                        if not is_companion(entry.name):
-                            return True
-                    elif is_folder(entry):
+                    kind = kind_of(entry.name)
+                    if kind is Kind.PICTURE:
+                        return True
+                    if kind is Kind.OTHER and is_folder(entry):
                         waiting.append((entry.path, depth + 1))
                     elif entry.is_symlink() and not os.path.exists(entry.path):
                         return True

@@ -29,11 +29,15 @@ def read_folder(root: str | os.PathLike[str]) -> FaceIndex:
     names: list[str] = []
     splits: list[int] = []
     for base in parts or [b""]:
+        prefix, split = os.path.join(base, b"") if base else b"", split_of(base) or 0
+        last, name = b"", ""
         for path in list_pictures(os.path.join(top, base), descend_first=True):
             identity, slash, _ = path.partition(b"/")
-            paths.append(os.path.join(base, path))
-            names.append(printable(identity) if slash else "")
-            splits.append(split_of(base) or 0)
+            if identity != last:
+                last, name = identity, printable(identity)
+            paths.append(prefix + path)
+            names.append(name if slash else "")
+            splits.append(split)
     if parts:
         loose = [path for path in list_pictures(top, descend_first=True) if path.partition(b"/")[0] not in parts]
         paths += loose
@@ -81,10 +85,12 @@ def _holds_people(folder: bytes) -> bool:
 
 def _require_people(root: str, paths: Sequence[bytes]) -> None:
     """Refuses or doubts a folder whose identities hold nothing but folders: it may be one level too high."""
+    if any(path.count(b"/") == 1 for path in paths):  # nearly always the first one
+        return
     inside = [path.split(b"/", 2) for path in paths if b"/" in path]
     below = {(parts[0], parts[1]) for parts in inside if len(parts) == 3}
     identities = {parts[0] for parts in inside}
-    if any(len(parts) == 2 for parts in inside) or len(below) <= len(identities):
+    if len(below) <= len(identities):
         return
     lower = sorted(name for _, name in below)
     if len(identities) == 1 and any(split_of(name) is not None for name in lower):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from facefast.data.formats.tar import Member, members
 from facefast.data.index import FaceIndex, escaped, number_classes
-from facefast.data.walk import claims_picture, is_companion, is_folder, is_left_out, list_files, split_of, top_entries
+from facefast.data.walk import Kind, is_folder, is_left_out, kind_of, list_files, split_of, top_entries
 from facefast.runtime.exits import DataError
 
 LABEL_BYTES = 1 << 20  # a longer .cls or .json is no label
@@ -108,7 +108,7 @@ def _samples(shard: Path) -> Iterator[tuple[int, int, str]]:
             seen.add(name)
             stem, _, kind = name.rpartition(".")
             kind = kind.lower()
-            if claims_picture(os.fsencode(name)):
+            if kind_of(os.fsencode(name)) is not Kind.OTHER:
                 pictures.append((stem, member))
             elif kind == "cls":
                 labels.cls[stem] = _class_in_text(shard, name, _content(shard, file, member))
@@ -152,7 +152,8 @@ def _without_other_fields(shard: Path, pictures: Sequence[tuple[str, Member]]) -
             )
 
     def is_field(stem: str, member: Member) -> bool:
-        return (stem not in plain and _key(stem) in plain) or is_companion(os.fsencode(posixpath.basename(member.name)))
+        companion = kind_of(os.fsencode(posixpath.basename(member.name))) is Kind.COMPANION
+        return companion or (stem not in plain and _key(stem) in plain)
 
     fields = [member.name for stem, member in pictures if is_field(stem, member)]
     if fields:
