@@ -11,6 +11,7 @@ beside the bandwidth of a plain copy measured in the same rounds; on a GPU every
 
 from __future__ import annotations
 
+import functools
 import importlib
 import statistics
 from collections.abc import Callable
@@ -80,7 +81,7 @@ def measure(rows: int, classes: int, rounds: int, device: str, dtype: torch.dtyp
     target, upstream = torch.randint(0, classes, (rows,), device=device), torch.rand(rows, device=device)
     source, copied = torch.randn(rows, classes, device=device).to(dtype), torch.empty_like(logits, requires_grad=False)
     runs: dict[str, Callable[[], object]] = {
-        name: lambda f=f: both_ways(f, logits, target, upstream)
+        name: functools.partial(both_ways, f, logits, target, upstream)
         for name, f in {"facefast": native, **peers(device)}.items()
     }
     numbers = (GAMMA, 0.0, 1.0, 1.0, -100, 1.0, 0.0, 0.0, False, 0)

@@ -85,7 +85,7 @@ def _run(graph: nvdali.Pipeline) -> Batches:
     graph.build()
     while True:
         (batch,) = graph.run()
-        yield torch.from_dlpack(batch.as_tensor())
+        yield torch.utils.dlpack.from_dlpack(batch.as_tensor())
 
 
 def _graph(device: str) -> nvdali.Pipeline:
@@ -180,8 +180,10 @@ class _Pictures(Dataset[Tensor]):
     def __getitem__(self, row: int) -> Tensor:
         if self.pil:
             with Image.open(self.paths[row]) as file:
-                return self.transform(file.convert("RGB"))
-        return self.transform(decode_jpeg(read_file(self.paths[row]), ImageReadMode.RGB))
+                picture: Tensor = self.transform(file.convert("RGB"))
+        else:
+            picture = self.transform(decode_jpeg(read_file(self.paths[row]), ImageReadMode.RGB))
+        return picture
 
 
 def with_torchvision(index: FaceIndex, image: ImageSpec, *, pil: bool) -> Batches:

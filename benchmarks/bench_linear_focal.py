@@ -13,6 +13,7 @@ Memory is the greatest sum of tensors alive beyond x, W and what was there befor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -71,7 +72,7 @@ def measure(
         x.grad = weight.grad = None
         loss(x, weight, target).backward()
 
-    runs = {name: lambda f=f: step(f) for name, f in contenders(rows * classes * dtype.itemsize).items()}
+    runs = {name: functools.partial(step, f) for name, f in contenders(rows * classes * dtype.itemsize).items()}
     peaks = {}
     if device == "cuda":
         for name, run in runs.items():
@@ -129,8 +130,8 @@ def test_heads_beside_torch(shape: tuple[int, int, int], capsys: pytest.CaptureF
 def main() -> None:
     shapes, rounds, device, dtype = options(__doc__, SHAPES, "ROWSxDIMxCLASSES", 9)
     torch.set_num_threads(THREADS)
-    for shape in shapes:
-        report(shape, device, dtype, *measure(*shape, rounds, device, dtype))
+    for rows, dim, classes in shapes:
+        report((rows, dim, classes), device, dtype, *measure(rows, dim, classes, rounds, device, dtype))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from PIL import Image
 from record import record
 
 from facefast import _scan
-from facefast.data.index import MAX_PIXELS
+from facefast.recipe import Reading
 
 SHARED = Path(__file__).parents[2] / "shared/data/celeba-mini/img_align_celeba"
 ROUNDS = 15
 BATCH = 128
+MAX_PIXELS = Reading.max_pixels
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -14,7 +14,7 @@ FLUSH = 256 << 20  # bytes written between runs on a GPU: more than its cache
 
 
 def interleaved(
-    runs: dict[str, Callable[[], object]], rounds: int, device: str = "cpu", burst: float = BURST
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu", burst: float = BURST
 ) -> dict[str, list[float]]:
     """Seconds per run of each contender, one number per round; on a GPU by its own clock, from a cold cache."""
     clock = _on_gpu if device == "cuda" else _on_cpu
@@ -25,7 +25,7 @@ def interleaved(
         repeats[name] = max(1, min(200, round(burst / clock(run, 1))))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
-        for name in list(runs) if number % 2 else list(reversed(runs)):
+        for name in list(runs) if number % 2 else reversed(list(runs)):
             seconds[name].append(clock(runs[name], repeats[name]))
     return seconds
 
@@ -46,7 +46,8 @@ def _on_gpu(run: Callable[[], object], repeats: int) -> float:
         run()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) / 1000
+    milliseconds: list[float] = [start.elapsed_time(end) for start, end in events]
+    return statistics.median(milliseconds) / 1000
 
 
 def summary(times: list[float]) -> dict[str, float]:
@@ -65,7 +66,7 @@ def ratio(times: list[float], ours: list[float]) -> float:
 
 
 def options(
-    description: str | None, shapes: dict[str, tuple[tuple[int, ...], ...]], form: str, rounds: int
+    description: str | None, shapes: Mapping[str, tuple[tuple[int, ...], ...]], form: str, rounds: int
 ) -> tuple[list[tuple[int, ...]], int, str, torch.dtype]:
     """The command line of a loss benchmark: shapes, rounds, device and dtype; by default the device's own shapes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -12,12 +12,17 @@ __all__ = ["__version__", "load"]
 
 if TYPE_CHECKING:
     from facefast.models.checkpoint import load_model as load
+else:
+    # Hidden from the type checker: a module with `__getattr__` passes every misspelt import from the package.
+    def __getattr__(name: str) -> Any:
+        """`facefast.load`, imported when it is first asked for: `import facefast` alone stays quick."""
+        if name == "load":
+            from facefast.models.checkpoint import load_model
+
+            return load_model
+        raise AttributeError(f"module 'facefast' has no attribute {name!r}")
 
 
-def __getattr__(name: str) -> Any:
-    """`facefast.load`, imported when it is first asked for: `import facefast` alone stays quick."""
-    if name == "load":
-        from facefast.models.checkpoint import load_model
-
-        return load_model
-    raise AttributeError(f"module 'facefast' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    """Names the module holds, `load` too before it is imported."""
+    return sorted({*globals(), *__all__})

@@ -34,6 +34,7 @@ from facefast.labels.selftest import SelfTest, plant_wrong_labels, self_test
 from facefast.labels.sheets import strips, write_sheets
 from facefast.labels.suspects import KINDS, Suspects, find_suspects
 from facefast.recipe import Photographs
+from facefast.recipe.options import parse
 from facefast.runtime import exits, process
 
 
@@ -64,7 +65,7 @@ class AuditArguments:
 
 
 def corrections_of(index: FaceIndex, suspects: Suspects) -> list[Correction]:
-    """The findings as lines of suspects.csv."""
+    """The findings as lines of suspects.csv, in the same order."""
 
     def name(label: int) -> str:
         return index.class_names[label] if label >= 0 else ""
@@ -145,6 +146,7 @@ def audit(given: AuditArguments, index: FaceIndex, embeddings: Floats, out: Path
 
 def planted(given: AuditArguments, index: FaceIndex, embeddings: Floats) -> SelfTest:
     """The self-test: wrong labels planted in the set, and how many of them are found."""
+    # The set's own mistakes are found in both runs, and set aside when the planted ones are counted.
     labels = index.labels.astype(np.int64)
     wrong, rows = plant_wrong_labels(labels, given.plant, given.seed)
     before, after = (
@@ -157,7 +159,7 @@ def planted(given: AuditArguments, index: FaceIndex, embeddings: Floats) -> Self
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
-        given = tyro.cli(AuditArguments, args=arguments, prog="facefast.audit")
+        given = parse(AuditArguments, arguments, "audit")
         if (given.out is None) == (given.plant == 0):
             raise ValueError("give either --out DIR, for the findings, or --plant FRACTION, for the self-test")
         with process.start() as run:

@@ -1,19 +1,76 @@
-"""The console script: `facefast train|index|audit|evaluate|...` finds the command and hands it the rest of the line."""
+"""The console script: `facefast train|index|audit|evaluate|...` finds the command and hands it the rest of the line.
+
+What needs no command (help, version, misspelt words, all of train's flags) is answered before a command, and with it
+torch, is imported.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
+from facefast import __version__
 from facefast.runtime import exits
 
-COMMANDS = ("train", "index", "audit", "label", "evaluate", "predict", "export", "compress")
+COMMANDS = {
+    "train": "Train a model on photographs, as a recipe says",
+    "index": "Look through photographs before a run: what is there, broken, or there twice",
+    "audit": "Find wrong labels, copies, and people under two names",
+    "label": "Give names to photographs that have none",
+    "evaluate": "Measure how well a model recognises and verifies people",
+    "predict": "Name the people in photographs, or embed them",
+    "export": "Write a model as ONNX, torch.export or safetensors",
+    "compress": "Write an int8 copy of a model, refused where it recognises worse",
+}
+"""What each command does, in a line."""
 
 
 def main() -> None:
     """The console script `facefast`."""
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command not in COMMANDS:
-        print(f"usage: facefast {{{','.join(COMMANDS)}}} ...   (--help after a command tells more)")
-        sys.exit(exits.EXIT_DONE if command in ("-h", "--help") else exits.EXIT_USAGE)
-    sys.exit(importlib.import_module(f"facefast.{command}").main(sys.argv[2:]))
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(words: list[str]) -> int:
+    """Answers a command line; returns the exit code."""
+    first = words[0] if words else ""
+    if first in COMMANDS:
+        code = answer_without_torch(words[1:]) if first == "train" else None
+        return importlib.import_module(f"facefast.{first}").main(words[1:]) if code is None else code
+    if first == "--version":
+        print(f"facefast {__version__}")
+        return exits.EXIT_DONE
+    if first in ("", "-h", "--help"):
+        print(help_text())
+        return exits.EXIT_DONE if first else exits.EXIT_USAGE
+    from facefast.recipe.options import did_you_mean, nearest
+
+    near = (
+        did_you_mean(nearest(first, [*COMMANDS, "--help", "--version"])) or f"; the commands are {', '.join(COMMANDS)}"
+    )
+    print(f"error: there is no command {first!r}{near} (facefast --help says what each does)", file=sys.stderr)
+    return exits.EXIT_USAGE
+
+
+def help_text() -> str:
+    """The commands, a line each."""
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            "usage: facefast COMMAND ...",
+            "",
+            *(f"  {command:{width}}  {what}" for command, what in COMMANDS.items()),
+            "",
+            "facefast COMMAND --help tells more, facefast --version which one this is.",
+        ]
+    )
+
+
+def answer_without_torch(words: list[str]) -> int | None:
+    """The exit code of a train command line that asks for help or is wrong; None for one to train by."""
+    sound = False
+    with exits.exit_codes() as outcome:
+        from facefast.recipe import flags
+
+        flags.train_arguments(words)
+        sound = True
+    return None if sound else outcome.code

@@ -3,7 +3,7 @@
 
 OUT becomes a folder of `model-int8.onnx` (`images` in, `embeddings` of length 1 out, as `facefast.export` has it),
 `int8.json` (the pictures that it takes, and what the gate found) and `manifest.json`. Nothing is written where the
-embeddings or the verification accuracy moved further than allowed. How it is quantised stands in `int8`.
+embeddings or the verification accuracy moved further than allowed. `facefast.deploy.int8` says how it is quantised.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from facefast.deploy.gate import Array, Gate, compare, seconds_per_picture
 from facefast.evaluation.sets import find_evaluation_set
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Reading, to_json
+from facefast.recipe.options import parse
 from facefast.runtime import exits, files, process
 
 FORMAT = 1
@@ -117,8 +118,10 @@ def divide(given: CompressArguments, model: FaceModel, reading: Reading) -> tupl
         config = EvalConfig(pairs=given.pairs)
         evaluation_set = find_evaluation_set(given.model, model, given.data, config, given.seed, reading.threads)
     if evaluation_set is None or evaluation_set.verification is None or evaluation_set.pairs is None:
+        # From the other end of the order: the two overlap only in a set that is smaller than both together.
         judged = index.select(shuffled[::-1][:MOST_UNPAIRED])
         return index.select(shuffled[: given.photographs]), judged, None
+    # The gate embeds each photograph of the pairs once; the pairs then count in places among those.
     rows, places = np.unique(
         np.concatenate([evaluation_set.pairs.left, evaluation_set.pairs.right]), return_inverse=True
     )
@@ -229,7 +232,7 @@ def _check_out(out: Path) -> None:
 
 
 def _write(out: Path, content: bytes, document: dict[str, Any]) -> None:
-    aside = out.with_name(f".{out.name}.tmp")
+    aside = out.with_name(f".{out.name}.tmp")  # OUT appears whole or not at all
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
@@ -282,7 +285,7 @@ def gate_text(document: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
-        given = tyro.cli(CompressArguments, args=arguments, prog="facefast.compress")
+        given = parse(CompressArguments, arguments, "compress")
         with process.start("cpu") as run:
             if run.world.size > 1:
                 raise ValueError(f"compress runs in one process, not in {run.world.size}; start it without torchrun")

@@ -1,7 +1,6 @@
-"""What a model is worth: closed-set accuracy and open-set verification, on all ranks, with exact counts.
+"""What a finished model is worth: `python -m facefast.evaluate MODEL --data.root DIR`.
 
-`train` calls `evaluate` after each epoch; `python -m facefast.evaluate MODEL --data.root DIR` does it for a finished
-model.
+Closed-set accuracy and open-set verification, on all ranks, with exact counts.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from facefast.evaluation.measure import evaluate
 from facefast.evaluation.sets import find_evaluation_set, given_pairs
 from facefast.models import checkpoint
 from facefast.recipe import DataConfig, EvalConfig
+from facefast.recipe.options import parse
 from facefast.runtime import exits, process
 from facefast.runtime.process import decode_threads
 
@@ -42,7 +42,7 @@ class EvaluateArguments:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
-        given = tyro.cli(EvaluateArguments, args=arguments, prog="facefast.evaluate")
+        given = parse(EvaluateArguments, arguments, "evaluate")
         with process.start() as run:
             reading = given.data.reading(decode_threads(0, run.world))
             model = checkpoint.load_model(given.model, run.device)

@@ -14,6 +14,7 @@ import tyro
 
 from facefast.deploy.package import export
 from facefast.models import checkpoint
+from facefast.recipe.options import parse
 from facefast.runtime import exits
 
 
@@ -32,7 +33,7 @@ class ExportArguments:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
-        given = tyro.cli(ExportArguments, args=arguments, prog="facefast.export")
+        given = parse(ExportArguments, arguments, "export")
         export(checkpoint.load_model(given.model), given.to, given.out, checkpoint.read_recipe(given.model))
         print(f"{given.out}: {given.to}, checked against {given.model}")
     return outcome.code

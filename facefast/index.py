@@ -17,6 +17,7 @@ from tqdm import tqdm
 from facefast.data import FAULTS, FaceIndex, read_index
 from facefast.data.index import advice
 from facefast.recipe import Reading
+from facefast.recipe.options import parse
 from facefast.runtime import exits
 from facefast.runtime.exits import DataError
 
@@ -51,7 +52,7 @@ class IndexArguments:
 
 
 def findings(index: FaceIndex) -> dict[str, Any]:
-    """What the pre-flight says of a scanned index, as JSON values that name every file."""
+    """What the pre-flight finds in a scanned index, as JSON values that name every file."""
     bad = np.flatnonzero(index.faults)
     groups = copies(index)
     sound = index.sound()
@@ -78,7 +79,7 @@ def findings(index: FaceIndex) -> dict[str, Any]:
 
 def copies(index: FaceIndex) -> list[NDArray[np.int64]]:
     """Rows of each set of two or more sound pictures with the same bytes, in the index's order."""
-    rows = np.flatnonzero(index.hashes.any(axis=1))
+    rows = np.flatnonzero(index.hashes.any(axis=1))  # 0 is not scanned, or a fault
     rows = rows[np.lexsort((rows, *index.hashes[rows].T))]
     hashes = index.hashes[rows]
     begins = np.flatnonzero((hashes[1:] != hashes[:-1]).any(axis=1)) + 1
@@ -130,7 +131,7 @@ def scan(index: FaceIndex, threads: int, max_pixels: int) -> FaceIndex:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
-        given = tyro.cli(IndexArguments, args=arguments, prog="facefast.index")
+        given = parse(IndexArguments, arguments, "index")
         index = scan(read_index(given.root, given.format), given.threads, given.max_pixels)
         if given.out is not None:
             index.save(given.out if given.out.suffix == ".npz" else f"{given.out}.npz")

@@ -2,8 +2,8 @@
 
 Where some pictures have an identity, the others get one of those, if the model is sure enough. Where none has, or with
 `--ignore-labels`, pictures that look like one person become "cluster-0001" and so on. `labels.csv` has the columns
-path, identity (empty: nobody is sure enough) and confidence; edit it at will. `facefast train --data.labels labels.csv`
-trains on it, and that model labels better: do both again until the labels stay the same.
+path, identity (empty: no name is sure enough) and confidence; edit it at will. `facefast train --data.labels
+labels.csv` trains on it, and that model labels better: do both again until the labels stay the same.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from facefast.data.walk import holds_picture, is_folder, is_picture, top_entries
 from facefast.evaluation.embed import embed_photographs
 from facefast.labels.clustering import Floats, Numbers, agreement, assign, cluster, unit_rows
 from facefast.recipe import Photographs
+from facefast.recipe.options import parse
 from facefast.runtime import exits, process
 
 
@@ -40,7 +41,7 @@ class LabelArguments:
     ignore_labels: bool = False
     """Cluster all pictures as if none had an identity; where some have, print how far the clusters agree with them."""
     new_identities: bool = False
-    """Cluster those who are none of the known people too."""
+    """Cluster the pictures that show none of the known people too."""
     confidence: float = 0.9
     """Least confidence of a known identity's name for a picture without one."""
     similarity: float | None = None
@@ -59,7 +60,7 @@ class Names:
     """An identity for each of N pictures."""
 
     identities: list[str]
-    """[N], empty where nobody is sure enough."""
+    """[N], empty where no name is sure enough."""
     confidences: Floats
     """[N]"""
     clusters: Numbers | None
@@ -78,6 +79,7 @@ def propose_names(given: LabelArguments, embeddings: Floats, labels: Numbers, cl
     """
     seeded = bool((labels >= 0).any()) and not given.ignore_labels
     default = LabelArguments(given.model)
+    # An option that this run would not read is an error: silence would let its user believe in it.
     if not seeded:
         idle = [name for name in ("confidence", "new_identities") if getattr(given, name) != getattr(default, name)]
         reason = "no identity is known" if not given.ignore_labels else "--ignore-labels forgets those that are known"
@@ -96,6 +98,7 @@ def propose_names(given: LabelArguments, embeddings: Floats, labels: Numbers, cl
         identities = [""] * len(embeddings)
     clusters: Numbers | None = None
     if not seeded or given.new_identities:
+        # Only what no known identity claimed is clustered: known people keep their names.
         rest = np.array([row for row, name in enumerate(identities) if not name], np.int64)
         clusters = np.full(len(embeddings), -1)
         if len(rest):
@@ -152,7 +155,7 @@ def counts_text(found: dict[str, Any], given: LabelArguments) -> str:
 
 
 def with_format(data: Photographs) -> Photographs:
-    """A folder of nothing but loose pictures is one of nobody's yet: "auto" alone would not recognise it."""
+    """A folder of nothing but loose pictures has no identities yet: "auto" alone would not recognise its layout."""
     root = Path(data.root)
     if data.format != "auto" or not data.root or not root.is_dir():
         return data
@@ -165,7 +168,7 @@ def with_format(data: Photographs) -> Photographs:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
-        given = tyro.cli(LabelArguments, args=arguments, prog="facefast.label")
+        given = parse(LabelArguments, arguments, "label")
         given = dataclasses.replace(given, data=with_format(given.data))
         with process.start() as run:
             index, rows = embed_photographs(given.model, given.data, run, given.batch_size)

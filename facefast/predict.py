@@ -24,6 +24,7 @@ from facefast.faces.detect import Detector
 from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
 from facefast.recipe import Reading
+from facefast.recipe.options import parse
 from facefast.runtime import exits, process
 
 
@@ -67,6 +68,7 @@ def find_images(given: tuple[Path, ...]) -> list[Path]:
 
 def index_of(paths: list[Path], detector: Detector | None) -> FaceIndex:
     """A scanned index of loose photographs, with the detector's landmarks where there is one."""
+    # Loose photographs may lie anywhere: the file system's root is the one folder that holds all of them.
     files = [os.fsencode(os.path.abspath(path)).lstrip(b"/") for path in paths]
     index = FaceIndex.build("/", files, np.full(len(files), -1), ()).scanned()
     if detector is None:
@@ -83,7 +85,7 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """One answer a row: path, names with probabilities and attributes, or what kept the picture from being read.
 
-    An index with landmarks comes from a detector: a picture without them shows no face, and nobody is named.
+    An index with landmarks comes from a detector: a picture without them shows no face, and no name is given.
     """
     sound = np.flatnonzero(index.faults == 0)
     answers: dict[int, dict[str, Any]] = {}
@@ -119,7 +121,7 @@ def predict(
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
-        given = tyro.cli(PredictArguments, args=arguments, prog="facefast.predict")
+        given = parse(PredictArguments, arguments, "predict")
         with process.start() as run:
             model = checkpoint.load_model(given.model, run.device)
             if not model.num_classes and model.attribute_heads is None and given.embeddings is None:

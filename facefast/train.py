@@ -42,18 +42,21 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     state = TrainState(recipe, plan, run)
     saved = find_saved(folder, resume, state)
     with open_log(folder, state, saved) as log:
-        for number in range(state.phase_number, len(datasets)):
+        for number in range(state.phase_number, len(datasets)):  # a run that goes on enters the phase it stopped in
             start = begin(folder, state, number, datasets[number], source, teacher, saved, log)
             data = start.data
             if saved is None:
                 measure_untrained(folder, state, start, log)
-            saved = None
+            saved = None  # it belongs to the phase it was saved in: the next one begins by its own rules
             with open_loader(state, data) as loader:  #             sampler -> rows -> augment -> dali -> Batch
                 show_pictures(state, data, loader.sampler, log)
                 for batches, row_counts in updates(state, loader, data):
                     stats = train_step(state, batches, row_counts)  #     model -> logits -> focal -> step
                     log.step(where(state), stats, row_counts.rows, loader.wait_seconds, state.objective.names)
+                    # Measured before it is saved: the checkpoint holds the results, and `best` may point at it.
                     improved = evaluation_due(recipe.eval, state) and measure(state, data, log)
+                    # A signal reaches ranks at different moments; unless all leave after the same update, those that
+                    # go on would wait in their next collective operation until it times out.
                     stopping = run.agree(run.stop_requested)
                     if improved or stopping or save_due(recipe, state):
                         save(folder, state, improved)
@@ -82,12 +85,13 @@ def open_folder(folder: Path, recipe: Recipe, run: Runtime) -> None:
 
 
 def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
-    """The checkpoint to go on from, its place taken over by `state`; None starts anew.
+    """The checkpoint to go on from, its phase and step taken over by `state`; None where the run starts from nothing.
 
     Raises:
         ValueError: the run folder holds another recipe or other photographs, naming what differs.
     """
     path = None
+    # Rank 0 looks and tells the others: all must go on from the same checkpoint.
     if state.run.is_main and resume == "auto":
         path = checkpoint.newest(folder)
     elif state.run.is_main and resume != "never":
@@ -102,10 +106,10 @@ def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
 
 
 def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
-    """Writes what the run is into its folder and opens its log."""
+    """Writes recipe, plan and environment into the run folder and opens its log."""
     recipe, plan, run = state.recipe, state.plan, state.run
     if run.is_main:
-        if saved is None:
+        if saved is None:  # checkpoints of an earlier run would be taken for this one's by the next resume
             checkpoint.discard(folder)
         files.write_json(folder / "recipe.json", to_json(recipe))
         files.write_json(folder / "plan.json", to_json(plan))
@@ -130,8 +134,7 @@ def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
 
 
 def measure_untrained(folder: Path, state: TrainState, start: Start, log: RunLog) -> None:
-    """What there is before any training, the floor to beat; where a model starts with a head, it is its first
-    checkpoint."""
+    """Measures the model before any training, the floor to beat, and saves it where it is the best so far."""
     if start.known is None and state.phase.head_start != "class_mean":
         return
     if measure(state, start.data, log, start.known):
@@ -141,6 +144,7 @@ def measure_untrained(folder: Path, state: TrainState, start: Start, log: RunLog
 def open_loader(state: TrainState, data: PhaseData) -> Loader | CachedLoader:
     """The phase's batches for this rank, in the order that the sampler owns."""
     recipe, run, phase, plan = state.recipe, state.run, state.phase, state.phase_plan
+    # Balanced and pk batches are drawn by identity: pictures without one cannot be drawn.
     rows = np.arange(len(data.train)) if phase.sampler == "epoch" else np.flatnonzero(data.train.labels >= 0)
     sampler = make_sampler(
         phase.sampler,
@@ -183,6 +187,8 @@ def updates(
 ) -> Iterator[tuple[list[Batch], RowCounts]]:
     """What each update of the phase consumes, from the cursor on: this rank's micro-batches, and how many rows count
     over all."""
+    # The position is derived from the number of updates done, so that a resume needs no other cursor; batches that
+    # were read ahead but not consumed are read again.
     plan, accumulate = state.phase_plan, state.phase.accumulate
     labelled, known = data.train.labels >= 0, ~data.values().isnan().numpy()
     while state.phase_step < plan.steps:
@@ -190,7 +196,8 @@ def updates(
         loader.set_epoch(epoch, done * accumulate)
         batches = iter(loader)
         for first in range(done * accumulate, loader.sampler.steps_per_epoch, accumulate):
-            micro = list(itertools.islice(batches, accumulate))
+            micro = list(itertools.islice(batches, accumulate))  # fewer where the epoch ends inside an update
+            # The sampler is a pure function: every rank counts the rows of all ranks without asking them.
             rows = np.concatenate([loader.sampler.batch(epoch, part) for part in range(first, first + len(micro))])
             rows = rows[rows >= 0]
             yield micro, RowCounts(len(rows), int(labelled[rows].sum()), tuple(known[rows].sum(0).tolist()))
@@ -243,6 +250,7 @@ def measure(state: TrainState, data: PhaseData, log: RunLog, known: LabelledEmbe
     )
     state.set_modes()
     value, name = named_metric(recipe.eval, results)
+    # A phase is remembered by its best evaluation; a later, worse one is in the log alone.
     before = state.results.get(state.phase.name)
     if before is None or value > named_metric(recipe.eval, before)[0]:
         state.results = with_baselines(results) | state.results | {state.phase.name: results}

@@ -64,7 +64,7 @@ void Reduce(Plan* plan, Scratch* scratch) {
 }
 
 // Narrows [low, high] to the x at which an axis reads neither before its first nor past its
-// `size`-th pixel.
+// `size`-th pixel. The index is linear in x, so the x that are allowed are one interval.
 void Narrow(const Axis& axis, int size, int y, double* low, double* high) {
   const double slope = axis.map[0], at = static_cast<double>(axis.map[1]) * y + axis.map[2];
   // The samplers compute the index in float32, of terms as large as these.

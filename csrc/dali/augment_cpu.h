@@ -1,4 +1,4 @@
-// One picture on the CPU, without DALI: face_augment.cpp calls AugmentPicture from DALI's threads.
+// One picture on the CPU, without DALI; safe to call from many threads, each with a Scratch.
 
 #ifndef FACEFAST_CSRC_DALI_AUGMENT_CPU_H_
 #define FACEFAST_CSRC_DALI_AUGMENT_CPU_H_

@@ -52,7 +52,7 @@ struct Target {
 struct Axis {
   int size;     // decoded pixels
   int block;    // k: decoded pixels per reduced pixel
-  int phase;    // where the region starts inside its first block
+  int phase;    // where the region starts inside its first block: blocks lie on the grid of the whole picture
   int reduced;  // reduced pixels: the blocks that the region touches
   int taps;
   float radius;  // of the tent, in reduced pixels
@@ -74,6 +74,8 @@ inline Axis MakeAxis(const float* row, float origin, int size) {
   const int start = static_cast<int>(origin);
   Axis axis;
   axis.size = size;
+  // k = floor(R / 2) leaves a tent of 2 to 3 reduced pixels in radius, so of few taps, however much
+  // the picture shrinks.
   axis.block = shrink < 4.0 ? 1 : static_cast<int>(std::fmin(shrink / 2.0, double{kMaxBlock}));
   axis.phase = start % axis.block;
   axis.reduced = (axis.phase + size + axis.block - 1) / axis.block;
@@ -83,6 +85,7 @@ inline Axis MakeAxis(const float* row, float origin, int size) {
   axis.radius = axis.taps == 2 ? 1.0f : static_cast<float>(shrink / axis.block);
   axis.map[0] = static_cast<float>(a / axis.block);
   axis.map[1] = static_cast<float>(b / axis.block);
+  // Output pixel x has its centre at x + 0.5, reduced pixel i at i + 0.5; indices count from the region's first block.
   const int first_block = start / axis.block;
   axis.map[2] = static_cast<float>((0.5 * a + 0.5 * b + row[2]) / axis.block - first_block - 0.5);
   return axis;
@@ -106,7 +109,8 @@ FACEFAST_HD bool Erased(const Plan& plan, int x, int y) {
   return x >= plan.erase[0] && y >= plan.erase[1] && x < plan.erase[2] && y < plan.erase[3];
 }
 
-// Where an axis is sampled for one output pixel: taps first, first + 1, ... of weight At(i) / sum.
+// Where an axis is sampled for one output pixel: taps first, first + 1, ... of weight At(i) / sum. The sum is over all
+// taps, those outside the picture too, which count as black.
 struct Tent {
   int first;
   float start, inverse, sum;
@@ -132,7 +136,7 @@ FACEFAST_HD void BlockMean(const Plan& plan, int x, int y, float* rgb) {
   const int x1 = x0 + plan.x.block < plan.x.size ? x0 + plan.x.block : plan.x.size;
   const int y1 = y0 + plan.y.block < plan.y.size ? y0 + plan.y.block : plan.y.size;
   const uint32_t area = static_cast<uint32_t>(plan.x.block) * plan.y.block;
-  uint32_t r = area / 2, g = area / 2, b = area / 2;
+  uint32_t r = area / 2, g = area / 2, b = area / 2;  // half of the divisor rounds half up
   for (int j = y0 < 0 ? 0 : y0; j < y1; ++j) {
     const uint8_t* row = plan.pixels + static_cast<size_t>(j) * plan.x.size * 3;
     for (int i = x0 < 0 ? 0 : x0; i < x1; ++i) {

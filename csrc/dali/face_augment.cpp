@@ -98,7 +98,7 @@ void FaceAugment<CPUBackend>::RunImpl(dali::Workspace& ws) {
     const int64_t pixels = int64_t{plans_[i].x.size} * plans_[i].y.size;
     pool.AddWork(
         [this, i](int) {
-          thread_local Scratch scratch;
+          thread_local Scratch scratch;  // grows to the largest picture and stays
           AugmentPicture(plans_[i], target_, &scratch);
         },
         pixels);  // the largest pictures first

@@ -1,5 +1,6 @@
 // FaceAugment on the GPU: one kernel for the batch, one thread per output pixel, 32 x 8 pixels per
-// block. Everything that is not about threads is in augment_math.h.
+// block, a picture for each step of the grid's third axis. Everything that is not about threads is
+// in augment_math.h.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -31,6 +32,8 @@ __global__ void __launch_bounds__(kBlockWidth* kBlockHeight) FaceAugmentKernel(c
 
   const int x0 = blockIdx.x * kBlockWidth, x = x0 + threadIdx.x;
   const int y = blockIdx.y * kBlockHeight + threadIdx.y;
+  // A warp is one line of the block and leaves as a whole, so that __syncwarp below finds all of its
+  // lanes. Pixels beside the picture stay until then for the same reason.
   if (y >= target.height) return;
   float color[3] = {0.0f, 0.0f, 0.0f};
   if (x < target.width && !Erased(plan, x, y)) {

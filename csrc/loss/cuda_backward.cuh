@@ -143,9 +143,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) add_kernel(const T* x, int64_t n, Acc<T>* total) {
+__global__ void __launch_bounds__(kThreads) add_kernel(const T* parts, int64_t count, int64_t n, Acc<T>* total) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i < n) total[i] += load(x[i]);
+  if (i >= n) return;
+  for (int64_t k = 0; k < count; ++k) total[i] += load(parts[k * n + i]);
 }
 
 }  // namespace facefast

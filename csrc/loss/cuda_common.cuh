@@ -37,6 +37,7 @@ void with_type(Type type, const F& run) {
   dispatch<__half, __nv_bfloat16>(type, run);
 }
 
+// The first axis of a grid takes 2^31 - 1 blocks, the others 65 535: every kernel here uses the first alone.
 inline unsigned blocks_for(int64_t items, int64_t per_block) {
   const int64_t blocks = (items + per_block - 1) / per_block;
   if (blocks > 0x7fffffff) throw std::runtime_error("facefast: too many rows or classes for one launch");
@@ -44,8 +45,9 @@ inline unsigned blocks_for(int64_t items, int64_t per_block) {
 }
 
 // -----------------------------------------------------------------------------------------------
-// A row seen as chunks of 16 bytes that are aligned in memory. The row may start anywhere: its first and last chunk can
-// be partial, and those alone are read element by element.
+// A row seen as chunks of 16 bytes that are aligned in memory, so that a thread loads each at once. The row may start
+// anywhere (a slice of a matrix, or 10 177 values of 2 bytes): its first and last chunk can be partial, and those alone
+// are read element by element. Neighbouring threads take neighbouring chunks, so that a warp's loads are one stretch.
 
 template <typename T>
 struct alignas(16) Pack {
@@ -82,7 +84,8 @@ struct Chunks {
     return pack;
   }
 
-  // Every `stride`-th chunk from `chunk` on, those from `end` on filled.
+  // Every `stride`-th chunk from `chunk` on, those from `end` on filled. The loads are issued together and none waits
+  // for another: that many chunks of every thread are on their way at a time.
   template <int kCount>
   __device__ __forceinline__ void read(Pack<T> (&packs)[kCount], int chunk, int stride, int end, T fill) const {
 #pragma unroll
@@ -116,7 +119,7 @@ __device__ __forceinline__ void prefetch([[maybe_unused]] const void* address) {
 }
 
 // -----------------------------------------------------------------------------------------------
-// exp(scale * (x - peak)) for x <= peak.
+// exp(scale * (x - peak)) for x <= peak, by the hardware's exp2 but for double; exactly 0 for x = -inf.
 
 __device__ __forceinline__ float exp2_fast(float x) {
 #if defined(__CUDACC__)
@@ -163,7 +166,7 @@ struct Partial {
   double loss, count;
 };
 
-// The sum over the block, in thread 0.
+// The sum over the block, in thread 0; every thread of the block must come here.
 __device__ __forceinline__ Partial block_sum(Partial value) {
   __shared__ Partial sums[kThreads];
   sums[threadIdx.x] = value;
@@ -177,7 +180,8 @@ __device__ __forceinline__ Partial block_sum(Partial value) {
   return sums[0];
 }
 
-// Turns partial sums into the reduced loss (where there is a reduction) and the count.
+// Turns partial sums into the reduced loss (where there is a reduction) and the count. One block, whose threads take
+// fixed sums: the order of adding depends on the number of partial sums alone.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
     reduce_kernel(const Partial* partial, int64_t blocks, Reduction reduction, A* loss, A* count) {
@@ -200,13 +204,13 @@ struct Queue {
 
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), unsigned blocks, const char* what, Arguments... arguments) const {
-    if (blocks == 0) return;
+    if (blocks == 0) return;  // an empty matrix: a grid without blocks is an error to CUDA
 #if defined(__CUDACC__)
     kernel<<<blocks, kThreads, 0, stream>>>(arguments...);
 #else
     on_host::launch(kernel, blocks, kThreads, arguments...);
 #endif
-    check(cudaGetLastError(), what);
+    check(cudaGetLastError(), what);  // of the launch; what the kernel does wrong shows at a later call
   }
 
   template <typename A>

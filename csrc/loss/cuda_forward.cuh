@@ -9,7 +9,7 @@
 namespace facefast {
 
 constexpr int kInFlight = 4;          // chunks that a thread has in flight
-constexpr int kSegmentChunks = 2048;  // 32 KiB of a row
+constexpr int kSegmentChunks = 2048;  // 32 KiB of a row: two rounds of kInFlight chunks for each thread of a block
 
 template <typename A>
 struct SegmentStats {
@@ -17,7 +17,8 @@ struct SegmentStats {
   double sum;
 };
 
-// What to do with the statistics of a row.
+// What to do with the statistics of a row: finish its loss, merge them into those of earlier chunks of classes, or
+// leave them as those of one segment.
 enum class Then { kLoss, kMerge, kStore };
 
 struct Job {
@@ -73,7 +74,9 @@ __device__ __forceinline__ SegmentStats<A> merged(SegmentStats<A> a, SegmentStat
   return {both.peak, both.mass, a.sum + b.sum};
 }
 
-// Every lane of the group gets a value; lane 0's is the group's, combined in a fixed order.
+// Every lane of the group gets a value; lane 0's is the group's, combined in a fixed order. In a warp by halves: lane i
+// takes in lane i + 16, then i + 8 and so on, five merges for 32 lanes; a group larger than a warp is a whole block,
+// whose first thread merges what the warps found.
 template <int kGroup, typename A>
 __device__ __forceinline__ SegmentStats<A> combine(SegmentStats<A> mine, A scale) {
   constexpr int kLanes = kGroup < 32 ? kGroup : 32;
@@ -108,6 +111,8 @@ __device__ __forceinline__ SegmentStats<Acc<T>> scan(const Chunks<T>& chunks, in
   const int lane = threadIdx.x % kGroup;
   A peak = kNone, mass = 0;
   double sum = 0;
+  // Online: the sum so far is relative to the greatest value so far. A round of kUnroll chunks first finds its own
+  // greatest value, so that the sum is rescaled once a round and not with every new maximum.
   for (int chunk = begin + lane; chunk < end; chunk += kUnroll * kGroup) {
     // The values stay packed and are unpacked twice: that is cheaper than the registers that would hold them.
     Pack<T> packs[kUnroll];
@@ -116,7 +121,7 @@ __device__ __forceinline__ SegmentStats<Acc<T>> scan(const Chunks<T>& chunks, in
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = chunk + u * kGroup, inside = own - chunks.first(at);
-      if (inside >= 0 && inside < kSize) {
+      if (inside >= 0 && inside < kSize) {  // the label is left out of the sum (docs/focal.md): it becomes -inf
 #pragma unroll
         for (int i = 0; i < kSize; ++i) packs[u].at[i] = i == inside ? none : packs[u].at[i];
       }
@@ -124,6 +129,7 @@ __device__ __forceinline__ SegmentStats<Acc<T>> scan(const Chunks<T>& chunks, in
 #pragma unroll
       for (int i = 0; i < kSize; ++i) highest = x[i] > highest ? x[i] : highest;
     }
+    // Nothing above -inf yet: relative to 0 all exponentials are 0, relative to -inf they would be NaN.
     const A reference = highest == kNone ? A(0) : highest;
     A added = 0;
 #pragma unroll
@@ -197,8 +203,10 @@ __global__ void __launch_bounds__(kThreads) target_kernel(const __grid_constant_
   job.targets[row] = angular_logit(double(own), job.p.focal, row);
 }
 
-// One group of threads per row and segment. kFull is for what few losses need: scaled columns and the sum of the
-// logits.
+// One group of kGroup threads per row and segment, kThreads / kGroup of them in a block: short rows share a warp, and a
+// row never shares a group. kFull is for what few losses need: scaled columns and the sum of the logits. The second
+// launch bound lets 4 blocks of 256 threads onto a multiprocessor, which leaves 64 of its 65 536 registers to a thread
+// (128 with kFull).
 template <typename T, int kGroup, bool kFull>
 __global__ void __launch_bounds__(kThreads, kFull ? 2 : 4)
     stats_kernel(const __grid_constant__ Job job, const Then then, Acc<T>* losses, Partial* partial) {
@@ -217,12 +225,15 @@ __global__ void __launch_bounds__(kThreads, kFull ? 2 : 4)
   const Chunks<T> chunks(static_cast<const T*>(c.data) + (counts ? row * c.stride : 0),
                          counts ? static_cast<int>(c.width) : 0);
   const int64_t place = label - c.first;
+  // Where the label is not among these columns it lies in no chunk: widths are at most 2^30.
   const int own = place >= 0 && place < c.width ? static_cast<int>(place) : -(1 << 30);
   const A* cols = static_cast<const A*>(c.col_scale);
   const A row_scale = cols == nullptr || !counts ? A(1) : static_cast<const A*>(c.row_scale)[row];
   const int begin = segment * kSegmentChunks;
   const int end = job.segments == 1 || begin + kSegmentChunks > chunks.count ? chunks.count : begin + kSegmentChunks;
   const SegmentStats<A> found = scan<T, kGroup, kFull>(chunks, begin, end, own, row_scale, cols, p.focal.scale);
+  // The thread that has the group's statistics also writes them, and reads them back for the loss: no other thread
+  // needs to see them in this launch.
   if (inside && leads) {
     RowStats<A>& state = stats_of<A>(job.s, row);
     const bool starts = c.first == 0;
@@ -240,6 +251,7 @@ __global__ void __launch_bounds__(kThreads, kFull ? 2 : 4)
       if (starts) state.own = 0;
       if (job.s.sums != nullptr) job.s.sums[row] = all.sum;
     }
+    // Read directly, whichever segment it lies in: one thread alone writes a row's `own`.
     if (counts && own >= 0 && segment == 0) {
       const A scale = cols == nullptr ? A(1) : row_scale * cols[own];
       state.own = load(chunks.row[own]) * scale;
@@ -252,7 +264,8 @@ __global__ void __launch_bounds__(kThreads, kFull ? 2 : 4)
   }
 }
 
-// One thread per row: merges its segments in order, into what earlier chunks of classes left.
+// One thread per row: merges its segments in order, into what earlier chunks of classes left. A launch of its own,
+// since blocks of one launch cannot wait for each other; a segment is 32 KiB, so there are few to merge.
 template <typename A>
 __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ Job job) {
   const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;

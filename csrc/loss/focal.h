@@ -99,8 +99,11 @@ class Backend {
   virtual void row_gradients(const Problem&, const RowState&, const Upstream&, void* rows) = 0;
   virtual void overwrite(const Problem&, const Columns&, const void* rows) = 0;
 
-  // total (acc) += x, n numbers.
-  virtual void add(Type, const void* x, int64_t n, void* total) = 0;
+  // Before the first write to a large result that is fresh memory.
+  virtual void prepare(void* data, int64_t bytes) = 0;
+
+  // total (acc) [n] += parts [count, n], one part after the other.
+  virtual void add(Type, const void* parts, int64_t count, int64_t n, void* total) = 0;
 
   // Normalisation: inverse[i] = 1 / max(norm of row i, 1e-12). project writes grad_i without its part along x_i, or
   // just grad_i where inverse is null; `grad` is acc if `wide`, else of the type of x, and may then be `out` itself.

@@ -373,11 +373,18 @@ class CpuBackend : public Backend {
     });
   }
 
-  void add(Type type, const void* x, int64_t n, void* total) override {
+  void prepare(void* data, int64_t bytes) override { advise_huge_pages(data, bytes); }
+
+  void add(Type type, const void* parts, int64_t count, int64_t n, void* total) override {
     with_type(type, [&](auto value) {
       using T = decltype(value);
-      torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
-        add_block(static_cast<const T*>(x) + begin, end - begin, static_cast<Acc<T>*>(total) + begin);
+      torch::stable::parallel_for(0, n, std::max<int64_t>(1, kGrain / count), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i += kBlock) {  // a step's sums stay in L1
+          const T* part = static_cast<const T*>(parts) + i;
+          for (int64_t k = 0; k < count; ++k, part += n) {
+            add_block(part, std::min(kBlock, end - i), static_cast<Acc<T>*>(total) + i);
+          }
+        }
       });
     });
   }

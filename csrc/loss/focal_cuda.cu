@@ -126,10 +126,12 @@ class CudaBackend : public Backend {
     });
   }
 
-  void add(Type type, const void* x, int64_t n, void* total) override {
+  void prepare(void*, int64_t) override {}
+
+  void add(Type type, const void* parts, int64_t count, int64_t n, void* total) override {
     with_type(type, [&](auto value) {
       using T = decltype(value);
-      queue_.launch(add_kernel<T>, blocks_for(n, kThreads), "addition", static_cast<const T*>(x), n,
+      queue_.launch(add_kernel<T>, blocks_for(n, kThreads), "addition", static_cast<const T*>(parts), count, n,
                     static_cast<Acc<T>*>(total));
     });
   }

@@ -4,7 +4,8 @@
 #include "linear_focal.h"
 
 #include <algorithm>
-#include <array>
+
+#include "products.h"
 
 namespace facefast {
 namespace {
@@ -12,13 +13,6 @@ namespace {
 constexpr int64_t kCpuChunkBytes = 2 << 20;   // a chunk of logits: a core's share of the cache
 constexpr int64_t kGpuChunkBytes = 32 << 20;  // well within the L2 cache
 constexpr int64_t kChunkStep = 64;            // classes; whole tiles for the matrix products
-
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // the operator's return value, to be released
-}
 
 // The chunks of classes and what each one needs.
 struct Chunks {
@@ -52,7 +46,7 @@ struct Chunks {
       const int64_t n = std::min(width, classes - first);
       Tensor all = weight;
       Tensor weights = torch::stable::narrow(all, 0, first, n), logits = torch::stable::narrow(buffer, 1, 0, n);
-      multiply(x, torch::stable::transpose(weights, 0, 1), logits);
+      multiply({whole_product(x, torch::stable::transpose(weights, 0, 1), logits)});
       Columns columns;
       columns.data = logits.data_ptr();
       columns.stride = width;
@@ -112,28 +106,33 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, 
   Tensor upstream = grad;
   Tensor x_grad = empty(x, {need_x ? rows : 0, dim}, type),
          weight_grad = empty(x, {need_weight ? classes : 0, dim}, type);
-  Tensor total = empty(x, {need_x ? rows : 0, dim}, acc), part = empty(x, {need_x ? rows : 0, dim}, type);
-  torch::stable::zero_(total);
 
   Device device(x);
   Tensor gradients = empty(x, {rows, device->row_gradient_bytes(p.type)}, ScalarType::Byte);
   device->row_gradients(p, RowState{stats.data_ptr()}, make_upstream(upstream, count, p.type, rows, p.reduction),
                         gradients.data_ptr());
   Chunks chunks(x, weight, row_scale, col_scale, chunk);
-  chunks.each([&](const Columns& columns, const Tensor& logits, const Tensor& weights) {
+  const Tile tile = tile_for(x, rows, chunks.width, dim, true);
+  const int64_t most = need_x ? divide_up(chunks.width, tile.inner) : 0;
+  Tensor total = empty(x, {need_x ? rows : 0, dim}, acc), parts = empty(x, {most, rows, dim}, type);
+  torch::stable::zero_(total);
+  device->prepare(weight_grad.data_ptr(), weight_grad.numel() * static_cast<int64_t>(weight_grad.element_size()));
+  chunks.each([&](const Columns& columns, Tensor logits, Tensor weights) {
     device->overwrite(p, columns, gradients.data_ptr());
+    std::optional<Product> to_weight, to_x;
     if (need_weight) {
-      Tensor out = torch::stable::narrow(weight_grad, 0, columns.first, columns.width);
-      multiply(torch::stable::transpose(logits, 0, 1), x, out);
-      if (normalize) {
-        device->project(p.type, weights.data_ptr(), columns.width, dim, columns.col_scale, out.data_ptr(),
-                        out.data_ptr(), false);
-      }
+      to_weight = whole_product(torch::stable::transpose(logits, 0, 1), x,
+                                torch::stable::narrow(weight_grad, 0, columns.first, columns.width));
     }
     if (need_x) {
-      multiply(logits, weights, part);
-      device->add(p.type, part.data_ptr(), rows * dim, total.data_ptr());
+      to_x = Product{logits, weights, torch::stable::narrow(parts, 0, 0, divide_up(columns.width, tile.inner)), tile};
     }
+    multiply({to_weight, to_x});
+    if (need_weight && normalize) {
+      device->project(p.type, weights.data_ptr(), columns.width, dim, columns.col_scale, to_weight->out.data_ptr(),
+                      to_weight->out.data_ptr(), false);
+    }
+    if (need_x) device->add(p.type, parts.data_ptr(), to_x->out.size(0), rows * dim, total.data_ptr());
   });
   if (need_x) {
     device->project(p.type, x.data_ptr(), rows, dim, normalize ? row_scale.data_ptr() : nullptr, total.data_ptr(),

@@ -15,6 +15,7 @@ struct Bytes {
   const uint8_t* data;
   size_t size;
 
+  // To be asked before `part` and the numbers below, which do not check. No sum here can wrap.
   bool has(size_t at, size_t count) const { return at <= size && count <= size - at; }
   bool matches(size_t at, const char* text, size_t count) const {
     return has(at, count) && std::memcmp(data + at, text, count) == 0;
@@ -55,7 +56,7 @@ class Directory {
     const size_t at = read32(4);
     if (!tiff.has(at, 2)) return;
     entries_ = at + 2;
-    count_ = std::min<size_t>(read16(at), (tiff.size - entries_) / 12);
+    count_ = std::min<size_t>(read16(at), (tiff.size - entries_) / 12);  // those that the file really holds
   }
 
   size_t find(Tag tag) const {  // place of the tag's entry, 0 if there is none

@@ -44,7 +44,7 @@ class Jpeg {
       }
       at += 2;
       if (marker == kEoi) return scans_ > 0 ? Fault::kNone : Fault::kNoPicture;
-      if (marker == kTem || (marker >= kRst0 && marker <= kRst7)) continue;
+      if (marker == kTem || (marker >= kRst0 && marker <= kRst7)) continue;  // markers without a segment
       if (marker == 0 || marker == kSoi) return Fault::kDamagedHeader;
 
       if (!file_.has(at, 2)) return Fault::kTruncated;
@@ -55,6 +55,7 @@ class Jpeg {
       if (fault != Fault::kNone) return fault;
       at += length;
 
+      // Entropy-coded data has no length: its end is the next marker. A file that was cut off ends there.
       if (marker == kSos) {
         const size_t end = end_of_scan(at);
         if (end == file_.size) return Fault::kTruncated;
@@ -94,7 +95,9 @@ class Jpeg {
   Fault frame(uint8_t marker, Bytes body) {
     if (components_ != 0 || body.size < 6) return Fault::kDamagedHeader;
     const uint8_t process = marker - kSof0;
-    const bool decodable = process <= 2 || process == 9 || process == 10;  // no lossless, no steps
+    // Baseline, extended and progressive with Huffman codes; extended and progressive with arithmetic
+    // ones. Not lossless or hierarchical, nor 12 bits a sample.
+    const bool decodable = process <= 2 || process == 9 || process == 10;
     if (!decodable || body.data[0] != 8) return Fault::kVariant;
     const size_t components = body.data[5];
     if (body.size != 6 + 3 * components) return Fault::kDamagedHeader;
@@ -142,6 +145,7 @@ class Jpeg {
       return Fault::kDamagedHeader;
     }
     for (size_t i = 0; i < in_scan; ++i) {
+      // A scan may only name components of the frame, whose tables have come by now.
       const uint8_t* const id = std::find(ids_, ids_ + components_, body.data[1 + 2 * i]);
       if (id == ids_ + components_) return Fault::kDamagedHeader;
       if (!(tables_seen_ >> tables_of_[id - ids_] & 1)) return Fault::kDamagedHeader;

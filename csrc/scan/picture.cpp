@@ -1,3 +1,5 @@
+// A parser for each format, and how formats are recognised. The bytes may be anything: every length
+// and offset is the file's word and is checked before it is followed.
 #include "picture.h"
 
 #include "bytes.h"
@@ -17,7 +19,7 @@ Fault inspect_png(Bytes file, uint64_t max_pixels, Picture& picture) {
   for (size_t at = 8;;) {
     if (!file.has(at, kFrame)) return Fault::kTruncated;
     const size_t length = file.big32(at);
-    if (!file.has(at, kFrame + length)) return Fault::kTruncated;
+    if (!file.has(at, kFrame + length)) return Fault::kTruncated;  // of 32 bits: the sum cannot wrap
     const auto is = [&](const char* type) { return file.matches(at + 4, type, 4); };
     if (crc32(file.data + at + 4, length + 4) != file.big32(at + 8 + length)) {
       return Fault::kBadChecksum;

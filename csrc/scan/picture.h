@@ -1,5 +1,5 @@
 // What a picture's bytes say about it without decoding: format, size, orientation, and whether a
-// decoder would get through. `scan.cpp` calls `inspect` on every file.
+// decoder would get through.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
 // facefast._scan: reads pictures from files or ranges of files with threads of its own, the GIL
-// released, and says what `inspect` finds. The index scans with it, the loader reads with it.
+// released, and says what `inspect` finds.
 #include <fcntl.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -39,7 +39,7 @@ int usable_cores() {
   return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
 }
 
-// Threads that are joined on every way out.
+// Threads that are joined on every way out: they work on the caller's variables.
 class Team {
  public:
   template <class Work>
@@ -92,6 +92,7 @@ class Source {
   // Fills `to` with `size()` bytes; a file that has shrunk since `open` makes `size()` smaller.
   Fault read(uint8_t* to) {
     int64_t done = 0;
+    // pread may give less than was asked for, and is interrupted by signals; it moves no file position.
     while (done < size_) {
       const ssize_t count = pread(file_, to + done, size_ - done, offset_ + done);
       if (count < 0 && errno == EINTR) continue;
@@ -207,6 +208,8 @@ py::dict scan_rows(const py::bytes& root, const py::object& paths, const py::obj
   }
   const std::shared_ptr<void> close_folder(nullptr, [folder_fd](void*) { ::close(folder_fd); });
 
+  // Threads take rows as they finish others, so that a slow file holds up one thread and not a fixed
+  // part of the rows. Each writes to its rows of the columns alone: nothing needs a lock.
   constexpr int64_t kGrain = 32;  // rows taken at a time: neighbours share a container
   std::atomic<int64_t> next{0}, done{0};
   std::mutex mutex;
@@ -258,6 +261,7 @@ py::dict scan_rows(const py::bytes& root, const py::object& paths, const py::obj
     const py::gil_scoped_release release;
     const int wanted = threads > 0 ? threads : usable_cores();
     const Team team(std::min<int64_t>(wanted, (count + kGrain - 1) / kGrain), work);
+    // The calling thread only waits: ten times a second it takes the GIL, for Ctrl-C and for progress.
     std::unique_lock<std::mutex> lock(mutex);
     for (bool last = false; !last;) {
       last = finished.wait_for(lock, std::chrono::milliseconds(100), [&] { return done == count; });
@@ -312,7 +316,7 @@ py::tuple read_rows(const py::object& paths, const py::object& offsets, const py
         }
       }
     };
-    // Starting a thread costs as much as reading two or three pictures.
+    // The calling thread reads too. Starting another one costs as much as reading two or three pictures.
     constexpr int64_t kWorthAThread = 16;
     const int wanted = threads > 0 ? threads : usable_cores();
     const Team team(std::min<int64_t>(wanted - 1, count / kWorthAThread), work);
@@ -334,6 +338,7 @@ py::tuple read_rows(const py::object& paths, const py::object& offsets, const py
       data[row] = py::array_t<uint8_t>(0);
       continue;
     }
+    // numpy takes the buffer over as it is; the capsule frees it with the last array that uses it.
     uint8_t* const bytes = loaded.bytes.release();
     const py::capsule owner(bytes, [](void* p) { delete[] static_cast<uint8_t*>(p); });
     data[row] = py::array_t<uint8_t>(loaded.size, bytes, owner);

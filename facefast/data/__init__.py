@@ -1,4 +1,4 @@
-"""Photographs in, batches out: what is on disk, who comes next, and the loader that brings them."""
+"""Photographs in, batches out: what is on disk, which rows come next, and the loader that brings them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """What happens to a picture: `draw` gives, per row, one matrix, one colour matrix and one erased rectangle.
 
-The loader, the oracle and `predict` call it; the native operator only applies its numbers. The randomness of a row is a
-function of (seed, epoch, row) alone: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-2011).
+The operators only apply these numbers, whatever device they run on. The randomness of a row is a function of (seed,
+epoch, row) alone: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 """
 
 from __future__ import annotations
@@ -121,14 +120,17 @@ def draw(
     (area, ratio, left, top, shift_x, shift_y, mirror, angle) = uniforms[:8]
     (brightness, contrast, saturation, hue, grey) = uniforms[8:13]
 
-    # Random resized crop in the frame, whose centre is 0: scale (kx, ky) and centre (x, y), in output pixels.
+    # Random resized crop in the frame, whose centre is 0: scale (kx, ky) and centre (x, y), in output pixels. With
+    # every strength at 0 this is (1, 1) and (0, 0): nothing needs to be switched off.
     area = 1 - augment.crop * area
     aspect = (1 + augment.crop_ratio) ** (2 * ratio - 1)
     kx, ky = np.sqrt(area * aspect), np.sqrt(area / aspect)
     x = width * ((1 - kx) * (left - 0.5) + augment.shift * (2 * shift_x - 1))
     y = height * ((1 - ky) * (top - 0.5) + augment.shift * (2 * shift_y - 1))
 
-    # Points of the plane as complex numbers: a similarity is a multiplication and an addition.
+    # Points of the plane as complex numbers: a similarity is a multiplication and an addition. From an output pixel to
+    # the picture, in this order: mirror, rotate about the output's centre, stretch and move to the crop, and from the
+    # frame to the picture. Last comes what depends on the picture, so strengths mean the same on every picture.
     scale, centre = _frames(index, rows, image, sizes)
     radians = np.radians(augment.rotation) * (2 * angle - 1)
     cos, sin = np.cos(radians), np.sin(radians)
@@ -139,6 +141,7 @@ def draw(
     for column, vector in enumerate((right, down, origin)):
         matrix[:, 0, column], matrix[:, 1, column] = vector.real, vector.imag
 
+    # All colour steps are linear or add grey, so they are one matrix, a sum of five fixed ones.
     brightness = 1 + augment.brightness * (2 * brightness - 1)
     contrast = 1 + augment.contrast * (2 * contrast - 1)
     chroma = np.where(grey < augment.grey, 0.0, 1 + augment.saturation * (2 * saturation - 1))
@@ -156,6 +159,8 @@ NUM_UNIFORMS = 20
 
 def _uniforms(rows: NDArray[np.int64], seed: int, epoch: int) -> Floats:
     """NUM_UNIFORMS numbers in [0, 1) for each row: [NUM_UNIFORMS, B]."""
+    # A counter-based generator has no state that earlier rows would move: row and epoch are in the counter, the run's
+    # seed is the key, and four numbers come at a time.
     blocks = NUM_UNIFORMS // 4
     counter = np.empty((4, blocks, len(rows)), np.uint64)
     counter[0] = np.arange(blocks, dtype=np.uint64)[:, None]
@@ -168,6 +173,7 @@ def _uniforms(rows: NDArray[np.int64], seed: int, epoch: int) -> Floats:
 
 def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
     """Philox4x32-10 of counters [4, n], of 32 bits each, under one key: words [4, n] of 32 bits each."""
+    # The paper's words 0 and 2 are multiplied, 1 and 3 are mixed in; here two rows each, for all counters at once.
     even, odd = counter[0::2], counter[1::2]
     for round_key in _round_keys(key):
         product = (even * _PHILOX_MULTIPLIERS)[::-1]
@@ -202,6 +208,8 @@ def _frames(
     target = _target(template, width, height)  # [5]
     with np.errstate(all="ignore"):  # NaN, infinite or coinciding landmarks: found below
         source_mean, target_mean = source.mean(1), target.mean()
+        # Fitted from the picture to the template, as InsightFace fits it, and inverted: where landmarks do not match
+        # the template exactly, the fit in the other direction is another one. A complex factor cannot mirror.
         source = source - source_mean[:, None]
         scale = (source.real**2 + source.imag**2).sum(1) / (source.conj() @ (target - target_mean))
         centre = source_mean - scale * target_mean

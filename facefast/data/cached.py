@@ -1,4 +1,4 @@
-"""A loader for features that are computed once."""
+"""Batches of features that were computed once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from facefast.runtime.process import Runtime
 
 
 class CachedLoader:
-    """A `Loader` whose pictures were replaced by the frozen backbone's embeddings, computed once."""
+    """A `Loader` whose batches hold a frozen backbone's embeddings instead of pictures."""
 
     wait_seconds = 0.0
 
@@ -38,7 +38,7 @@ class CachedLoader:
             local = self.sampler.local(self._epoch, step, world.rank, world.size)
             rows = torch.from_numpy(local).to(self._run.device)
             some = rows.clamp(min=0)
-            rows = rows.where(self._readable[some], -1)
+            rows = rows.where(self._readable[some], -1)  # as the Loader does: padded and unreadable rows count alike
             labels = self._labels[some].masked_fill(rows < 0, -100)
             yield Batch(self._embeddings[some].nan_to_num(0.0), labels, rows)
 

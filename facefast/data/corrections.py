@@ -1,7 +1,7 @@
 """What people decide about a data set, as CSV files that can be edited, and applying them to an index.
 
-`facefast audit` writes suspects.csv, a line for each finding; whoever looks at its contact sheets deletes the lines
-that are not true, or changes their action. `facefast label` writes a line for each picture. `prepare` applies both.
+suspects.csv has a line for each finding about a label: lines that are not true are deleted, or their action is changed.
+labels.csv has a line for each picture that got a name.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Correction:
     """A line of suspects.csv; its fields are the columns."""
 
     kind: str
-    """wrong_label: the picture shows somebody else. duplicate: it is a copy of `other_path`. merge: `identity` and
+    """wrong_label: the picture shows another person. duplicate: it is a copy of `other_path`. merge: `identity` and
     `suggested` are one person."""
     path: str
     """The picture, as `FaceIndex.name` writes it; of a merge, a typical one of `identity`."""
     identity: str
     """What it is labelled as; empty without a label."""
     suggested: str
-    """The identity it seems to show; empty is nobody of this set."""
+    """The identity it seems to show; empty where it is none of this set."""
     action: str
     """drop leaves the picture out; relabel gives it the name `suggested`; merge gives that to all of `identity`; keep
     changes nothing."""
@@ -65,7 +65,7 @@ class Label:
 
     path: str
     identity: str
-    """Empty: nobody was found in this picture."""
+    """Empty where no name was sure enough."""
     confidence: float
     """How sure this is, 0 to 1."""
 
@@ -142,8 +142,10 @@ def apply_corrections(index: FaceIndex, path: str | os.PathLike[str]) -> FaceInd
             if one != other:
                 merged[one] = other
     _check(path, faults)
+    # Relabel first, then merge: a picture that was relabelled to a merged identity goes along with it.
     for row, label in relabelled.items():
         labels[row] = label
+    # The last entry is for label -1, which as an index is the last place.
     final = np.array([_last(merged, label) for label in range(index.num_classes)] + [-1])
     changed = dataclasses.replace(index, labels=final[labels].astype(np.int32))
     if dropped.all():

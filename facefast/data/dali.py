@@ -1,7 +1,7 @@
-"""The DALI graph that the loader runs: encoded pictures and their numbers in, batches as the model wants them out.
+"""The DALI graph: encoded pictures and their numbers in, batches as the model wants them out.
 
 The fused operator is `csrc/dali`, built as `facefast/_dali.so`; this module loads it, feeds it and hands its memory to
-torch. `draw` in `augment.py` makes the numbers, `oracle.py` does the same work in PIL and numpy.
+torch. The numbers are those of `augment.draw`, the reference for the pixels is `oracle`.
 """
 
 from __future__ import annotations
@@ -70,12 +70,14 @@ class Pipeline:
         """
         if self._graph is None:
             raise ValueError("the pipeline is closed; build another one")
+        # DALI makes the result ready in the order of torch's stream, so the host need not wait for it.
         stream = torch.cuda.current_stream() if self._graph.device_id is not None else None
         (pictures,) = self._graph.run(stream)
+        # DLPack shares the memory: the tensor's deleter is what gives it back to DALI.
         batch: torch.Tensor = from_dlpack(pictures.as_tensor())
         if self._dtype == torch.bfloat16:
             batch = batch.view(torch.bfloat16)
-        return batch.permute(0, 3, 1, 2) if self._channels_last else batch
+        return batch.permute(0, 3, 1, 2) if self._channels_last else batch  # a view: NHWC memory, NCHW axes
 
     def reset(self) -> None:
         """Makes the pipeline ask its source again after StopIteration, at the start of another epoch."""
@@ -128,7 +130,7 @@ def build_pipeline(
 
     def feed() -> tuple[Any, ...]:
         data, draw, sizes = source()
-        if gpu:
+        if gpu:  # whole pictures start at 0
             return data, pack(draw, np.zeros_like(sizes))
         start, extent = regions(draw.matrix, sizes, shape)
         return data, pack(draw, start), start, extent
@@ -174,6 +176,8 @@ def regions(
         sizes: int [B, 2], (width, height) of the pictures.
         shape: (height, width) of the output.
     """
+    # An affine map takes the output's middle to the middle of what it covers. Along a source axis that reaches to
+    # either side by half of the output's sides (between pixel centres) times the absolute values of the matrix row.
     rows = matrix.astype(np.float64)
     middle = rows @ np.array([shape[1] / 2, shape[0] / 2, 1.0])  # [B, 2]
     half = np.abs(rows[:, :, :2]) @ np.array([(shape[1] - 1) / 2, (shape[0] - 1) / 2])
@@ -197,7 +201,7 @@ def pack(draw: Draw, start: NDArray[np.int32]) -> NDArray[np.float32]:
 
 
 def decode_probe(data: bytes | NDArray[np.uint8], size: tuple[int, int] | None = None) -> str | None:
-    """Why DALI cannot use one picture, or None if it can; the loader asks it after a batch failed.
+    """Why DALI cannot use one picture, or None if it can.
 
     Args:
         data: the bytes of the file.
@@ -206,6 +210,7 @@ def decode_probe(data: bytes | NDArray[np.uint8], size: tuple[int, int] | None =
     picture = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
     if picture.size == 0:
         return "the file is empty"
+    # One pipeline is kept for all probes, and serves one thread at a time.
     with _probe_lock:
         try:
             height, width, _ = _probe().run(data=[picture])[0].shape()[0]
@@ -257,6 +262,7 @@ def load_plugin(cuda: bool = False) -> None:
 
 def check_plugin(path: Path, installed: str, cuda: bool = False) -> None:
     """Raises ValueError unless the plugin at `path` fits the installed DALI. Reads the file without running it."""
+    # DALI promises no binary compatibility: a plugin of another version may crash the process while it is loaded.
     if not path.exists():
         raise ValueError(f"the DALI plugin {path} is not there; build it with: {BUILD}")
     found = re.search(rb"facefast plugin for DALI ([\w.+-]+) with ([\w,]+)", path.read_bytes())

@@ -19,7 +19,6 @@ from facefast.recipe import IndexFacts, Reading
 
 FAULTS: tuple[str, ...] = _scan.FAULTS
 """Reasons by the numbers in `FaceIndex.faults`; 0 is sound."""
-"""Larger pictures are refused: the decoder needs 6.5 bytes for each of their pixels."""
 
 
 def advice(fault: str) -> str:
@@ -36,7 +35,7 @@ class FaceIndex:
     """N pictures in columns. Frozen: every change is a new index that shares what it can.
 
     A row is a whole file, or a byte range of a container (.rec, .tar, .bin). Labels count
-    identities from 0; -1 is a picture of nobody in particular.
+    identities from 0; -1 is an unlabelled picture.
     """
 
     root: str
@@ -109,6 +108,7 @@ class FaceIndex:
 
     def __post_init__(self) -> None:
         rows = len(self.paths)
+        # Selections and replacements share columns: a write to one index would change the others.
         for name, column in self._columns().items():
             assert len(column) == rows, f"column {name} has {len(column)} rows, paths has {rows}"
             column.flags.writeable = False
@@ -156,9 +156,9 @@ class FaceIndex:
         return dataclasses.replace(self, **{name: c[which] for name, c in self._columns().items()})
 
     def compact(self) -> FaceIndex:
-        """Labels numbered anew over the identities that have a picture here."""
+        """The same rows, with labels and class names of the identities that have a picture here alone."""
         present, labels = np.unique(self.labels, return_inverse=True)
-        unlabelled = np.count_nonzero(present < 0)
+        unlabelled = np.count_nonzero(present < 0)  # -1 sorts first: 1 where it occurs, and stays -1
         return dataclasses.replace(
             self,
             labels=(labels - unlabelled).astype(np.int32),
@@ -187,6 +187,7 @@ class FaceIndex:
 
     def random_places(self, seed: int) -> NDArray[np.int64]:
         """[N] each row's place in a random order of its identity's pictures."""
+        # Sorted by label and, within it, by a random number: the distance from a label's first row is the place.
         order = np.lexsort((_generator(seed).random(len(self)), self.labels))
         _, first, counts = np.unique(self.labels[order], return_index=True, return_counts=True)
         places = np.empty(len(self), np.int64)
@@ -343,6 +344,8 @@ class PairSet:
                 "identities; at least 2 identities, one of them with 2 pictures, are needed"
             )
         generator = _generator(seed)
+        # The pairs of one identity are numbered through, identity by identity; numbers are drawn without replacement
+        # and turned back into pairs, so no list of all pairs is ever made.
         chosen = generator.choice(int(inside.sum()), half, replace=False)
         identity = np.searchsorted(np.cumsum(inside), chosen, side="right")
         left, right = _triangle(chosen - (np.cumsum(inside) - inside)[identity])
@@ -372,7 +375,7 @@ def _escape(letter: str) -> str:
     if "\udc80" <= letter <= "\udcff":  # a byte that is no UTF-8, as the file system's names have it
         return f"\\x{ord(letter) - 0xDC00:02x}"
     if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in _DIRECTION:
-        # Only bytes are written as \\x80 and above.
+        # Only bytes are written as \x80 and above.
         return letter.encode("unicode_escape").decode() if letter < "\x80" else f"\\u{ord(letter):04x}"
     return letter
 
@@ -401,6 +404,8 @@ def number_classes(names: Sequence[str], *, by_value: bool = False) -> tuple[NDA
 def _pairs_across(groups: NDArray[np.int64], count: int, generator: np.random.Generator) -> NDArray[np.int64]:
     """[2, count] different pairs of places whose `groups` differ, drawn evenly."""
     found = np.zeros(0, np.int64)
+    # Drawn until enough are different people's: nearly all are, where there are many identities. A pair is sorted and
+    # becomes one number, by which repeats are found; the first of each stays in its place.
     while len(found) < count:
         draw = np.sort(generator.integers(len(groups), size=(2, 2 * count)), axis=0)
         keys = draw[0] * len(groups) + draw[1]

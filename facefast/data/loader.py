@@ -1,7 +1,7 @@
 """Batches of pictures for the model: sampler -> rows -> augment -> dali -> `Batch`, with every bad file named.
 
-`train` and `evaluate` iterate a `Loader`. Reading and drawing go on in one thread, a few batches ahead, and decoding in
-DALI's; the caller's thread only hands batches over.
+Reading and drawing go on in one thread, a few batches ahead, and decoding in DALI's; the caller's thread only hands
+batches over.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FEWEST_BAD = 10
 
 
 class Batch(NamedTuple):
-    """What one step sees; everything else about a picture is a gather from the index by row.
+    """What one forward pass takes; everything else about a picture is a gather from the index by row.
 
     images: [B, 3, H, W] on the device, normalised. The picture of a slot whose row is -1 is another one of the batch,
         so that BatchNorm never sees a blank.
@@ -75,6 +75,17 @@ class Decoder(Protocol):
 
     def close(self) -> None:
         """Ends its threads."""
+
+
+# The order of events. A batch is a `Work`, and is in one queue at a time:
+#   sampler -> _prepare (reading thread) -> _ahead -> _feed -> decoder, and _under_way -> _take -> _hand_over -> caller
+# 1. `_begin` sends the first AHEAD steps to the reading thread, which looks rows up, reads files and draws numbers.
+# 2. The caller's `next` runs the decoder, which first calls `_feed` (on the caller's thread) for batches to come, until
+#    PREFETCH are in it. `_feed` takes the oldest of `_ahead` and sends one more step to the reading thread.
+# 3. The decoder gives batches back in the order in which it took them: its result is the oldest of `_under_way`.
+# 4. One broken picture fails the decoder's whole run, and with it every batch that it holds. `_take` then decodes their
+#    pictures one by one, takes out those that break, and lets a new decoder begin with these batches, `_repeated`.
+# Every queue is first in, first out, which is all that keeps images and rows together: no batch carries its step.
 
 
 class Loader:
@@ -124,8 +135,9 @@ class Loader:
         self._epoch = self._start_step = 0
         self._cursor = 0  # next step to be read
         self._turn = 0  # which iteration over the loader is the valid one
+        # One thread: `_scan.read` has threads of its own for the files, and drawing is short.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="facefast-loader")
-        self._ahead: deque[Future[Work]] = deque()
+        self._ahead: deque[Future[Work]] = deque()  # with the reading thread, or read
         self._repeated: deque[Work] = deque()  # to be decoded again by a new decoder
         self._under_way: deque[Work] = deque()  # with the decoder
         self._closed = False
@@ -164,7 +176,7 @@ class Loader:
                 raise ValueError("the loader is closed; make another one")
             if turn != self._turn:
                 raise ValueError("another iteration or set_epoch has taken this one's place; iterate the loader anew")
-            if step == self._start_step:
+            if step == self._start_step:  # not in set_epoch: nothing is read before a batch is wanted
                 self._begin()
             images = self._take()
             batch = self._hand_over(images, self._under_way.popleft())
@@ -199,6 +211,7 @@ class Loader:
         if not rows.size:  # all padding: a picture of the other ranks fills it
             batch = self.sampler.batch(epoch, step)
             rows = batch[batch >= 0][:1]
+        # Known from the scan, or found by the decoder since: read again, it would fail the decoder again.
         bad = {int(row): reason for row in rows if (reason := self._known_fault(int(row)))}
         readable = np.array([int(row) not in bad for row in rows], bool)
         rows, slots = rows[readable], slots[readable[: len(slots)]]
@@ -213,10 +226,13 @@ class Loader:
         )
         bad.update({int(rows[i]): FAULTS[faults[i]] for i in np.flatnonzero(faults)})
         sound = np.flatnonzero(faults == 0)
+        # Slots of padding and of unreadable files stay -1; a picture that was read to fill them has no slot of its own.
         own = np.full(len(asked), -1, np.int64)
         if slots.size:
             own[slots[sound]] = np.arange(len(sound))
         rows = rows[sound]
+        # Sizes as the file has them now, not as the index saw them: landmarks and matrices are upright (orientations
+        # from 5 on lie on their side).
         sizes = np.stack([widths, heights], 1)[sound]
         sizes = np.where(orientations[sound, None] >= 5, sizes[:, ::-1], sizes)
         numbers = draw(index, rows, self.image, self._augment, self._seed, epoch, sizes)
@@ -235,6 +251,8 @@ class Loader:
             future.cancel()
         self._ahead.clear()
         self._repeated.clear()
+        # A decoder still holds batches of the iteration that was left. With its sources empty it gives those back and
+        # stops; then it can be reset, which is cheaper than building another.
         if self._decoder is not None:
             try:
                 while True:
@@ -267,10 +285,11 @@ class Loader:
             try:
                 return self._decoder.run()
             except RuntimeError:
-                self._drop_decoder()
+                self._drop_decoder()  # after an error it is not to be relied on, see `Pipeline.run`
                 # Every batch under way is searched: which of them made the decoder fail is nowhere promised.
                 if not sum(self._spoil_broken(work) for work in self._under_way):
-                    raise
+                    raise  # no picture's fault: repeating would fail forever
+                # In front, in their order: batches that wait from an earlier failure come after these.
                 self._repeated.extendleft(reversed(self._under_way))
                 self._under_way.clear()
                 self._decoder = self._build(self._batch_size, self._feed, PREFETCH)
@@ -280,6 +299,7 @@ class Loader:
 
     def _spoil_broken(self, work: Work) -> int:
         """Takes every picture out of the batch that the decoder breaks on by itself; returns how many."""
+        # The same graph with batches of one, so that it fails on exactly what the real one fails on.
         found, place = 0, 0
         decoder: Decoder | None = None
 
@@ -324,11 +344,13 @@ class Loader:
     def _hand_over(self, images: Tensor, work: Work) -> Batch:
         rows = work.valid_rows()
         self.bad.update(work.bad)
+        # Counted here, where a batch is handed over: what was read ahead and given up is no loss.
         self._seen += int((work.asked >= 0).sum())
         self._lost += int(((work.asked >= 0) & (rows < 0)).sum())
         self._check_budget()
         labels = self.index.labels[rows]
         labels = np.where((rows >= 0) & (labels >= 0), labels, IGNORED_LABEL)
+        # One tensor for both, so that one copy brings them; from pinned memory, so that the host does not wait for it.
         numbers = torch.from_numpy(np.stack([labels, rows]))
         if self._device.type == "cuda":
             numbers = numbers.pin_memory().to(self._device, non_blocking=True)

@@ -1,7 +1,5 @@
 """The readable picture path: decode, filter, colour and erase in PIL and numpy, from the same numbers as the native
-one.
-
-Tests hold the native operator against it, `predict` reads single files with it, and reports show samples with it.
+one, which is held against it.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ def decode(source: bytes | str | os.PathLike[str], max_pixels: int = Reading.max
     name = f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file:
-            if file.width * file.height > max_pixels:
+            if file.width * file.height > max_pixels:  # from the header: nothing has been decoded yet
                 raise ValueError(f"{file.width} x {file.height} pixels, more than the {max_pixels} allowed")
             picture = ImageOps.exif_transpose(file)
             deep_pnm = picture.mode == "I" and file.format == "PPM"
@@ -69,14 +67,16 @@ def apply(
     """
     height, width = image.shape
     linear = matrix.astype(np.float64)
+    # Never below 1: enlarging is plain interpolation, and a rotation alone must not blur.
     steps = np.maximum(1.0, np.hypot(linear[:, 0], linear[:, 1]))
     blocks = np.where(steps < 4, 1, steps // 2).astype(int)
     reduced = _block_means(picture, blocks[0], blocks[1])
 
-    y, x = np.mgrid[:height, :width] + 0.5
+    y, x = np.mgrid[:height, :width] + 0.5  # centres of output pixels
     column, column_weight = _taps(linear[0], x, y, steps[0], blocks[0], reduced.shape[1])
     line, line_weight = _taps(linear[1], x, y, steps[1], blocks[1], reduced.shape[0])
     pixels = reduced.reshape(-1, 3)
+    # One line of taps at a time: all of them at once would be T^2 pictures.
     rgb = np.zeros((height, width, 3))
     for j in range(len(line)):
         taps = pixels.take(line[j] * reduced.shape[1] + column, axis=0)  # [T, H, W, 3]
@@ -90,6 +90,7 @@ def apply(
 
 def _block_means(picture: Picture, across: int, down: int) -> NDArray[np.float64]:
     """Means over blocks of the picture, which black pixels complete, rounded half up."""
+    # Rounded to whole levels as the operators do, of which the CPU's keeps reduced pictures as bytes.
     height, width = picture.shape[:2]
     if across == down == 1:
         return picture.astype(np.float64)
@@ -113,7 +114,7 @@ def _taps(
     first = np.floor(at - radius).astype(np.int64) + 1
     taps = first + np.arange(np.ceil(2 * radius), dtype=np.int64)[:, None, None]
     weights = np.maximum(0.0, 1 - np.abs(taps - at) / radius)
-    weights /= weights.sum(0)
+    weights /= weights.sum(0)  # over all taps, those outside included: the border fades to black
     return taps.clip(0, size - 1), weights * ((taps >= 0) & (taps < size))
 
 

@@ -76,6 +76,7 @@ def prepare(recipe: Recipe, folder: Path, run: Runtime) -> tuple[PhaseData, ...]
         index = photographs_of(recipe, recipe.data.reading(decode_threads(recipe.threads, run.world)))
         index.save(saved)
     run.barrier()
+    # Rank 0 too reads what it wrote: no rank can work on an index that differs from the others'.
     index = FaceIndex.load(saved)
     datasets = tuple(divide(index, recipe, phase) for phase in recipe.phases)
     for phase, data in zip(recipe.phases, datasets, strict=True):
@@ -100,8 +101,8 @@ def _require_evaluation(data: PhaseData, phase: Phase, config: DataConfig) -> No
 
 
 def photographs_of(recipe: Recipe, reading: Reading) -> FaceIndex:
-    """What `read_photographs` finds of a recipe's, or drawn faces where it names none; in the end the pictures of
-    `data.more` and `binary.negatives`."""
+    """The photographs of a recipe as `read_photographs` reads them, or drawn faces where it names none; after them
+    those of `data.more` and `binary.negatives`."""
     data = recipe.data
     if not data.root:
         data = dataclasses.replace(data, root=str(synthetic.write(DRAWN_ROOT, synthetic.DrawnSpec())))
@@ -135,7 +136,7 @@ def _scanned(root: str, format: str, reading: Reading) -> FaceIndex:
 
 
 def check_budget(index: FaceIndex, max_bad_fraction: float) -> None:
-    """Stops a run whose photographs are worse than it was told to accept.
+    """Stops a run with more bad photographs than it accepts.
 
     Raises:
         DataError: with the count, the limit, and the first ten files and their faults.
@@ -178,6 +179,8 @@ def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> PhaseData:
         return PhaseData(*_divide_yes_and_no(index), specs)
     unlabelled = index.select(index.labels < 0)
     people = _part(index, phase.split)
+    # People for verification, the first that applies: a part of the data set's own partition; some identities taken
+    # out of training; the test pictures of known identities, which is the easier question and is called so.
     verification, held_out = None, True
     if recipe.eval.split != "none":
         verification = _part(index, recipe.eval.split)
@@ -213,6 +216,7 @@ def _with_unlabelled(
 ) -> tuple[FaceIndex, FaceIndex]:
     """Training and test rows with the pictures without a name that the phase learns from; fewer names where the recipe
     hides some."""
+    # Names and pictures are taken from training alone: results stay comparable with those on the whole set.
     if recipe.data.shots:
         train = with_shots(train, recipe.data.shots, recipe.seed)
     if recipe.data.label_fraction < 1:
@@ -266,11 +270,10 @@ def _attribute(index: FaceIndex, column: int) -> AttributeSpec:
 
 
 def _with_yes_and_no(index: FaceIndex, recipe: Recipe, reading: Reading) -> FaceIndex:
-    """The index with the attribute `YES` and a split: strangers of the test part are people that training never
-    sees.
+    """The index with the attribute `YES` and a split: strangers in the test part are people that training never sees.
 
     Raises:
-        ValueError: a name that is not there, or no yes or no no.
+        ValueError: a name that is not there, or one of the two kinds has no picture.
     """
     data, people = recipe.data, recipe.binary.people
     if people:
@@ -286,6 +289,7 @@ def _with_yes_and_no(index: FaceIndex, recipe: Recipe, reading: Reading) -> Face
         yes, no = index, _scanned(recipe.binary.negatives, "auto", reading)
     if not len(yes) or not len(no):
         raise ValueError(f"binary has {len(yes)} pictures to say yes to and {len(no)} to say no to; both are needed")
+    # Yes is divided by pictures, no by people: the model meets our person again, and strangers for the first time.
     yes_train, yes_test = (
         yes.split_per_identity(data.test_fraction, recipe.seed)
         if (yes.labels >= 0).any()

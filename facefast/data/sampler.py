@@ -1,4 +1,4 @@
-"""Who comes next: pure functions of (seed, epoch, step) that give the rows of a global batch; each rank takes its part.
+"""Which rows come next: pure functions of (seed, epoch, step) to a global batch, of which each rank takes its part.
 
 Nothing here remembers anything: a run resumes by asking for the step it stopped at, at any world size that divides the
 batch.
@@ -71,6 +71,7 @@ class Sampler(ABC):
             )
         if not 0 <= rank < world:
             raise ValueError(f"rank is {rank}; it must lie in [0, {world})")
+        # Every world-th row, not one block: the padding at an epoch's end is spread over the ranks.
         return self.batch(epoch, step)[rank::world]
 
     @abstractmethod
@@ -78,6 +79,8 @@ class Sampler(ABC):
         """All rows of an epoch, one batch after the other."""
 
     def _generator(self, epoch: int) -> np.random.Generator:
+        # Seeded by the pair, which SeedSequence hashes: any epoch's order can be had without those before it, and
+        # seed 0 in epoch 1 is not seed 1 in epoch 0.
         return np.random.Generator(np.random.PCG64([self.seed, epoch]))
 
 
@@ -111,15 +114,15 @@ class BalancedSampler(Sampler):
         length = self.steps_per_epoch * self.batch_size
         rounds = -(-length // number)
         identities = _shuffled_rounds(generator, rounds, number).reshape(-1)[:length]
-        turn = np.arange(length) // number
+        turn = np.arange(length) // number  # the round, since each identity comes once in it
         return self._classes.pictures(generator, identities, turn)
 
 
 class PKSampler(Sampler):
     """P identities x K pictures in every batch: what triplet and contrastive losses learn from.
 
-    An identity with fewer than K pictures repeats some. A batch is laid out picture by picture (place k P + p). All
-    batches are full.
+    An identity with fewer than K pictures repeats some. A batch is laid out picture by picture (place k P + p), which
+    keeps an identity on one rank where the number of ranks divides P. All batches are full.
 
     Args:
         labels: int [N], one per entry of `rows`, at least 0.
@@ -151,6 +154,7 @@ class PKSampler(Sampler):
 
     def _order(self, epoch: int) -> Rows:
         generator, (p, k) = self._generator(epoch), (self.identities, self.pictures_per_identity)
+        # A round is as many whole batches as its identities fill; the few left over take part in the next one.
         batches_per_round = self._classes.number // p
         rounds = -(-self.steps_per_epoch // batches_per_round)
         shuffled = _shuffled_rounds(generator, rounds, self._classes.number)[:, : batches_per_round * p]
@@ -177,7 +181,9 @@ class _Classes:
         self.number = len(self._counts)
 
     def pictures(self, generator: np.random.Generator, identities: Rows, turn: Rows) -> Rows:
-        """The rows of each identity's `turn`-th picture, in an order drawn anew for every identity."""
+        """The rows of each identity's `turn`-th picture in a random order of its own, which starts again past the
+        last."""
+        # A stable sort of a permutation by class: every class's rows together, each in random order.
         shuffled = generator.permutation(len(self._rows))
         by_class = self._rows[shuffled[np.argsort(self._group[shuffled], kind="stable")]]
         return by_class[self._starts[identities] + turn % self._counts[identities]]

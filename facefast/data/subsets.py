@@ -1,4 +1,4 @@
-"""Other views of an index: several data sets as one, fewer pictures, fewer names; for `prepare`."""
+"""Other views of an index: several data sets as one, fewer pictures, fewer names."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def joined(first: FaceIndex, others: Sequence[FaceIndex]) -> FaceIndex:
     if not others:
         return first
     parts = (first, *others)
+    # Paths are kept relative to a root: the deepest folder that encloses all sets becomes it.
     root = os.path.commonpath([part.root for part in parts])
     names: dict[str, str] = {}
     for part in parts:
@@ -68,7 +69,7 @@ def with_attributes(index: FaceIndex, names: Sequence[str]) -> FaceIndex:
 
 
 def with_shots(index: FaceIndex, shots: int, seed: int) -> FaceIndex:
-    """At most `shots` pictures of every identity, drawn by the seed; pictures of nobody stay."""
+    """At most `shots` pictures of every identity, drawn by the seed; unlabelled pictures stay."""
     return index.select((index.random_places(seed) < shots) | (index.labels < 0))
 
 

@@ -1,4 +1,4 @@
-"""One batch on its way through the `Loader`: what was asked for, what was read, and what stands in for the rest."""
+"""One batch on its way from the sampler to the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from facefast.data.sampler import Rows
 
 @dataclass
 class Work:
-    """One batch on its way: what was asked for, what was read, and what stands in for what is missing."""
+    """One batch on its way: the rows it should hold, what was read of them, and what fills the slots that are empty."""
 
     asked: Rows  # [B], -1 where the sampler pads
     own: Rows  # [B], each slot's place among the pictures read, -1 where it has none
@@ -26,6 +26,7 @@ class Work:
 
     def spoil(self, place: int, reason: str) -> None:
         """Takes a picture out that the decoder breaks on."""
+        # Its bytes stay in `data`, so that the places of the others stay too; no slot refers to it any more.
         self.bad[int(self.rows[place])] = reason
         self.own[self.own == place] = -1
 
@@ -39,6 +40,7 @@ class Work:
 
     def encoded(self) -> Encoded:
         """The batch as the decoder takes it, with empty slots filled in turn by the sound pictures."""
+        # The fillers take turns, so that no picture stands in every empty slot and weighs on BatchNorm's statistics.
         sound = self.own[self.own >= 0]
         if not sound.size:  # pictures that were read for filling only
             sound = self.sound()

@@ -28,7 +28,7 @@ class Gate:
     """First percentile over the photographs."""
     photographs: int
     verification_before: dict[str, float] | None
-    """As `evaluate.verification`, of embeddings without mirror images; None without pairs."""
+    """As `measure.verification` gives it, of embeddings without mirror images; None without pairs."""
     verification_after: dict[str, float] | None
 
     @property
@@ -72,7 +72,8 @@ def compare(
     """Holds two sessions against each other on pictures that are read once.
 
     Args:
-        pictures: of `read_pictures`.
+        before, after: ONNX Runtime sessions from `images` to embeddings of length 1.
+        pictures: [B, 3, H, W] as both models take them, and their rows [B].
         number: rows of their index.
         pairs: of rows of their index; None leaves verification out.
     """

@@ -1,6 +1,6 @@
 """Static quantisation of an exported face model by ONNX Runtime: 8-bit activations, 7-bit weights per channel.
 
-`compress` judges what comes out. The graph is first rewritten by `onnx_graph`, which costs nothing and brings most.
+The graph is first rewritten by `onnx_graph`, which costs nothing and brings most.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Quantised:
 
 
 def quantise(parent: onnx.ModelProto, pictures: Array, target: float, threads: int = 1) -> Quantised:
-    """An int8 version of a float32 model from `facefast.export`.
+    """An int8 version of a float32 model as `deploy.package.export` writes it.
 
     Ranges come from the first three quarters of the pictures; the rest choose between two ways of setting them and,
     where no layer left in float32 would leave the cosine below `target`, which layers stay in float32: the worst ones,
@@ -56,11 +56,14 @@ def quantise(parent: onnx.ModelProto, pictures: Array, target: float, threads: i
     """
     first_check = len(pictures) * 3 // 4
     used, checked = pictures[:first_check], pictures[first_check:]
+    # In this order: a slope above 1 takes two convolutions to split, and channels are equalised across whole PReLUs,
+    # which are no link between two convolutions any more once they are split.
     graph = onnx_graph.Graph(onnx_graph.copied(parent))
     onnx_graph.flatten_slopes(graph)
     onnx_graph.equalise(graph, used[:64], threads)
     onnx_graph.split_prelus(graph)
     graph.drop_unused_constants()
+    # Against the parent, not the rewritten graph: whatever the rewriting costs counts too.
     expected = run(onnx_graph.session(parent, threads), checked)
     ranges = _ranges(graph.model, used, threads)
 
@@ -78,6 +81,7 @@ def quantise(parent: onnx.ModelProto, pictures: Array, target: float, threads: i
     for layer, members in layers.items():  # by itself in int8
         harm[layer] = attempt(best.method, [name for name in everything if name not in members]).cosine
     worst = sorted(layers, key=lambda layer: harm[layer])
+    # An attempt takes a session and a pass over the pictures: doubling finds in few of them how many layers it takes.
     number = 1
     while best.cosine < target and number <= len(worst) // 2:
         found = attempt(best.method, [name for layer in worst[:number] for name in layers[layer]])
@@ -106,7 +110,7 @@ def _ranges(model: onnx.ModelProto, pictures: Array, threads: int) -> dict[str, 
         extremes.append([(tensor.min(), tensor.max()) for tensor in tensors])
         percentiles.append([np.quantile(tensor, (OUTSIDE, 1 - OUTSIDE)) for tensor in tensors])
     lowest, highest = np.array(extremes, np.float32).transpose(2, 1, 0)  # [tensors, batches]
-    ends = np.array(percentiles, np.float32).mean(0)  # [tensors, 2]
+    ends = np.array(percentiles, np.float32).mean(0)  # [tensors, 2], the mean over batches: no pass holds all values
     return {
         "minmax": {name: (lowest[i].min(), highest[i].max()) for i, name in enumerate(names)},
         "percentile": {name: (ends[i, 0], ends[i, 1]) for i, name in enumerate(names)},

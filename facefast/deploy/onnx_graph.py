@@ -1,8 +1,8 @@
 """ONNX graphs of face models rewritten without changing what they compute: cheaper PReLUs, channels of equal range.
 
-`compress` does this before it quantises. PReLU is slow in ONNX Runtime, more so beside integer kernels: 33 of them took
-more time than MobileFaceNet's 50 convolutions; and an activation has one scale for all its channels, of which the
-loudest leaves the others few of the 256 steps.
+PReLU is slow in ONNX Runtime, more so beside integer kernels: 33 of them took more time than MobileFaceNet's 50
+convolutions. And an activation has one scale for all its channels, of which the loudest leaves the others few of the
+256 steps. Each rewriting below is an identity in real numbers; floats differ by rounding.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ class Graph:
 
     def links(self) -> Iterator[Link]:
         """Pairs of convolutions between which a channel may be scaled."""
+        # Exact only where the second convolution sees all of the change: no other node reads the tensor, nor the
+        # caller. Its padding is 0, which no factor changes. With groups that are not channels, which weights read
+        # which channel is another question: such pairs are left alone.
         for first in self.model.graph.node:
             if first.op_type != "Conv" or self.constant(first, 1) is None:
                 continue
@@ -93,6 +96,8 @@ class Graph:
 
     def scale_link(self, link: Link, before: Array, after: Array) -> None:
         """Multiplies what `link.first` gives by `before` [C] and what `link.second` reads by `after` [C]."""
+        # A convolution is linear: its output is scaled by scaling its kernels [out, in, H, W] along the first axis and
+        # its bias [out]. What it reads is scaled along the second, in a depthwise one [C, 1, H, W] along the first.
         for place, shape in ((1, (-1, 1, 1, 1)), (2, (-1,))):
             constant = self.constant(link.first, place)
             if constant is not None:
@@ -153,7 +158,7 @@ def observe(
 
 
 def flatten_slopes(graph: Graph) -> None:
-    """Makes slopes of PReLUs between convolutions at most 1, for `split_prelus`.
+    """Makes slopes of PReLUs between convolutions at most 1, so that one convolution is enough to split them.
 
     Where slope a > 1, PReLU_a(x) = -a PReLU_{1/a}(-x): the convolution before gets the minus, the one after -a.
     """
@@ -163,6 +168,7 @@ def flatten_slopes(graph: Graph) -> None:
         slopes, channels = graph.constant(link.activation, 1), graph.channels(link.first.output[0])
         if slopes is None or not (slopes > 1).any():
             continue
+        # Check: for x > 0 the right side is -a (-x / a) = x, for x < 0 it is -a (-x) = a x.
         slopes = np.broadcast_to(slopes.reshape(-1), channels)
         steep = slopes > 1
         sign = np.where(steep, -1, 1).astype(np.float32)
@@ -190,6 +196,8 @@ def split_prelus(graph: Graph) -> int:
             nodes.append(node)
             continue
         slopes = np.broadcast_to(slopes.reshape(-1), channels)
+        # For a <= 1, (a - 1) x is above 0 where x is below, so relu adds it there alone: x + (a - 1) x = a x. For a > 1
+        # relu(-x) = -x where x is below 0, and x - (1 - a) x = a x.
         steep = bool((slopes > 1).any())
         tensor = node.input[0]
         factors = [np.full(channels, -1), 1 - slopes] if steep else [slopes - 1]
@@ -230,7 +238,8 @@ def equalise(graph: Graph, pictures: Array, threads: int = 1) -> None:
         loudest = [np.maximum(a, b) for a, b in zip(loudest, found, strict=True)] if loudest else found
     ranges = dict(zip(names, loudest, strict=True))
     for link in links:
-        # Ranges of later links stay true: a link's output is what it was.
+        # act(s x) = s act(x) for s > 0, so 1 / s before and s after cancel. Ranges of later links stay true: a link's
+        # output is what it was.
         activation = np.maximum(ranges[link.tensor], QUIETEST * ranges[link.tensor].max())
         if not activation.all():
             continue  # nothing ever comes through
@@ -242,6 +251,8 @@ def equalise(graph: Graph, pictures: Array, threads: int = 1) -> None:
             weights = np.maximum(weights, QUIETEST * weights.max())
             if not weights.all():
                 continue
+            # Afterwards activation and weights of a channel both reach to sqrt(activation * weights). With a geometric
+            # mean of 1 the factors move range between channels only.
             factor = np.sqrt(activation / weights)
             factor /= np.exp(np.log(factor).mean())
         graph.scale_link(link, 1 / factor, factor)

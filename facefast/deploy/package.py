@@ -59,7 +59,7 @@ def export(model: FaceModel, to: str, out: Path, recipe: dict[str, Any] | None =
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Leaves out torch's warnings about its own exporter, on which nobody who exports a model can act."""
+    """Leaves out torch's warnings about its own exporter, on which a user cannot act."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
@@ -69,6 +69,7 @@ def _quiet() -> Iterator[None]:
 def _export(model: FaceModel, to: str, out: Path, recipe: dict[str, Any] | None) -> None:
     embedder = Embedder(model).eval()
     height, width = model.image.shape
+    # Two pictures: an exporter takes a size of 1 for a constant, and the batch must stay free.
     images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     batch: dict[str, dict[int, Any]] = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ def _export(model: FaceModel, to: str, out: Path, recipe: dict[str, Any] | None)
     else:
         found = _to_onnx(embedder, images, batch, out)
     with torch.inference_mode():
-        cosine = float((embedder(images) * found).sum(1).min())
+        cosine = float((embedder(images) * found).sum(1).min())  # of two vectors of length 1
     if not cosine >= LEAST_COSINE:
         raise ValueError(f"{out} gives other embeddings than the model: cosine {cosine:.6f}, at least {LEAST_COSINE}")
 
@@ -109,9 +110,9 @@ def _to_onnx(embedder: Embedder, images: Tensor, batch: dict[str, dict[int, Any]
 
 
 def write_package(model: FaceModel, out: Path, recipe: dict[str, Any] | None = None) -> None:
-    """A folder of model.json, model.safetensors, manifest.json and, for `evaluate`, the recipe.
+    """A folder of model.json, model.safetensors, manifest.json and, where there is one, recipe.json.
 
-    Without the recipe `evaluate` could not tell the pictures that the model was trained on from those kept for testing.
+    Only the recipe tells the pictures that the model was trained on from those kept for testing.
 
     Raises:
         ValueError: the folder holds something else, which the manifest would take for a part of the model.
@@ -125,11 +126,11 @@ def write_package(model: FaceModel, out: Path, recipe: dict[str, Any] | None = N
         files.write_json(out / "recipe.json", _without_paths(recipe))
     files.write_json(out / "model.json", model.to_config())
     checkpoint.write_tensors(out / "model.safetensors", model.state_dict())
-    checkpoint.write_manifest(out, step=0)
+    checkpoint.write_manifest(out, step=0)  # last: it hashes the others
 
 
 def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe that does not tell where its owner's photographs and weights lie."""
+    """A recipe without the paths of its owner's photographs and weights."""
     model, data = recipe["model"], recipe["data"] | {"root": ""}
     cleaned = recipe | {
         "data": data

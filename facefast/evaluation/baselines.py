@@ -1,7 +1,4 @@
-"""What a source model does without any fine-tuning: class means, nearest neighbours, a linear probe on its embeddings.
-
-`beginning` measures them before a phase that starts from a source model; `report` shows them beside every result.
-"""
+"""What a model does without any fine-tuning: class means, nearest neighbours, a linear probe on its embeddings."""
 
 from __future__ import annotations
 
@@ -90,7 +87,7 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) 
         loss.backward()
         return loss
 
-    with torch.enable_grad(), torch.inference_mode(False):
+    with torch.enable_grad(), torch.inference_mode(False):  # callers that measure may have gradients off
         optimizer.step(closure)
     return F.linear(test * spread, weight, bias).argmax(1).detach()
 

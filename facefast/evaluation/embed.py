@@ -65,6 +65,7 @@ def embed_rows(
             found[rows[rows >= 0]] = embeddings.cpu()[rows >= 0]
             seen[rows[rows >= 0]] = 1
     assert found is not None, "an index without rows has nothing to embed"
+    # Each row was embedded on one rank and is 0 on the others: the sum is the whole, without an order to keep.
     if run.world.size > 1:
         found, seen = _sum_over_ranks(found, run), _sum_over_ranks(seen, run)
     return found.clone(), seen > 0  # a tensor of inference mode could not be changed

@@ -56,7 +56,7 @@ def evaluate(
             results |= baseline_accuracies(known, cached[0][labels >= 0], labels[labels >= 0])
     if evaluation_set.verification is not None and evaluation_set.pairs is not None:
         embeddings, seen = (
-            cached
+            cached  # pictures of known identities may serve both: they are embedded once
             if cached and evaluation_set.verification is evaluation_set.test
             else embed(evaluation_set.verification)
         )
@@ -69,6 +69,7 @@ def evaluate(
 
 def _closed_set(model: FaceModel, embeddings: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
     """The head on [N, D] embeddings with a label, a block at a time so that many classes need no N x C memory."""
+    # Without the margin, which belongs to the loss: this is what the model would answer.
     seen = labels >= 0
     target, found, loss = labels[seen], [], 0.0
     with torch.inference_mode():
@@ -103,7 +104,7 @@ def _attributes(
             errors = np.abs(answer - truth)
             found = {"mae": float(errors.mean()), "within5": float((errors <= 5).mean())}
             scores.append(1 - found["mae"] / (spec.levels[-1] - spec.levels[0]))
-        elif 0 < truth.sum() < len(truth):
+        elif 0 < truth.sum() < len(truth):  # both answers must occur, or the AUC is not defined
             found = {
                 "accuracy": float(((answer > 0.5) == (truth > 0.5)).mean()),
                 "auc": metrics.auc(answer, truth > 0.5),
@@ -124,6 +125,7 @@ def verification(embeddings: Tensor, seen: Tensor, pairs: PairSet) -> dict[str, 
     Raises:
         ValueError: no pair is left.
     """
+    # Left out, not counted as wrong: which pictures are readable says nothing about the model.
     left, right = torch.from_numpy(pairs.left), torch.from_numpy(pairs.right)
     whole = seen[left] & seen[right]
     unit = torch.nn.functional.normalize(embeddings, dim=1).numpy()

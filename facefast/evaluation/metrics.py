@@ -1,7 +1,6 @@
 """What numbers mean: accuracy, verification and their uncertainty, as pure functions of arrays.
 
-`evaluate` and `report` call them. A pair is accepted, that is, called the same person, where its score is at least the
-threshold.
+A pair is accepted, that is, called the same person, where its score is at least the threshold.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def label_ranks(logits: Tensor, labels: Tensor) -> Tensor:
         [B] int64, 0 where the prediction is right, -1 where the label is negative.
     """
     own = logits.gather(1, labels.clamp(min=0).long()[:, None])  # [B, 1]
-    before = (~(logits < own)).sum(1) - 1
+    before = (~(logits < own)).sum(1) - 1  # "not less" also holds for NaN; less the class itself
     return torch.where(labels >= 0, before, -1)
 
 
@@ -134,7 +133,7 @@ def roc(scores: NDArray[Any], same: NDArray[Any]) -> Roc:
     scores, same = _checked(scores, same)
     order = np.argsort(-scores, kind="stable")
     falling, kind = scores[order], same[order]
-    # Equal scores fall together.
+    # Equal scores fall together: no threshold can tell them apart, so only the last of them is a point.
     last = np.append(np.flatnonzero(np.diff(falling)), len(falling) - 1)
     tar = np.cumsum(kind)[last] / kind.sum()
     far = np.cumsum(~kind)[last] / (~kind).sum()
@@ -166,6 +165,7 @@ def tar_at_far(scores: NDArray[Any], same: NDArray[Any], far: float) -> Operatin
     """
     if not 0 < far < 1:
         raise ValueError(f"false accept rate {far} must lie between 0 and 1")
+    # The rate is that of the curve's own points: a threshold between two scores would accept the same pairs.
     curve = roc(scores, same)
     negatives = int((~np.asarray(same, dtype=bool)).sum())
     if not enough_negatives(negatives, far):
@@ -189,6 +189,8 @@ def best_threshold(scores: NDArray[Any], same: NDArray[Any]) -> float:
     curve = roc(scores, same)
     positives = np.count_nonzero(same)
     negatives = len(np.asarray(same)) - positives
+    # Accepted pairs of one identity minus those of two: the number decided rightly, but for a constant. Whole numbers
+    # again, so that equally good thresholds are equal.
     right = np.rint(curve.tar * positives - curve.far * negatives)
     best = np.flatnonzero(right == right.max())
     k = int(best[len(best) // 2])
@@ -218,6 +220,7 @@ def kfold_verification(scores: NDArray[Any], same: NDArray[Any], folds: NDArray[
         raise ValueError(
             f"{len(names)} folds over {folds.size} of {scores.size} pairs; give each pair one of at least two folds"
         )
+    # No pair has a part in the threshold that it is judged by.
     thresholds = np.array([best_threshold(scores[folds != k], same[folds != k]) for k in names])
     accuracies = np.array(
         [((scores >= threshold) == same)[folds == k].mean() for k, threshold in zip(names, thresholds, strict=True)]

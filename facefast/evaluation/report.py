@@ -111,6 +111,7 @@ def _best_evaluations(evaluations: list[dict[str, Any]], status: dict[str, Any])
     found: dict[str, dict[str, Any]] = {}
     for evaluation in evaluations:
         before = found.get(evaluation["phase"])
+        # NaN is null in metrics.jsonl.
         if before is None or (evaluation.get(metric) or -math.inf) > (before.get(metric) or -math.inf):
             found[evaluation["phase"]] = evaluation
     return found

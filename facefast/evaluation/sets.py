@@ -38,10 +38,10 @@ def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | 
 def find_evaluation_set(
     path: Path, model: FaceModel, data: DataConfig, config: EvalConfig, seed: int, threads: int
 ) -> EvaluationSet:
-    """What the model's own recipe kept for testing, or else random pairs of everybody in `data`.
+    """What the model's own recipe kept for testing, or else random pairs of all people in `data`.
 
     Args:
-        path: MODEL as it was given, whose recipe is asked.
+        path: MODEL as it was given; its recipe says what was kept for testing.
         config: number of pairs and folds.
         seed: of random pairs.
 
@@ -54,6 +54,7 @@ def find_evaluation_set(
     index = photographs_of(trained, trained.data.reading(threads))
     known = set(model.class_names) & set(index.class_names)
     if known or trained.learns_attributes:
+        # Divided again by the recipe's seed: the pictures that were kept out then, as long as the classes agree.
         evaluation_set = divide(index, trained, _last_phase(trained)).evaluation
         if evaluation_set.test is not None and evaluation_set.test.class_names == model.class_names:
             return evaluation_set
@@ -65,10 +66,12 @@ def find_evaluation_set(
 def _asked_again(trained: Recipe, data: DataConfig) -> Recipe:
     """The recipe that a model was trained with, for an evaluation on `data`.
 
-    How pictures are divided stays, unless it is given anew. On the photographs that the model was trained on, so does
-    what the recipe knows of them: corrections, further folders, attributes, whom to say yes to; others have their own.
+    How pictures are divided stays, unless `data` says otherwise. On the photographs that the model was trained on, so
+    does what the recipe knows of them: corrections, further folders, attributes, the people of binary recognition;
+    other photographs have their own.
     """
     default = DataConfig()
+    # A field that is at its default was not given: how to read and divide is then the recipe's.
     names = [f.name for f in dataclasses.fields(default)]
     given = {name: getattr(data, name) for name in names if getattr(data, name) != getattr(default, name)}
     merged = dataclasses.replace(trained.data, **given | {"format": data.format})

@@ -37,5 +37,6 @@ class Detector:
         if faces is None:
             return np.full((5, 2), np.nan, np.float32)
         largest = max(faces, key=lambda face: face[2] * face[3])
+        # A face is x, y, width, height, five points and a score, in pixels of the picture as it was scaled.
         points: NDArray[np.float32] = (largest[4:14].reshape(5, 2) / scale).astype(np.float32)
         return points

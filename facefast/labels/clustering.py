@@ -1,7 +1,7 @@
-"""Who looks like whom: neighbours, clusters, labels for the unlabelled, and how far groupings agree.
+"""Which pictures show one person: neighbours, clusters, labels for the unlabelled, and how far groupings agree.
 
-Pure functions on embeddings, used by `facefast.label` and `facefast.suspects`. Embeddings are float32 [N, D] rows of
-length 1. Similarities are computed a block of rows at a time: no N x N matrix is held.
+Pure functions on embeddings, float32 [N, D] rows of length 1. Similarities are computed a block of rows at a time: no
+N x N matrix is held.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def neighbours(embeddings: Floats, count: int, block: int = 0) -> tuple[Numbers,
     if count < 1:
         return places, cosines
     for part, found in similarity_blocks(embeddings, embeddings, block):
-        found[np.arange(len(found)), np.arange(part.start, part.stop)] = -np.inf
+        found[np.arange(len(found)), np.arange(part.start, part.stop)] = -np.inf  # a row is no neighbour of its own
         best = torch.from_numpy(found).topk(count, dim=1)
         places[part], cosines[part] = best.indices.numpy(), best.values.numpy()
     return places, cosines
@@ -116,15 +116,18 @@ def cluster(
     """
     if min_size < 1 or num_neighbours < 1:
         raise ValueError(f"min_size is {min_size} and num_neighbours {num_neighbours}; both must be at least 1")
+    # Only pairs among nearest neighbours are candidates, so the work grows with N times K, not with N squared.
     unit = unit_rows(embeddings)
     limit = stranger_limit(unit) if similarity is None else similarity
     roots = _merge(unit, *neighbours(unit, num_neighbours, block), limit)
     _, first, inverse, counts = np.unique(roots, return_index=True, return_inverse=True, return_counts=True)
+    # The largest cluster first, equal ones by their first row: the numbers are the same each time.
     order = np.lexsort((first, -counts))
     order = order[counts[order] >= min_size]
     number = np.full(len(counts), -1)
     number[order] = np.arange(len(order))
     labels = number[inverse].astype(np.int64)
+    # How sure a row is: its own cluster against the nearest other one, as a softmax of the two would have it.
     own, other, _ = own_and_other(unit, labels, len(order), block=block)
     scale = _temperature(unit, labels, len(order), own, block)
     margin = np.where(np.isfinite(other), own - other, np.inf)
@@ -144,12 +147,16 @@ def _merge(unit: Floats, places: Numbers, cosines: Floats, limit: float) -> Numb
             links[other].add(row)
             queue.append((-float(cosines[row, column]), min(row, other), max(row, other)))
     heapq.heapify(queue)
+    # Rows have length 1, so the mean cosine between two clusters is the product of their sums over the product of their
+    # sizes: average linkage without looking at rows again. In float64, since sums of sums are compared with a limit.
     sums = dict(enumerate(unit.astype(np.float64)))
     sizes = dict.fromkeys(range(rows), 1)
     parents = list(range(rows))
     while queue:
         _, one, other = heapq.heappop(queue)
-        if one not in links or other not in links:  # an edge of a cluster that is part of another by now
+        # Edges are never taken out of the queue. A merged cluster gets a new number, so an edge whose ends are gone is
+        # an old one.
+        if one not in links or other not in links:
             continue
         new = len(parents)
         parents.append(new)
@@ -162,6 +169,7 @@ def _merge(unit: Floats, places: Numbers, cosines: Floats, limit: float) -> Numb
             links[near].add(new)  # also below the limit: what grows on either side may bring the mean back above it
             if mean >= limit:
                 heapq.heappush(queue, (-mean, near, new))
+    # A parent has a greater number than its children: from the top down, one step each leads to the root.
     for node in range(len(parents) - 1, -1, -1):
         parents[node] = parents[parents[node]]
     return np.array(parents[:rows], np.int64)
@@ -189,11 +197,12 @@ def own_and_other(
     sums = class_sums(unit, labels, num_classes, weights)
     own = np.full(len(unit), np.nan, np.float32)
     known = labels >= 0
+    # Without the row itself, or it would vouch for its own label: in a class of two by half.
     rest = sums[labels[known]] - weights[known, None] * unit[known]
     mass = np.bincount(labels[known], weights[known], num_classes)[labels[known]] - weights[known]
     with np.errstate(invalid="ignore", divide="ignore"):
         cosines = (rest * unit[known]).sum(1) / np.linalg.norm(rest, axis=1)
-    own[known] = np.where(mass > 1e-3, cosines, np.nan)
+    own[known] = np.where(mass > 1e-3, cosines, np.nan)  # below, the rest is what rounding left
     other, which = np.full(len(unit), np.nan, np.float32), np.full(len(unit), -1)
     lengths = np.linalg.norm(sums, axis=1, keepdims=True)
     means = np.divide(sums, lengths, out=np.zeros_like(sums), where=lengths > 1e-3)
@@ -201,7 +210,7 @@ def own_and_other(
     for part, found in similarity_blocks(unit, means, block):
         found[:, empty] = -np.inf
         mine = np.flatnonzero(known[part])
-        found[mine, labels[part][mine]] = -np.inf
+        found[mine, labels[part][mine]] = -np.inf  # the best of the others
         if num_classes:
             which[part] = found.argmax(1)
             other[part] = found.max(1)
@@ -218,7 +227,7 @@ def assign(
     Class means of the labelled rows classify the others, which then count in every mean by how likely they belong to
     it, and again (expectation maximisation): what is named does not depend on how much is wanted. The confidence is a
     softmax over the cosines whose temperature makes the labelled rows, each left out in turn, most likely (Guo et al.
-    2017), times the probability that the row shows somebody who is known at all: a mixture fitted to the rows without a
+    2017), times the probability that the row shows a person who is known at all: a mixture fitted to the rows without a
     label of what labelled rows score with their own class and with the best of the others.
 
     Args:
@@ -248,6 +257,8 @@ def assign(
     own, other, _ = own_and_other(unit, labels, num_classes, block=block)
     known = np.isfinite(own) & np.isfinite(other)
     scale = _temperature(unit, labels, num_classes, own, block)
+    # Expectation maximisation: classify by the means, then let every row count in every mean by how likely it belongs
+    # there and shows a known person at all. The labelled rows' part of the sums stays as it is in every round.
     sums = class_sums(unit, labels, num_classes)
     means, strange = _directions(sums), unit[open_rows]
     best, score = np.zeros(len(strange), np.int64), np.zeros(len(strange), np.float32)
@@ -262,6 +273,7 @@ def assign(
             chances = _chances(found, scale, means)
             best[part], score[part], chance[part] = chances.argmax(1), found.max(1), chances.max(1)
         somebody = _somebody_known(score, own[known], other[known])
+    # The softmax compares classes with each other and cannot say "none of them"; the mixture's probability can.
     chance *= somebody
     sure[open_rows] = chance
     result[open_rows] = np.where(chance >= confidence, best, -1)
@@ -277,13 +289,13 @@ def _directions(sums: Floats) -> Floats:
 def _chances(cosines: Floats, scale: float, means: Floats) -> Floats:
     """Softmax over the classes, [M, C]; those without a mean get cosine -inf in place and chance 0."""
     cosines[:, ~means.any(1)] = -np.inf
-    powers = np.exp(scale * (cosines - cosines.max(1, keepdims=True)))
+    powers = np.exp(scale * (cosines - cosines.max(1, keepdims=True)))  # of at most 0: no overflow
     return np.asarray(powers / powers.sum(1, keepdims=True), np.float32)
 
 
 def _temperature(unit: Floats, labels: Numbers, num_classes: int, own: Floats, block: int) -> float:
     """The softmax scale that makes labelled rows, each compared with its class without it, most likely."""
-    scales = np.geomspace(2, 128, 25)
+    scales = np.geomspace(2, 128, 25)  # a grid: one pass over the similarities serves all of them
     rows = np.flatnonzero(np.isfinite(own))
     if len(rows) == 0:  # one row a class says nothing of how far pictures of one person lie apart
         return 1 / max(strangers(unit)[1], 1e-2)
@@ -294,7 +306,7 @@ def _temperature(unit: Floats, labels: Numbers, num_classes: int, own: Floats, b
     for part, found in similarity_blocks(unit[rows], means, block):
         mine = own[rows[part]].astype(np.float64)
         found[:, absent] = -np.inf
-        found[np.arange(len(found)), labels[rows[part]]] = mine
+        found[np.arange(len(found)), labels[rows[part]]] = mine  # leave-one-out, as a row without a label is seen
         for place, scale in enumerate(scales.tolist()):
             losses[place] += np.log(np.exp(scale * (found - mine[:, None])).sum(1)).sum()
     return float(scales[losses.argmin()])
@@ -302,6 +314,7 @@ def _temperature(unit: Floats, labels: Numbers, num_classes: int, own: Floats, b
 
 def _somebody_known(scores: Floats, own: Floats, other: Floats) -> Floats:
     """Probability for each of `scores` [M], best of all classes, that its row shows a known person."""
+    # A known person is taken to score like `own`, a stranger's best class like `other`.
     if len(own) < 2:
         return np.ones(len(scores), np.float32)
     ratio = likelihood_ratio(own, other)(scores)  # known against stranger
@@ -340,6 +353,8 @@ def likelihood_ratio(
     """
     n_high = float(len(high) if high_weights is None else high_weights.sum())
     n_low = float(len(low) if low_weights is None else low_weights.sum())
+    # A bin's ratio must not be below that of the bin before it: neighbours that break the order become one block. The
+    # comparison is cross-multiplied, so that empty bins join the block before them instead of dividing 0 by 0.
     ups = np.histogram(high, BINS, weights=high_weights)[0].astype(np.float64) / max(n_high, 1e-9)
     downs = np.histogram(low, BINS, weights=low_weights)[0].astype(np.float64) / max(n_low, 1e-9)
     blocks: list[tuple[float, float, int]] = []
@@ -372,6 +387,7 @@ class Agreement:
 def agreement(true: Numbers, found: Numbers) -> Agreement:
     """Compares clusters `found` [N] with identities `true` [N]; rows with a negative true label are left out."""
     kept = true >= 0
+    # Everything below is counted from three tables of sizes: of identities, of clusters, and of what they share.
     true, found = np.unique(true[kept], return_inverse=True)[1], found[kept].astype(np.int64)
     if len(true) == 0:
         raise ValueError("no row has a true identity; agreement needs labelled pictures")

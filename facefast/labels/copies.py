@@ -28,6 +28,8 @@ def copies_by_pixels(index: FaceIndex) -> Callable[[int, int], bool]:
                 seen[row] = None
             else:
                 values = thumbnail(picture.astype(np.uint8), SIDE).astype(np.float32).ravel()
+                # Mean 0 and deviation 1: the mean of a product is then the correlation, which brightness and contrast
+                # do not change.
                 seen[row] = (values - values.mean()) / max(float(values.std()), 1e-6)
         return seen[row]
 

@@ -1,4 +1,4 @@
-"""How well wrong labels are found: some are planted, and the findings with and without them compared."""
+"""How well wrong labels are found: some are planted, and the findings with and without them are compared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def plant_wrong_labels(labels: Numbers, fraction: float, seed: int) -> tuple[Num
     generator = np.random.default_rng(seed)
     rows = np.sort(generator.choice(known, max(1, round(fraction * len(known))), replace=False))
     planted = labels.copy()
-    planted[rows] = (labels[rows] + generator.integers(1, classes, len(rows))) % classes
+    planted[rows] = (labels[rows] + generator.integers(1, classes, len(rows))) % classes  # never its own
     return planted, rows
 
 
@@ -51,6 +51,7 @@ def self_test(before: Suspects, after: Suspects, rows: Numbers, labels: Numbers)
     natural = {suspect.row for suspect in before.of("wrong_label")} - planted
     flagged = after.of("wrong_label")
     hits = [suspect for suspect in flagged if suspect.row in planted]
+    # A set has wrong labels of its own, and finding those is no mistake: they are set aside.
     fresh = [suspect for suspect in flagged if suspect.row not in natural]
     changed = [suspect for suspect in hits if suspect.action == "relabel"]
 

@@ -1,4 +1,4 @@
-"""Contact sheets: photographs side by side under a line of text, to be looked at by whoever decides."""
+"""Contact sheets: photographs side by side under a line of text, for a person to decide by."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def strips(index: FaceIndex, embeddings: Floats, suspects: Suspects, kind: str, 
     ends = np.searchsorted(index.labels[order], np.arange(index.num_classes + 1))
 
     def like(row: int, label: int, count: int) -> list[int]:
-        """Pictures of an identity most like `row`, those beyond doubt first."""
+        """Pictures of an identity most like `row`, those whose label is not in doubt first."""
         rows = order[ends[label] : ends[label + 1]]
         rows = rows[rows != row]
         key = embeddings[rows] @ embeddings[row] - 2 * (doubts.wrong[rows] >= 0.5)

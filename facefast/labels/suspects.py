@@ -1,6 +1,6 @@
 """What is probably wrong with a labelled set, from its embeddings: wrong labels, duplicates, one person twice.
 
-Pure functions; `facefast.audit` embeds, shows and writes what they find.
+Pure functions of embeddings and labels.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Doubt:
     elsewhere: Floats
     """[N] probability that the row shows the person `suggested`."""
     stranger: Floats
-    """[N] probability that it shows somebody who is no class."""
+    """[N] probability that it shows a person who is no class."""
     suggested: Numbers
     """[N] the most similar other class, -1 if there is none."""
     own: Floats
@@ -98,6 +98,7 @@ def doubt(
     result = Doubt(nothing, nothing, np.full(len(unit), -1), nothing + np.nan, nothing + np.nan, 0.0)
     if num_classes == 0:
         return result
+    # Scores need means, robust means need to know which labels are wrong: from a cautious start, in turns.
     weights = _densest_half(unit, labels, num_classes)
     for _ in range(rounds):
         result = _doubt_once(unit, labels, num_classes, weights, block)
@@ -115,12 +116,13 @@ def _densest_half(unit: Floats, labels: Numbers, num_classes: int) -> Floats:
         if len(rows) < 3:
             weights[rows] = 1
             continue
+        # Starts where it is most crowded, at the row whose nearest half is nearest (of a selection, in a large class).
         half = len(rows) // 2 + 1
         some = rows[np.linspace(0, len(rows) - 1, min(len(rows), 2048)).astype(np.int64)]
         cosines = np.sort(unit[some] @ unit[some].T, axis=1)[:, -(len(some) // 2 + 1) :]
         centre = unit[some[cosines.mean(1).argmax()]]
         chosen = np.zeros(0, np.int64)
-        for _ in range(10):
+        for _ in range(10):  # concentration steps: each one can only make the half denser
             nearest = np.sort(np.argsort(-(unit[rows] @ centre), kind="stable")[:half])
             if np.array_equal(nearest, chosen):
                 break
@@ -142,6 +144,7 @@ def _doubt_once(unit: Floats, labels: Numbers, num_classes: int, weights: Floats
     bins = np.searchsorted(SIZES, rest, "right") - 1
     strangers = _stranger_scores(unit, labels, num_classes, weights, block)
 
+    # Half of the wrong labels score below the strangers' median, and hardly any right ones: twice that many are wrong.
     low = sum(np.count_nonzero(own[judged & (bins == k)] < np.median(s)) for k, s in strangers.items() if len(s))
     wrong = float(np.clip((2 * low + 1) / (np.count_nonzero(judged) + 1), 0, 0.5))
     right_by_own = np.ones(len(unit))  # p(own | right) / p(own | wrong)
@@ -149,6 +152,9 @@ def _doubt_once(unit: Floats, labels: Numbers, num_classes: int, weights: Floats
         rows = np.flatnonzero(judged & (bins == k))
         if len(rows) == 0 or len(scores) == 0:
             continue
+        # p(own) = (1 - wrong) p(own | right) + wrong p(own | wrong): what all labels score, over what strangers score,
+        # gives right over wrong without knowing any right label. The strangers' scores, which are many more, weigh as
+        # much as the rows together: a ratio is no surer than the rows make it.
         all_labels = likelihood_ratio(own[rows], scores, None, np.full(len(scores), len(rows) / len(scores)))
         ratio = (all_labels(own[rows]) - wrong) / (1 - wrong)
         ratio = np.maximum(ratio, 1 / (len(rows) + 1))
@@ -156,11 +162,14 @@ def _doubt_once(unit: Floats, labels: Numbers, num_classes: int, weights: Floats
         right_by_own[rows] = (1 - others_wrong) * ratio + others_wrong
     right = (1 - wrong) * right_by_own / ((1 - wrong) * right_by_own + wrong)
 
+    # A wrong label's best other class is scored as a right label scores its own, if that is who it shows.
     elsewhere = np.ones(len(unit))  # p(other | shows that person) / p(other | does not)
     paired = judged & np.isfinite(other)
     if paired.any():
         elsewhere = likelihood_ratio(own[judged], other[paired], right[judged], right[paired])(np.nan_to_num(other))
     elsewhere[~np.isfinite(other)] = 0
+    # Bayes' rule over the three cases: right, another known person, a stranger. How wrong labels divide among the last
+    # two is the one number that is not known yet, and is estimated by expectation maximisation.
     share = 0.5  # of wrong labels, those of known people
     for _ in range(50):
         parts = (1 - wrong) * right_by_own, wrong * share * elsewhere, wrong * (1 - share) * np.ones(len(unit))
@@ -178,7 +187,7 @@ def _stranger_scores(
 ) -> dict[int, Floats]:
     """Cosines of rows with the means of the nearest quarter of the other classes, by bin of the class's size.
 
-    Whoever sorts photographs does not take a man for a woman: wrong labels are more alike than people drawn by chance.
+    People who sort photographs confuse faces that are alike: a wrong label is more like its class than chance has it.
     """
     sums = class_sums(unit, labels, num_classes, weights)
     lengths = np.linalg.norm(sums, axis=1, keepdims=True)
@@ -196,6 +205,7 @@ def _stranger_scores(
         return {}
     for part, cosines in similarity_blocks(unit[rows], means, block):
         own = place[labels[rows[part]]]
+        # Nearest by the class means, not by the row: a row with a wrong label would choose the very person it shows.
         among = means[own] @ means.T
         among[np.arange(len(own)), own] = -np.inf
         nearest = np.argpartition(-among, count - 1, axis=1)[:, :count]
@@ -213,11 +223,11 @@ class Suspect:
     row: int
     """The picture in doubt; of a merge, the most typical one of `label`."""
     label: int
-    """The identity it stands under; of a merge, the smaller one."""
+    """The identity it is labelled as; of a merge, the smaller one."""
     other_row: int
     """The picture it is a copy of; the most typical one of `suggested`, or -1."""
     suggested: int
-    """The identity it seems to show; -1 is nobody here."""
+    """The identity it seems to show; -1 where it is none of these."""
     action: Literal["drop", "keep", "relabel", "merge"]
     confidence: float
     """Probability in [0, 1] that this is wrong as it is; of a merge, 1 - the false discovery rate."""
@@ -234,7 +244,7 @@ class Suspects:
     found: tuple[Suspect, ...]
     doubt: Doubt
     mixed: tuple[int, ...]
-    """Labels of identities half or more of whose pictures are suspects: which half is right, the set cannot say."""
+    """Labels of identities half or more of whose pictures are suspects: the set cannot show which half is right."""
 
     def of(self, kind: Kind) -> list[Suspect]:
         """Those of one kind."""
@@ -268,6 +278,8 @@ def find_suspects(
         raise ValueError(f"confidence is {confidence} and false_merges {false_merges}; both must lie in (0, 1)")
     unit, labels = unit_rows(embeddings), labels.astype(np.int64)
     num_classes = int(labels.max(initial=-1)) + 1
+    # Twice: two identities that are one person make each other's pictures look wrong. Merges are found with the first
+    # doubts, which keep wrong labels out of the means, and then count as one class.
     alone = doubt(unit, labels, block=block)
     merges = merge_pairs(unit, labels, alone, false_merges, block)
     groups = np.arange(num_classes)
@@ -281,6 +293,7 @@ def find_suspects(
     mixed = tuple(np.flatnonzero((suspects_of > 0) & (2 * suspects_of >= counts)).tolist())
     found = []
     for row in flagged[np.argsort(-doubts.wrong[flagged], kind="stable")].tolist():
+        # A new name needs more certainty than leaving a picture out, which in a mixed identity is left to a person.
         known = bool(doubts.elsewhere[row] >= doubts.stranger[row])
         action: Literal["drop", "keep", "relabel"] = "relabel" if doubts.elsewhere[row] >= RELABEL else "drop"
         found.append(
@@ -330,10 +343,11 @@ def merge_pairs(unit: Floats, labels: Numbers, doubts: Doubt, false_rate: float,
         found = [(int(several[one]), int(several[other]), cosine, sure) for one, other, cosine, sure in pairs]
     found += _single_pictures(labels, counts, doubts, false_rate, [label for pair in found for label in pair[:2]])
 
+    # The surest first, and each pair only if it joins what is not joined yet: n names of one person are n - 1 merges.
     chosen: list[Pair] = []
     group = np.arange(len(counts))
     for one, other, cosine, sure in sorted(found, key=lambda pair: (-pair[3], -pair[2])):
-        if group[one] == group[other]:  # said already by two other pairs
+        if group[one] == group[other]:
             continue
         group[group == group[one]] = group[other]
         small, large = (other, one) if (counts[one], -one) > (counts[other], -other) else (one, other)
@@ -344,6 +358,7 @@ def merge_pairs(unit: Floats, labels: Numbers, doubts: Doubt, false_rate: float,
 def _above_chance(means: Floats, floor: float, false_rate: float, block: int, most: int = 1 << 22) -> list[Pair]:
     """Pairs of means [C, D]."""
     classes = len(means)
+    # A part of all cosines is enough to estimate what chance gives; only pairs above the floor are kept by name.
     every = max(1, classes * classes // most)
     cosines, near = [], []
     for part, found in similarity_blocks(means, means, block):
@@ -360,6 +375,7 @@ def _above_chance(means: Floats, floor: float, false_rate: float, block: int, mo
 def _single_pictures(
     labels: Numbers, counts: Numbers, doubts: Doubt, false_rate: float, merged: Sequence[int]
 ) -> list[Pair]:
+    # Doubtful labels and merged identities say nothing of chance: the best other class may be the same person.
     known = (labels >= 0) & np.isfinite(doubts.other)
     alone = known & (counts[labels.clip(0)] == 1)
     usual = known & ~alone & (doubts.wrong < 0.5) & ~np.isin(labels, merged)
@@ -382,7 +398,7 @@ def _confidences(cosines: list[float], chance: Floats, tests: float, false_rate:
     """
     if len(chance) == 0:
         return []
-    part = min(0.5, max(0.01, 50 / len(chance)))
+    part = min(0.5, max(0.01, 50 / len(chance)))  # the 99th percentile on, or the 50 highest where those are more
     start = float(np.quantile(chance, 1 - part))
     tail = chance[chance > start] - start
     if len(tail) < MIN_TAIL:
@@ -391,11 +407,13 @@ def _confidences(cosines: list[float], chance: Floats, tests: float, false_rate:
     ordered = np.sort(chance)
     rates = []
     for place, cosine in enumerate(cosines, 1):
+        # Pairs of two people expected at or above this cosine, over the pairs reported down to it.
         above = part * np.exp(-(cosine - start) / scale)
-        if cosine < start:
+        if cosine < start:  # not in the tail: counted
             above = (len(ordered) - np.searchsorted(ordered, cosine)) / len(ordered)
         rates.append(tests * float(above) / place)
     last = max((place for place, rate in enumerate(rates, 1) if rate <= false_rate), default=0)
+    # The least rate of any longer list that holds the pair: a surer pair must not look less sure than one below it.
     return [1 - min(rates[place:last]) for place in range(last)]
 
 
@@ -418,6 +436,7 @@ def _duplicates(
     block: int,
 ) -> Iterator[Suspect]:
     """One finding for every row to drop; of copies the one whose label is least in doubt stays, else the first."""
+    # Disjoint sets whose root is their first row: the result does not depend on the order of joining.
     links = dict(enumerate(range(len(unit))))
 
     def root(row: int) -> int:
@@ -437,6 +456,7 @@ def _duplicates(
             for row in rows[1:].tolist():
                 join(int(rows[0]), row)
     if same_picture is not None:
+        # Only near embeddings are compared by pixels, which reads both files; and only where they are not joined yet.
         places, cosines = neighbours(unit, 5, block)
         for row, column in np.argwhere(cosines >= NEAR).tolist():
             other = int(places[row, column])
@@ -445,6 +465,7 @@ def _duplicates(
     roots = np.array([root(row) for row in range(len(unit))])
     for rows in _sets(np.arange(len(unit)), roots):
         unlabelled = labels[rows] < 0
+        # Rounded, so that equal pictures do not differ by the last bit of their doubt: the first of them stays.
         kept = int(rows[np.lexsort((rows, np.round(doubts.wrong[rows], 3), unlabelled))[0]])
         for row in rows[rows != kept].tolist():
             exact = hashes is not None and bool(hashes[row].any()) and bool((hashes[row] == hashes[kept]).all())

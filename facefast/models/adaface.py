@@ -1,4 +1,4 @@
-"""The residual network of AdaFace (Kim et al. 2022, arXiv:2204.00964), built by `backbones`.
+"""The residual network of AdaFace (Kim et al. 2022, arXiv:2204.00964).
 
 Names of layers and parameters are those of github.com/mk-minchul/AdaFace (net.py), so that its checkpoints load key for
 key. It differs from `iresnet` in its shortcuts (a block that keeps its channels takes every second pixel as it is) and

@@ -1,9 +1,7 @@
 """A training state on disk, and back: written aside, hashed, synced, renamed, verified before use.
 
 A checkpoint is a folder of safetensors and JSON (never a pickle); `manifest.json`, written last, holds the SHA-256 of
-every
-other file. `train` saves and restores through `save` and `newest`; everything that only wants the model calls
-`load_model`.
+every other file.
 """
 
 from __future__ import annotations
@@ -47,6 +45,12 @@ def save(
     Raises:
         StorageError: the disk is full or refuses; earlier checkpoints are untouched.
     """
+    # The order is what makes a crash at any moment harmless:
+    # 1. All files go into a hidden folder, which no reader looks at.
+    # 2. The manifest comes last, so a folder without one is unfinished, whatever else it holds.
+    # 3. `replace_folder` syncs every file and the folder before the rename: a name that survives a power cut must not
+    #    stand for content that did not.
+    # 4. Only then do the links move, and only after them are old checkpoints removed.
     folder = run_folder / FOLDER
     path = folder / f"step-{step:07d}"
     aside = folder / f".{path.name}.tmp"
@@ -129,6 +133,7 @@ def verify(path: Path) -> None:
 
 def newest(run_folder: Path) -> Path | None:
     """The newest sound checkpoint of a run, or None; damaged ones are passed over with a warning on the terminal."""
+    # By the folders' names, not by `last`: a run killed between the rename and the link has a newer one.
     for path in _steps(run_folder / FOLDER):
         try:
             verify(path)
@@ -147,6 +152,7 @@ def check_same_run(path: Path, recipe: Recipe, plan: Plan) -> None:
     Raises:
         ValueError: naming each field that differs with both values.
     """
+    # These may change in the middle of a run: they have no part in its weights.
     theirs, ours = files.read_json(path / "recipe.json"), to_json(recipe)
     free = ("threads", "log_every", "keep", "save_every", "projector")
     differs = [
@@ -178,7 +184,7 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
 
 
 def discard(run_folder: Path) -> None:
-    """Removes a run's checkpoints: it starts anew."""
+    """Removes all checkpoints of a run."""
     shutil.rmtree(run_folder / FOLDER, ignore_errors=True)
 
 
@@ -190,6 +196,7 @@ def read_tensors(path: Path, stem: str) -> dict[str, Tensor]:
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimiser's state as flat tensors plus a JSON value for what is not a tensor."""
+    # safetensors holds named tensors alone: "0.exp_avg" is slot exp_avg of parameter 0. Numbers go into the JSON.
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}

@@ -1,7 +1,4 @@
-"""The face model: backbone, embedding, dropout, head, and everything needed to use them again.
-
-`build_model` makes one for training; `checkpoint.load_model` brings one back from its `to_config` form.
-"""
+"""The face model: backbone, embedding, dropout, head, and everything needed to use them again."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ DEFAULT_BACKBONE = "mobilefacenet"
 
 
 class Prediction(NamedTuple):
-    """Whom the model sees."""
+    """The people in pictures, as the model names them."""
 
     labels: Tensor
     """[B] int64, the most probable class."""
@@ -44,7 +41,7 @@ class FaceModel(nn.Module):
         image: the pictures that it takes; saved with the model.
         class_names: one per class, or none.
         scale: what the loss multiplies the logits by; probabilities need it.
-        attributes: what it tells beside names.
+        attributes: what it predicts beside names.
 
     Raises:
         ValueError: an unknown backbone, or another number of names than of classes.
@@ -84,6 +81,7 @@ class FaceModel(nn.Module):
         self.set_classes(num_classes, class_names)
         self.attribute_heads = AttributeHeads(self.embedding_size, attributes) if attributes else None
         mean, std = torch.tensor(image.mean), torch.tensor(image.std)
+        # Not in the state dict: the ImageSpec, which is saved with the model, is their one source.
         self.register_buffer("pixel_mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(1, 3, 1, 1), persistent=False)
 
@@ -148,7 +146,7 @@ class FaceModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Prediction:
-        """Names the people in pictures, given as for `embed`, and tells their attributes.
+        """Names the people in pictures, given as for `embed`, and predicts their attributes.
 
         Raises:
             ValueError: as `embed`, or the model has neither classes nor attributes.
@@ -276,6 +274,7 @@ class FaceModel(nn.Module):
         if self.training:
             raise ValueError("the model is in training mode, where BatchNorm mixes pictures; call eval() first")
         self._check_shape(images)
+        # The type says which of the two it is: bytes as decoded, or floats that a loader has normalised already.
         if images.dtype == torch.uint8:
             if self.image.color == "bgr":
                 images = images.flip(1)
@@ -309,19 +308,19 @@ def build_model(
     """A model as a recipe describes it, with the source's weights where there is one.
 
     Args:
-        config: what the source tells may be left at its default there.
+        config: fields that the source decides may be left at their defaults.
         num_classes: identities; 0 builds a model without head, for embeddings only.
         image: the pictures that it will see; what is left open is the source's, or the usual.
         class_names: one per class, or none.
         source: `config.source`, already loaded.
-        attributes: what it tells beside names.
+        attributes: what it predicts beside names.
 
     Returns:
         The model, in training mode; its `report` says what became of the source's weights.
 
     Raises:
-        ValueError: the source does not fit, was trained on other pictures, or does not tell its architecture and
-            `config.backbone` does not either.
+        ValueError: the source does not fit or was trained on other pictures, or its architecture follows neither from
+            its tensors nor from `config.backbone`.
     """
     if source is None and config.source != "none":
         source = load_source(config.source, config.backbone)
@@ -347,7 +346,7 @@ def model_from_source(source: Source) -> FaceModel:
     """A source model as it is, for embeddings only.
 
     Raises:
-        ValueError: the source does not tell its architecture, or the pictures that it was trained on.
+        ValueError: its architecture or the pictures that it was trained on do not follow from the file.
     """
     if source.image is None:
         raise ValueError(f"{source.name} does not tell the size and normalisation of its pictures")
@@ -364,6 +363,7 @@ def _belongs(name: str, members: Sequence[str]) -> bool:
 
 def _holders(network: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     """Modules that hold the named parameters and nothing else."""
+    # A module with children would bring their parameters along, which may belong to another stage.
     modules: dict[str, nn.Module] = {}
     loose = nn.ParameterList()
     for name in names:

@@ -1,4 +1,4 @@
-"""Heads: from embeddings [B, D] to one number per identity, and to attributes. `face.FaceModel` ends in them."""
+"""Heads: from embeddings [B, D] to one number per identity, and to attributes."""
 
 from __future__ import annotations
 
@@ -113,6 +113,7 @@ class AttributeHeads(nn.Module):
 
     def targets(self, values: Tensor) -> Tensor:
         """Values of the attributes [B, A] to what the logits stand for: [B, K] of 0, 1, or NaN where unknown."""
+        # An ordinal value is a row of yes and no: is it above the first level, above the second, ...
         spread = values[:, self.attribute_of]
         return (spread > self.thresholds).to(values).masked_fill(spread.isnan(), torch.nan)
 
@@ -135,5 +136,6 @@ class AttributeHeads(nn.Module):
         """Biases that give how often each logit's answer is yes among values [N, A]; the loss then starts low."""
         positive = self.targets(values)
         known = ~positive.isnan()
+        # One yes and one no more than there are: an answer that all pictures share must not give an infinite bias.
         rate = (positive.nan_to_num().sum(0) + 1) / (known.sum(0) + 2)
         self.biases.copy_(torch.logit(rate))

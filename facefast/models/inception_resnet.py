@@ -1,4 +1,4 @@
-"""Inception-ResNet v1 (Szegedy et al. 2016, arXiv:1602.07261) as FaceNet's successors use it, built by `backbones`.
+"""Inception-ResNet v1 (Szegedy et al. 2016, arXiv:1602.07261) as FaceNet's successors use it.
 
 Names of layers and parameters are those of github.com/timesler/facenet-pytorch, so that its files, themselves converted
 from davidsandberg/facenet, load key for key.

@@ -32,6 +32,7 @@ def inherit(student: FaceModel, teacher: FaceModel) -> float:
     taken = total = 0
     for name, value in student.state_dict(keep_vars=True).items():
         part, _, rest = name.partition(".")
+        # Names differ by the block's number alone: the same tensor of the block that stands for it in the teacher.
         if part == "backbone":
             stage, place = _place(rest, own)
             name = f"backbone.{_counterpart(place, own[stage], theirs[stage])}{rest.removeprefix(own[stage][place])}"

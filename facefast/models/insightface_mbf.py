@@ -1,4 +1,4 @@
-"""InsightFace's MobileFaceNet ("mbf"), built by `backbones`.
+"""InsightFace's MobileFaceNet ("mbf").
 
 Names of layers and parameters are those of arcface_torch (backbones/mobilefacenet.py, `get_mbf`), so that its files
 load key for key. It is wider than the paper's network, which is `mobilefacenet`: twice the channels between blocks, a

@@ -1,4 +1,4 @@
-"""IResNet (Duta et al. 2020, arXiv:2004.04989) as face recognition uses it, built by `backbones`.
+"""IResNet (Duta et al. 2020, arXiv:2004.04989) as face recognition uses it.
 
 Names of layers and parameters are those of InsightFace's arcface_torch, so that its `backbone.pth` files load key for
 key.

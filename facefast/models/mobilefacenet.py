@@ -1,4 +1,4 @@
-"""MobileFaceNet (Chen et al. 2018, arXiv:1804.07573), built by `backbones` for face sizes of any shape.
+"""MobileFaceNet (Chen et al. 2018, arXiv:1804.07573), for pictures of any shape.
 
 Names of layers and parameters are those of github.com/Xiaoccer/MobileFaceNet_Pytorch, so that its checkpoints load key
 for key. There are two smaller ones: half of the residual blocks, to start from the layers of a whole one, and half the

@@ -1,7 +1,4 @@
-"""Stochastic depth (Huang et al. 2016, arXiv:1603.09382), shared by the backbones that are sums of residual blocks.
-
-A file of its own because four backbones, which do not know each other, take it from here.
-"""
+"""Stochastic depth (Huang et al. 2016, arXiv:1603.09382), for any network that is a sum of residual blocks."""
 
 from __future__ import annotations
 

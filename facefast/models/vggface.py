@@ -1,7 +1,7 @@
-"""VGGFace (Parkhi et al. 2015, "Deep Face Recognition"): VGG-16 up to fc7, built by `backbones`.
+"""VGGFace (Parkhi et al. 2015, "Deep Face Recognition"): VGG-16 up to fc7.
 
 Names of layers and parameters are those of the published Caffe network and of its port to PyTorch (S. Albanie's
-vgg_face_dag.pth), whose keys load one for one; `foreign` says how Caffe's, Torch7's and Keras' files get them.
+vgg_face_dag.pth), whose keys load one for one; `weights.foreign` gives them to Caffe's, Torch7's and Keras' files.
 """
 
 from __future__ import annotations

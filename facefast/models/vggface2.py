@@ -1,4 +1,4 @@
-"""ResNet-50 and SE-ResNet-50 of VGGFace2 (Cao et al. 2018, arXiv:1710.08092), built by `backbones`.
+"""ResNet-50 and SE-ResNet-50 of VGGFace2 (Cao et al. 2018, arXiv:1710.08092).
 
 Names of layers and parameters are those of github.com/cydonia999/VGGFace2-pytorch, which torchvision's ResNet-50 has
 too; the squeeze-and-excitation layers are called conv4 and conv5. The networks are Caffe's: a block's stride lies in

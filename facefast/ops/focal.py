@@ -1,5 +1,4 @@
-"""The softmax focal loss, with margins and label smoothing, in one pass over the logits; `train` and `transfer` call
-it."""
+"""The softmax focal loss, with margins and label smoothing, in one pass over the logits."""
 
 from __future__ import annotations
 
@@ -63,7 +62,7 @@ def focal_loss(
             scale=scale,
             reduction=reduction,
         )
-    if logits.stride(1) != 1:
+    if logits.stride(1) != 1:  # rows may lie apart, the classes of a row may not
         logits = logits.contiguous()
     options = kernel_options(logits, gamma, alpha, label_smoothing, ignore_index, margin, scale, reduction)
     return native.forward("focal", logits, target.contiguous(), *options)
@@ -90,6 +89,7 @@ def kernel_options(
     if margin is not None:
         m1, angle, shift, detached = margin.terms()
         if isinstance(angle, Tensor) or isinstance(shift, Tensor):
+            # Sines and cosines of the angles are taken once here; both passes of the kernels read them.
             like = torch.empty((), dtype=torch.float64, device=logits.device)
             m2_rows, m3_rows = (torch.as_tensor(m).to(like).expand(logits.shape[0]) for m in (angle, shift))
             rows = torch.stack((m2_rows, m2_rows.cos(), m2_rows.sin(), m3_rows), dim=1)

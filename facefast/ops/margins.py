@@ -1,5 +1,4 @@
-"""Margins of face recognition: what is done to the cosine of a row's own class before the softmax; an argument of the
-losses."""
+"""Margins of face recognition: what is done to the cosine of a row's own class before the softmax."""
 
 from __future__ import annotations
 
@@ -128,7 +127,7 @@ class AdaFace(nn.Module):
         """The margins of rows whose embeddings have these norms [N]."""
         if norms.dim() != 1:
             raise ValueError(f"norms has shape {tuple(norms.shape)}; it must be [N], one norm per row")
-        norms = norms.float().clamp(1e-3, 100)
+        norms = norms.float().clamp(1e-3, 100)  # as the published code does
         if self.training and norms.shape[0] > 1:
             self.mean.lerp_(norms.mean(), self.momentum)
             self.std.lerp_(norms.std(), self.momentum)

@@ -1,6 +1,6 @@
 """The compiled kernels, `facefast._C`: loading them, and their fake tensors and autograd.
 
-The losses ask `covers` whether the kernels serve a tensor and otherwise run `facefast.ops.reference`.
+What they do not serve (see `covers`) is left to `facefast.ops.reference`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class FallbackWarning(RuntimeWarning):
 
 def _load() -> frozenset[str]:
     """Types of device that the kernels serve; empty after a warning when there are none."""
+    # A kernel of another version takes its arguments in another order: better slow than wrong.
     try:
         from facefast import _C
     except ImportError as error:
@@ -92,17 +93,18 @@ def _differentiable(library: torch.library.Library, name: str, tensors: int, gra
     """
     forward_op = getattr(torch.ops.facefast, f"{name}_forward").default
     backward_op = getattr(torch.ops.facefast, f"{name}_backward").default
-    below = torch._C._AutoDispatchBelowAutograd
+    below = torch._C._AutoDispatchBelowAutograd  # or the operators below would come back to this very function
 
     class Forward(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, numbers: tuple[Any, ...], *args: Any) -> Any:
             with below():
                 outputs = forward_op(*args, *numbers)
+            # Inputs are kept as they are, and the state is a few numbers a row: nothing of the logits' size is added.
             ctx.save_for_backward(*args, *outputs[1:])
             ctx.numbers = numbers
             ctx.mark_non_differentiable(*outputs[1:])
-            ctx.set_materialize_grads(False)
+            ctx.set_materialize_grads(False)  # no zeros for the state, whose gradients are not read
             return outputs
 
         @staticmethod
@@ -110,12 +112,14 @@ def _differentiable(library: torch.library.Library, name: str, tensors: int, gra
             none = (None,) * (tensors - gradients)
             if grad is None:
                 return (None,) * (1 + tensors)
+            # One gradient is wanted whenever backward runs; of several each may be left out, as for frozen weights.
             wanted = ctx.needs_input_grad[1 : 1 + gradients] if gradients > 1 else ()
             result = run_backward(grad, *ctx.saved_tensors, *ctx.numbers, *wanted)
             if gradients == 1:
                 return (None, result, *none)
             return (None, *(g if want else None for g, want in zip(result, wanted, strict=True)), *none)
 
+    # Only for `create_graph=True`: a second derivative is refused instead of silently being 0.
     class Backward(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:

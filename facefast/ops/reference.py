@@ -46,23 +46,29 @@ def focal_loss(
     counts = target != ignore_index
     label = torch.where(counts, target, 0).long()
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # Ignored rows may hold anything: 0 keeps NaN out of the gradient, which a mask on the loss alone would not.
     x = x.masked_fill(~counts[:, None], 0.0)
 
+    # d = the label's logit - log of the sum over the others. The label is left out of the sum, so no probability near
+    # 1 is ever taken from 1.
     own = x.gather(1, label[:, None])[:, 0].double()
     z = scale * own if margin is None else scale * with_margin(own, margin)
     others = x.scatter(1, label[:, None], -math.inf)
-    peak = others.detach().amax(1, keepdim=True)
+    peak = others.detach().amax(1, keepdim=True)  # any shift gives the same value: it needs no gradient
     peak = peak.masked_fill(peak == -math.inf, 0.0)
     mass = (scale * (others - peak)).exp().sum(1).double()
-    alone = mass == 0
+    alone = mass == 0  # one class, or all others at -inf: d is infinite, the loss 0
     lse_others = scale * peak[:, 0].double() + mass.masked_fill(alone, 1.0).log()
     d = torch.where(alone, z + math.inf, z - lse_others)
     d = torch.where(z == math.inf, z - z, d)  # an infinite logit is a fault, not a perfect score
 
     cross_entropy = -F.logsigmoid(d)
     loss = cross_entropy
+    # (1 - p)^gamma as exp(gamma log(1 - p)), where log(1 - p) = logsigmoid(-d). Below d = -50 that is 0 to float64's
+    # precision; the clamp keeps an infinite d out of its gradient.
     if gamma > 0:
         loss = (gamma * F.logsigmoid(-d.clamp(min=-50.0))).exp() * cross_entropy
+    # The mean of -log p over all classes is the log-sum over all of them, label included, minus the mean logit.
     if label_smoothing > 0:
         lse = torch.where(d > 0, z + cross_entropy, lse_others - F.logsigmoid(-d))
         mean = (scale * (x.double().sum(1) - own) + z) / num_classes
@@ -76,16 +82,21 @@ def with_margin(cosine: Tensor, margin: Margin) -> Tensor:
     m1, m2, m3, detached = margin.terms()
     m2 = torch.as_tensor(m2, dtype=cosine.dtype, device=cosine.device)
     m3 = torch.as_tensor(m3, dtype=cosine.dtype, device=cosine.device)
+    # Value and slope are set apart, since the slope is not always the derivative (a floor under the sine, "detached"):
+    # the last line has the one as its value and the other as its gradient.
     with torch.no_grad():
         c = cosine.clamp(-1.0, 1.0)
         angle = c.acos()
         moved = m1 * angle + m2
         beyond = moved > math.pi
+        # Past pi the cosine would rise again and reward a wrong angle: a straight line goes on falling. ArcFace's own
+        # line for m1 = 1, else the one that meets the curve there.
         drop = m2 * m2.sin() if m1 == 1 else 1 + ((math.pi - m2) / m1).cos()
         value = torch.where(beyond, c - drop, moved.clamp(min=0.0).cos())
         slope = m1 * moved.clamp(min=0.0).sin() / angle.sin().clamp(min=SIN_FLOOR)
         slope = torch.where(beyond, 1.0, slope)
         if m1 == 1:
+            # Without an angle the cosine is not touched, not even by the clamp.
             slope = torch.where(m2 == 0, 1.0, slope)
             value = torch.where(m2 == 0, cosine, value)
         if detached:

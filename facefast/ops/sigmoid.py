@@ -1,4 +1,4 @@
-"""The sigmoid focal loss, for attributes and for heads with one output; multi-task recipes call it."""
+"""The sigmoid focal loss, for attributes and for heads with one output."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sigmoid_focal_loss(
         return reference.sigmoid_focal_loss(logits, target, gamma=gamma, alpha=alpha, mask=mask, reduction=reduction)
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     target = target.to(acc).contiguous()
-    if mask is not None:
+    if mask is not None:  # the kernels know one mark of what counts for nothing: a target that is NaN
         target = torch.where(mask, target, torch.nan).contiguous()
     alphas, weight = None, -1.0
     if isinstance(alpha, Tensor):

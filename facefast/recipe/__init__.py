@@ -1,8 +1,8 @@
 """What a run is: frozen dataclasses, their JSON form, and `resolve`, which turns a recipe and the facts of the data
 into a plan.
 
-Everything a run depends on is a field here; nothing is typed twice. `train` reads it top to bottom, the checkpoint
-stores it, and `evaluate`, `predict` and `export` read it back from there.
+Everything a run depends on is a field here; nothing is typed twice. A checkpoint stores the whole, from which a model's
+preprocessing and division of photographs are read back.
 """
 
 from facefast.recipe.config import (

@@ -11,8 +11,8 @@ class BinaryConfig:
     """Yes or no instead of names: is this our person, is this a face. Set one of the two fields."""
 
     people: tuple[str, ...] = ()
-    """Identities of `data.root` to say yes to; everybody else in it is a negative. A part of the others is kept out
-    of training, since strangers are what such a model will meet."""
+    """Identities of `data.root` to say yes to; all other people in it are negatives. A part of those is kept out of
+    training, since strangers are what such a model will meet."""
     negatives: str = ""
     """Folder of pictures to say no to, faces or not; every picture of `data.root` is then a yes."""
 
@@ -47,7 +47,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Photographs:
-    """Where the photographs are, and what is known of their people."""
+    """Where the photographs are, and what is known of the people in them."""
 
     root: str = ""
     """Folder of photographs; training draws faces where it is empty (see `facefast.data.drawn`)."""
@@ -103,7 +103,7 @@ class DataConfig(Photographs):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network and where its weights come from."""
+    """The network, and where its weights come from."""
 
     backbone: str = "auto"
     """A name that `facefast.models.NAMES` lists, or timm/NAME; auto is the source's, else mobilefacenet."""
@@ -164,7 +164,7 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is measured after each epoch, and which number names the best checkpoint."""
+    """What is measured after each epoch, and which number chooses the best checkpoint."""
 
     metric: Literal["auto", "top1", "verification_accuracy", "tar@1e-2", "tar@1e-3", "auc", "tasks"] = "auto"
     """Higher is better; auto is top1 where there are test pictures, else verification_accuracy, else tasks, the mean
@@ -186,7 +186,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class AttributeSpec:
-    """An attribute that a model tells."""
+    """An attribute that a model predicts."""
 
     name: str
     levels: tuple[float, ...] = ()

@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from facefast.recipe.config import BinaryConfig, ModelConfig, TaskConfig
 from facefast.recipe.named import RECIPES, Given, with_scratch_baseline
+from facefast.recipe.options import did_you_mean, hyphenated, nearest, one_of, options
+from facefast.recipe.usage import ALIASES, short_help
 from facefast.recipe.whole import Recipe
 
-EXAMPLE = Given(source="FILE", teacher="RUN", people=("NAME",), attributes=("NAME",))
-"""Stands for what a recipe needs where only its help is wanted."""
+EXAMPLE = Given(
+    model=ModelConfig(source="FILE", teacher="RUN"),
+    binary=BinaryConfig(people=("NAME",)),
+    tasks=TaskConfig(attributes=("NAME",)),
+)
+"""Stands for what a recipe needs where only the names of its options are wanted."""
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 
 
-@dataclass(frozen=True)
-class TrainArguments:
-    """Flags of `facefast.train` that say where a run lives rather than what it is."""
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """What changes a recipe without being a part of it."""
+
+    compare_scratch: bool = False
+    """First a baseline from random weights, on the same pictures for as long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyArguments(Baseline):
+    """The part of a command line that chooses and builds the recipe."""
+
+    given: Annotated[Given, tyro.conf.arg(name="")] = field(default_factory=Given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(Baseline):
+    """The options of `facefast train`: the recipe's, and those that say where a run lives rather than what it is."""
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     out: Path
     """The run folder."""
     resume: str = "auto"
-    """auto goes on from the run folder's newest sound checkpoint, never starts anew, a path names a checkpoint."""
+    """Go on from the newest sound checkpoint (auto), from PATH, or never."""
 
 
 def train_arguments(arguments: list[str]) -> tuple[Recipe, Path, str]:
@@ -33,57 +56,122 @@ def train_arguments(arguments: list[str]) -> tuple[Recipe, Path, str]:
     A first word without a dash names a recipe; without one the data and the source model decide.
 
     Raises:
-        ValueError: an unknown recipe, or values that contradict each other.
+        ValueError: an unknown recipe or option, or values that contradict each other.
+        SystemExit: help was wanted and printed, or a value that is not of its option's type.
     """
     name, rest = (arguments[0], arguments[1:]) if arguments and arguments[0][:1] != "-" else ("", arguments)
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--data.root", dest="root", default="")
-    early.add_argument("--data.format", dest="format", default="auto")
-    early.add_argument("--model.source", dest="source", default="none")
-    early.add_argument("--model.teacher", dest="teacher", default="none")
-    early.add_argument("--binary.people", dest="people", nargs="*", default=[])
-    early.add_argument("--binary.negatives", dest="negatives", default="")
-    early.add_argument("--tasks.attributes", dest="attributes", nargs="*", default=[])
-    early.add_argument("--compare-scratch", action="store_true")
-    known, _ = early.parse_known_args(rest)
-    if not name:
-        drawn = not known.root and known.format in ("auto", "synthetic") and known.source == "none"
-        name = "drawn" if drawn else "finetune" if known.source != "none" else "scratch"
-    if name not in RECIPES:
-        raise ValueError(f"there is no recipe {name!r}; the recipes are {', '.join(RECIPES)}")
-    given = Given(known.source, known.teacher, tuple(known.people), known.negatives, tuple(known.attributes))
-    if {"-h", "--help"} & set(rest):
-        given = EXAMPLE
-    recipe = RECIPES[name](given)
-    if known.compare_scratch:
-        recipe = with_scratch_baseline(recipe)
-        rest = [word for word in rest if word != "--compare-scratch"]
-    numbers = {phase.name: str(number) for number, phase in enumerate(recipe.phases)}
-    rest = [_by_number(word, numbers) for word in rest]
-    default = TrainArguments(recipe=recipe, out=Path("runs") / name)
-    chosen = tyro.cli(
-        TrainArguments,
-        args=rest,
-        default=default,
-        prog="facefast.train [RECIPE] [--compare-scratch]",
-        description="\n".join(
-            ["Recipes:", *(f"  {recipe_help(other)}" for other in RECIPES), "", f"Options of {name}:"]
-        ),
+    if name and name not in RECIPES:
+        near = did_you_mean(nearest(name, RECIPES)) or f"; the recipes are {', '.join(RECIPES)}"
+        raise ValueError(f"there is no recipe {name!r}{near} (facefast train --help says what each does)")
+    early = EarlyArguments()
+    if said := [word for word in rest if word not in (*HELP, HELP_ALL) and not word.startswith("--tyro-")]:
+        early, _ = tyro.cli(EarlyArguments, args=said, prog=_program(name), return_unknown_args=True)
+    name = name or _recipe_for(early.given)
+    shape = _arguments(name, EXAMPLE, early.compare_scratch)
+    if HELP_ALL in rest:
+        _print_all_help(name, shape)
+    if set(HELP) & set(rest):
+        print(short_help(name, shape))
+        raise SystemExit(0)
+    names = _Names(shape)
+    # Names before values: a misspelt --tasks.attributes is no recipe that lacks its attributes.
+    words = [names.in_full(word) if word.startswith("--") else word for word in rest]
+    default = _arguments(name, early.given, early.compare_scratch)
+    chosen, unused = tyro.cli(
+        TrainArguments, args=words, default=default, prog=_program(name), return_unknown_args=True
     )
-    if chosen.recipe.data.root == "" and chosen.recipe.data.format not in ("auto", "synthetic"):
-        raise ValueError(f"data.format {chosen.recipe.data.format} needs --data.root")
-    return chosen.recipe, chosen.out, chosen.resume
+    if unused:
+        raise ValueError(names.unknown(unused[0]) if unused[0].startswith("-") else _stray(unused[0]))
+    recipe = chosen.recipe
+    if recipe.data.root == "" and recipe.data.format not in ("auto", "synthetic"):
+        raise ValueError(f"data.format {recipe.data.format} needs --data.root")
+    return recipe, chosen.out, chosen.resume
 
 
-def recipe_help(name: str) -> str:
-    """The first paragraph of a recipe's docstring in one line."""
-    first = (RECIPES[name].__doc__ or "").partition("\n\n")[0]
-    return f"{name}: {' '.join(first.split())}"
+def _program(name: str) -> str:
+    return f"facefast train {name or '[RECIPE]'}"
 
 
-def _by_number(word: str, numbers: dict[str, str]) -> str:
-    """--phases.finetune.lr as --phases.1.lr."""
-    parts = word.split(".")
-    if parts[0] == "--phases" and len(parts) > 2 and parts[1] in numbers:
-        parts[1] = numbers[parts[1]]
-    return ".".join(parts)
+def _recipe_for(given: Given) -> str:
+    """The recipe where none is named."""
+    if given.model.source != "none":
+        return "finetune"
+    return "drawn" if not given.data.root and given.data.format in ("auto", "synthetic") else "scratch"
+
+
+def _arguments(name: str, given: Given, compare_scratch: bool) -> TrainArguments:
+    """A recipe's command line where nothing but `given` is said."""
+    recipe = RECIPES[name](given)
+    if compare_scratch:
+        recipe = with_scratch_baseline(recipe)
+    return TrainArguments(recipe=recipe, out=run_folder(name), compare_scratch=compare_scratch)
+
+
+def run_folder(name: str) -> Path:
+    """Where a recipe's run lives unless --out says so."""
+    return Path("runs") / name
+
+
+def _print_all_help(name: str, shape: TrainArguments) -> None:
+    """tyro's own help, which ends the process."""
+    numbers = ", ".join(f"phases.{number} is {phase.name}" for number, phase in enumerate(shape.recipe.phases))
+    tyro.cli(
+        TrainArguments,
+        args=["--help"],
+        default=shape,
+        prog=_program(name),
+        description=f"All options of {name}; {numbers}: --phases.NUMBER.OPTION or --phases.NAME.OPTION.",
+    )
+
+
+def _stray(word: str) -> str:
+    if word in RECIPES:
+        return f"the recipe comes first: facefast train {word} ..."
+    return f"{word!r} is no value of the option before it, and an option's name begins with --"
+
+
+class _Names:
+    """What the options of one recipe's command line are called."""
+
+    def __init__(self, shape: TrainArguments) -> None:
+        names = [phase.name for phase in shape.recipe.phases]
+        self.phases = [hyphenated(name) for name in names]
+        self.known: list[str] = []
+        self.full: dict[str, str] = {}
+        """tyro's name of an option under each of its names: it counts phases, people name them."""
+        for option in options(TrainArguments, shape):
+            numbered = option
+            if option.path.startswith("phases."):
+                _, phase, rest = option.path.split(".", 2)
+                numbered = dataclasses.replace(option, path=f"phases.{names.index(phase)}.{rest}")
+            self.known.append(option.flag)
+            self.full |= dict.fromkeys((option.flag, numbered.flag), numbered.flag)
+            self.full |= dict.fromkeys((option.negated, numbered.negated), numbered.negated)
+
+    def in_full(self, word: str) -> str:
+        """--phases.finetune.lr=3 as --phases.1.lr=3, and --lr=3 too where there is one phase.
+
+        Raises:
+            ValueError: an option that there is not, or an alias where there are several phases.
+        """
+        flag, equals, value = word.partition("=")
+        flag = hyphenated(flag)
+        if flag in ALIASES and len(self.phases) > 1:
+            meant = one_of(f"--phases.{phase}.{flag[2:]}" for phase in self.phases)
+            raise ValueError(f"{flag} could mean {meant}; say which")
+        if flag in ALIASES:
+            flag = f"--phases.0.{flag[2:]}"
+        if flag not in self.full:
+            raise ValueError(self.unknown(flag))
+        return self.full[flag] + equals + value
+
+    def unknown(self, flag: str) -> str:
+        """What is wrong with an option that there is not, and which one was meant."""
+        start, phase, rest = (*flag.split(".", 2), "", "")[:3]
+        if start == "--phases" and phase not in (*self.phases, *map(str, range(len(self.phases)))):
+            meant = [f"--phases.{name}.{rest}" for name in nearest(phase, self.phases)]
+            where = f"the phases are {', '.join(self.phases)}"
+        else:
+            meant = nearest(flag, [*self.known, *ALIASES, "--help", HELP_ALL])
+            where = "facefast train --help-all lists all of them"
+        return f"there is no option {flag}{did_you_mean(meant)} ({where})"

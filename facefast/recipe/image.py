@@ -52,6 +52,7 @@ class ImageSpec:
         """
         if contract is None:
             return dataclasses.replace(self, size=self.size or 112)
+        # A field at its default counts as left open: a default that was typed cannot be told from one that was not.
         default, values = ImageSpec(), {}
         for f in dataclasses.fields(self):
             typed, theirs = getattr(self, f.name), getattr(contract, f.name)

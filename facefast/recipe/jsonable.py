@@ -45,6 +45,7 @@ def _from_json(hint: Any, value: Any, name: str) -> Any:
         if value not in get_args(hint):
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, get_args(hint)))}")
         return value
+    # JSON may write a whole number for a float. True and False are ints to Python, and are never meant as numbers.
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

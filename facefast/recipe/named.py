@@ -1,5 +1,5 @@
-"""Named recipes: plain functions returning a `Recipe`. Each docstring has the command, what to expect and how long it
-takes.
+"""Named recipes: plain functions returning a `Recipe`. A docstring's first line stands in the list of recipes; the
+command, and what to expect, follow it.
 
 `train` picks one when none is named: `drawn` without --data.root, `finetune` with a source model, else `scratch`. What
 each of the others is good for on real faces stands in docs/transfer.md.
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from facefast.recipe import (
     AugmentSpec,
@@ -26,19 +27,14 @@ from facefast.recipe import (
 )
 
 
-class Given(NamedTuple):
-    """What a recipe cannot do without, from the command line."""
+@dataclass(frozen=True)
+class Given:
+    """What the command line says of a run before its recipe is known."""
 
-    source: str = "none"
-    """--model.source."""
-    teacher: str = "none"
-    """--model.teacher."""
-    people: tuple[str, ...] = ()
-    """--binary.people."""
-    negatives: str = ""
-    """--binary.negatives."""
-    attributes: tuple[str, ...] = ()
-    """--tasks.attributes."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    binary: BinaryConfig = BinaryConfig()
+    tasks: TaskConfig = TaskConfig()
 
 
 MILD = AugmentSpec(crop=0.1, flip=0.5, rotation=5, brightness=0.2, contrast=0.2, saturation=0.2)
@@ -131,7 +127,9 @@ FIXED = dataclasses.replace(
 
 
 def finetune(given: Given) -> Recipe:
-    """Staged fine-tuning, the default: class-mean head, then the last stages, then all of them slower and slower.
+    """Staged fine-tuning: class-mean head, then the last stages, then all, ever slower.
+
+    The default where there is a source model.
 
     Command: `torchrun --standalone --nproc-per-node 2 -m facefast.train --data.root DIR --model.source FILE`.
     """
@@ -139,7 +137,7 @@ def finetune(given: Given) -> Recipe:
 
 
 def fixed(given: Given) -> Recipe:
-    """Fixed weights: the backbone stays as it is, features are computed once, only the head learns from them.
+    """Fixed weights: features are computed once, only the head learns from them.
 
     Command: `facefast train fixed --data.root DIR --model.source FILE`.
     """
@@ -147,7 +145,9 @@ def fixed(given: Given) -> Recipe:
 
 
 def share(given: Given) -> Recipe:
-    """Weight sharing: all layers start from the source, the first ones stay, the last ones and a random head train.
+    """Weight sharing: all layers start from the source, the last ones and the head learn.
+
+    The head starts random.
 
     Command: `facefast train share --data.root DIR --model.source FILE [--phases.share.trainable last:2]`.
     """
@@ -155,8 +155,9 @@ def share(given: Given) -> Recipe:
 
 
 def twophase(given: Given) -> Recipe:
-    """Two phases of the classical tutorial: softmax with dropout, then focal loss at a small rate; Adam 3e-4, halved
-    every 5 epochs.
+    """The classical tutorial's two phases: softmax with dropout, then focal loss, slowly.
+
+    Adam at 3e-4, then at 3e-5, each halved every 5 epochs.
 
     Command: `facefast train twophase --data.root DIR --model.source FILE`.
     """
@@ -169,7 +170,7 @@ def twophase(given: Given) -> Recipe:
 
 
 def extract(given: Given) -> Recipe:
-    """Feature extraction, then fine-tuning: the head learns on fixed features first, then the last stages with it.
+    """Feature extraction, then fine-tuning: head on fixed features, then the last stages.
 
     Command: `facefast train extract --data.root DIR --model.source FILE`.
     """
@@ -177,7 +178,7 @@ def extract(given: Given) -> Recipe:
 
 
 def softmax(given: Given) -> Recipe:
-    """Plain softmax cross entropy on a linear head, instead of the default's cosine margin.
+    """Plain softmax cross entropy on a linear head, not the default's cosine margin.
 
     Command: `facefast train softmax --data.root DIR --model.source FILE [--phases.softmax.loss.label-smoothing 0.1]`.
     """
@@ -185,7 +186,9 @@ def softmax(given: Given) -> Recipe:
 
 
 def focal(given: Given) -> Recipe:
-    """Focal loss with class weights by the effective number of pictures, for identities of very different size.
+    """Focal loss with class weights, for identities of very different size.
+
+    A class weighs by the effective number of its pictures.
 
     Command: `facefast train focal --data.root DIR --model.source FILE`.
     """
@@ -234,12 +237,14 @@ def contrastive(given: Given) -> Recipe:
 
 
 def distill(given: Given) -> Recipe:
-    """A shallower student starts from some of its teacher's layers and learns its embeddings beside the labels.
+    """A shallower student learns its teacher's embeddings beside the labels.
+
+    It starts from some of the teacher's layers.
 
     Command: `facefast train distill --data.root DIR --model.teacher RUN [--data.more DIR]`; a --model.backbone of
     another kind than the teacher's needs --phases.distill.start scratch.
     """
-    if given.teacher == "none":
+    if given.model.teacher == "none":
         raise ValueError("recipe distill needs --model.teacher RUN, the model to learn from")
     student = Phase(
         name="distill",
@@ -253,12 +258,12 @@ def distill(given: Given) -> Recipe:
         distill=DistillConfig(embeddings=20.0),
         augment=MILD,
     )
-    model = ModelConfig(teacher=given.teacher, head="cosine")
+    model = ModelConfig(teacher=given.model.teacher, head="cosine")
     return Recipe(model=model, phases=(student,))
 
 
 def regularised(given: Given) -> Recipe:
-    """Fine-tuning on a leash: L2-SP towards the source, mixup, stochastic depth, averaged weights.
+    """Fine-tuning on a leash: L2-SP towards the source, mixup, drop path, averaged weights.
 
     Command: `facefast train regularised --data.root DIR --model.source FILE`.
     """
@@ -267,34 +272,39 @@ def regularised(given: Given) -> Recipe:
 
 
 def multitask(given: Given) -> Recipe:
-    """Names and attributes at once, a head each; further folders may know only attributes, such as AFAD's ages.
+    """Names and attributes at once, a head each.
+
+    Further folders may know only attributes, such as AFAD's ages.
 
     Command: `facefast train multitask --data.root DIR --model.source FILE --tasks.attributes Male [--data.more AFAD]`.
     """
-    if not given.attributes:
+    if not given.tasks.attributes:
         raise ValueError("recipe multitask needs --tasks.attributes NAME..., what to learn beside names")
-    return _from_source(given, _varied("multitask", epochs=4), tasks=TaskConfig(attributes=given.attributes))
+    return _from_source(given, _varied("multitask", epochs=4), tasks=TaskConfig(attributes=given.tasks.attributes))
 
 
 def binary(given: Given) -> Recipe:
-    """One output, yes or no: is this our person (--binary.people), is this a face (--binary.negatives DIR).
+    """One output, yes or no: is this our person, or is this a face.
+
+    --binary.people NAME... asks the first, --binary.negatives DIR the second.
 
     Command: `facefast train binary --data.root DIR --model.source FILE --binary.people NAME`.
     """
-    if not (given.people or given.negatives):
+    if not given.binary.active:
         raise ValueError("recipe binary needs --binary.people NAME... or --binary.negatives DIR: whom to say no to")
     phase = _varied("binary", head_start="random", loss=LossConfig(weight=0.0), epochs=4)
     return _from_source(
         given,
         phase,
-        binary=BinaryConfig(people=given.people, negatives=given.negatives),
+        binary=given.binary,
         tasks=TaskConfig(alpha=0.75),
     )
 
 
 def prune(given: Given) -> Recipe:
-    """Magnitude pruning with fine-tuning: half of the weights end at 0, the others make up for them, drawn to the
-    embeddings of the source model with all its weights.
+    """Magnitude pruning with fine-tuning: half of the weights end at 0.
+
+    The others make up for them, drawn to the embeddings of the source model with all its weights.
 
     Command: `facefast train prune --data.root DIR --model.source FILE [--phases.prune.prune 0.7]`.
     """
@@ -303,7 +313,7 @@ def prune(given: Given) -> Recipe:
 
 
 def pseudolabel(given: Given) -> Recipe:
-    """Named pictures first, then two rounds in which the model names those without a name and learns from them.
+    """Named pictures first, then two rounds with the names that the model gives the others.
 
     Command: `facefast train pseudolabel --data.root DIR --model.source FILE [--data.more DIR]`.
     """
@@ -313,7 +323,9 @@ def pseudolabel(given: Given) -> Recipe:
 
 
 def align(given: Given) -> Recipe:
-    """Brings the embeddings of pictures without a name, from another camera say, to the statistics of the named ones.
+    """Brings pictures without a name, from another camera say, to those with one.
+
+    It is the statistics of their embeddings that are brought together.
 
     Command: `facefast train align --data.root DIR --model.source FILE --data.more TARGET`.
     """
@@ -322,7 +334,7 @@ def align(given: Given) -> Recipe:
 
 def _from_source(given: Given, *phases: Phase, **fields: Any) -> Recipe:
     model = fields.pop("model", ModelConfig(head="cosine"))
-    return Recipe(model=dataclasses.replace(model, source=given.source), phases=phases, **fields)
+    return Recipe(model=dataclasses.replace(model, source=given.model.source), phases=phases, **fields)
 
 
 def _varied(name: str, **fields: Any) -> Phase:
@@ -339,7 +351,7 @@ def _pairwise(given: Given, name: str, loss: LossConfig) -> Recipe:
 
 
 def scratch(given: Given) -> Recipe:
-    """Trains from random weights: what there is to do without a source model, and the baseline for those who have one.
+    """Trains from random weights: all there is without a source model, else the baseline.
 
     Command: `torchrun --standalone --nproc-per-node 2 -m facefast.train --data.root DIR`.
     """

@@ -10,10 +10,10 @@ from facefast.recipe.image import AugmentSpec
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What names cost: softmax focal loss with face-recognition margins, triplets and contrasts, mixed by weight."""
+    """The losses on identities: softmax focal loss with margins, triplets and contrasts, mixed by weight."""
 
     weight: float = 1.0
-    """Weight of the softmax loss; 0 trains without classes, as sets for verification only want it."""
+    """Weight of the softmax loss; 0 trains embeddings without classes, for verification alone."""
     gamma: float = 0.0
     """Focal exponent (Lin et al. 2017); 0 is cross entropy."""
     label_smoothing: float = 0.0
@@ -27,13 +27,13 @@ class LossConfig:
     class_weights: Literal["none", "effective"] = "none"
     """effective: each class weighs the inverse of its effective number of pictures (Cui et al. 2019), 1 on average."""
     effective_beta: float = 0.99
-    """How fast further pictures of a class stop to count; 0 weighs all classes alike, near 1 by the inverse number."""
+    """How fast further pictures of a class stop counting; 0 weighs all classes alike, near 1 by the inverse number."""
     triplet: float = 0.0
-    """Weight of the batch-hard triplet loss on embeddings of length 1 (Hermans et al. 2017); wants sampler pk."""
+    """Weight of the batch-hard triplet loss on embeddings of length 1 (Hermans et al. 2017); needs sampler pk."""
     triplet_margin: float = 0.3
     """In units of Euclidean distance, of which two unit vectors have at most 2."""
     contrastive: float = 0.0
-    """Weight of the supervised contrastive loss (Khosla et al. 2020); wants sampler pk."""
+    """Weight of the supervised contrastive loss (Khosla et al. 2020); needs sampler pk."""
     temperature: float = 0.1
     """Temperature of the contrastive loss."""
 
@@ -97,7 +97,7 @@ class DistillConfig:
 
     @property
     def active(self) -> bool:
-        """Whether the teacher is asked at all."""
+        """Whether anything is learnt from the teacher."""
         return max(self.logits, self.embeddings, self.features) > 0
 
 
@@ -137,11 +137,12 @@ class Phase:
     weight_decay: float = 5e-4
     """Not applied to normalisation layers and biases."""
     layer_decay: float = 1.0
-    """Each stage further from the head learns this much slower."""
+    """Factor on the rate for each stage further from the head."""
     head_lr: float = 1.0
     """The head's rate as a multiple of `lr`."""
     schedule: Literal["constant", "step", "cosine", "poly", "onecycle"] = "cosine"
-    """step multiplies by `step_gamma` every `step_epochs` epochs; the others reach 0 at the end."""
+    """Course of the rate: step multiplies it by `step_gamma` every `step_epochs` epochs; cosine, poly and onecycle fall
+    to 0, or nearly, at the end."""
     step_epochs: int = 5
     """Epochs between the drops of the step schedule."""
     step_gamma: float = 0.5
@@ -167,12 +168,12 @@ class Phase:
     cutmix: float = 0.0
     """As mixup, by exchanging a rectangle (Yun et al. 2019); with both, each batch draws one."""
     align: Literal["none", "coral", "mmd"] = "none"
-    """Brings the embeddings' statistics of pictures without a name, the target domain, to those of the others: CORAL
+    """Matches the embeddings' statistics of pictures without a name, the target domain, to those of the others: CORAL
     (Sun & Saenko 2016) or the maximum mean discrepancy of Gaussian kernels (Long et al. 2015)."""
     align_weight: float = 1.0
     """Weight of that term."""
     prune: float = 0.0
-    """Part of the convolutions' weights at 0 in the end, the smallest first (Zhu & Gupta 2017)."""
+    """Part of the convolutions' weights that is 0 in the end, the smallest ones (Zhu & Gupta 2017)."""
     loss: LossConfig = field(default_factory=LossConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     augment: AugmentSpec = field(default_factory=AugmentSpec)
@@ -197,6 +198,8 @@ class Phase:
                 f"phase {self.name}: prune {self.prune} must lie in [0, 1), pseudo_confidence {self.pseudo_confidence} "
                 "in [0, 1]"
             )
+        # What follows contradicts itself or would have no effect. Running it all the same would let its user believe in
+        # an option that did nothing.
         mixes = "mixup" if self.mixup else "cutmix"
         if self.loss.pairwise and (self.mixup or self.cutmix):
             raise ValueError(f"phase {self.name}: {mixes} leaves no pairs of one person to loss.triplet or contrastive")
@@ -235,7 +238,7 @@ class Phase:
 
     @property
     def uses_unnamed(self) -> bool:
-        """Whether pictures without a name teach it something."""
+        """Whether it learns from pictures without a name."""
         return self.labels == "pseudo" or self.align != "none" or self.distill.active
 
     def _sets(self, name: str) -> bool:

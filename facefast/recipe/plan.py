@@ -91,5 +91,5 @@ def _resolve_phase(phase: Phase, facts: IndexFacts, world_size: int, seed: int) 
         batch_per_rank=phase.batch_size // passes,
         seed=seed,
         steps_per_epoch=steps_per_epoch,
-        steps=phase.steps or max(1, round(phase.epochs * steps_per_epoch)),
+        steps=phase.steps or max(1, round(phase.epochs * steps_per_epoch)),  # a phase makes one update at least
     )

@@ -12,7 +12,7 @@ from facefast.recipe.phase import Phase
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. Named ones are functions in `facefast.recipes`."""
+    """A whole run. Named ones are functions in `facefast.recipe.named`."""
 
     data: DataConfig = field(default_factory=DataConfig)
     image: ImageSpec = field(default_factory=ImageSpec)
@@ -30,7 +30,7 @@ class Recipe:
     compile: bool = False
     """Compile the model with torch.compile."""
     ema: float = 0.0
-    """Decay of the averaged weights that are evaluated and saved beside the raw ones; 0 is off."""
+    """Decay of averaged weights, evaluated and saved beside the raw ones; 0 is off."""
     threads: int = 0
     """Decoding threads per process; 0 shares the cores among the processes."""
     save_every: int = 0
@@ -40,8 +40,7 @@ class Recipe:
     log_every: int = 10
     """Steps between metric lines."""
     pictures: int = 16
-    """Augmented training pictures shown in TensorBoard at the start of each phase; 0 keeps photographs out of the run
-    folder."""
+    """Augmented training pictures that TensorBoard shows of each phase; 0 keeps photographs out of the run folder."""
     projector: bool = False
     """Write test embeddings for TensorBoard's projector at the end."""
 
@@ -64,6 +63,7 @@ class Recipe:
                     f"phase {phase.name}: loss.margin {phase.loss.margin} needs model.head cosine, "
                     f"it is {self.model.head}"
                 )
+        # An option without effect is an error: it is refused here, before anything slow happens.
         self._check_source_and_teacher()
         self._check_tasks()
 

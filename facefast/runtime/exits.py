@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 EXIT_DONE = 0
+EXIT_BUG = 1
 EXIT_USAGE = 64
 EXIT_DATA = 65
 EXIT_NUMERICS = 70
@@ -17,7 +20,7 @@ EXIT_PREEMPTED = 75
 
 
 class DataError(ValueError):
-    """The photographs are worse than the run was told to accept; the process ends with exit code 65."""
+    """More photographs are bad than the run accepts; the process ends with exit code 65."""
 
 
 class NumericsError(RuntimeError):
@@ -29,7 +32,7 @@ class StorageError(OSError):
 
 
 def exit_code(error: BaseException) -> int | None:
-    """The exit code for an error that a user can act on; None for one of ours, which deserves its traceback."""
+    """The exit code for an error that a user can act on; None for a bug, which is shown with its traceback."""
     codes = {DataError: EXIT_DATA, NumericsError: EXIT_NUMERICS, StorageError: EXIT_STORAGE}
     for kind, code in codes.items():
         if isinstance(error, kind):
@@ -46,18 +49,32 @@ class Outcome:
 
 @contextlib.contextmanager
 def exit_codes(on_failure: Callable[[int, str], None] = lambda code, text: None) -> Iterator[Outcome]:
-    """Runs a command so that it ends with DESIGN's exit codes: users see one message, our own faults their
-    traceback."""
+    """Runs a command so that it ends with one of the exit codes above: an error that a user can act on prints one
+    message, a bug its traceback (exit code 1)."""
     outcome = Outcome()
     try:
         yield outcome
-    except SystemExit as error:
+    except SystemExit as error:  # the argument parser's: 2 is its usage error
         outcome.code = EXIT_USAGE if error.code == 2 else int(error.code or 0)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _output_is_gone():
+            error = StorageError("nobody reads the output any more")
         code = exit_code(error)
         if code is None:
             traceback.print_exc()
         else:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        outcome.code = 1 if code is None else code
+        outcome.code = EXIT_BUG if code is None else code
         on_failure(outcome.code, str(error))
+
+
+def _output_is_gone() -> bool:
+    """Whether who read our output has left, as head does; what is still to be written then goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):  # an output without a file has no reader either
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        if any(event & select.POLLERR for _, event in output.poll(0)):
+            # Without this the interpreter writes once more at its end, fails, and leaves with a code of its own.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return True
+    return False

@@ -1,4 +1,4 @@
-"""Writing that survives a crash: every file of a run folder goes through here."""
+"""Writing that survives a crash: aside, synced, and renamed into place."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON aside, syncs it and renames it into place."""
+    # A reader sees the old file or the new one, never a part: a rename replaces a file in one step. The process number
+    # keeps two writers apart.
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(aside, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
@@ -50,18 +52,20 @@ def sha256(path: Path) -> str:
 
 
 def replace_folder(aside: Path, path: Path) -> None:
-    """Renames a finished folder into place, in the stead of one that may be there."""
+    """Renames a finished folder into place, where it replaces one that may be there."""
     for file in aside.iterdir():
         sync(file)
     sync(aside)
+    # A rename cannot replace a folder that holds something, so an older one goes first.
     if path.exists():
         shutil.rmtree(path)
     os.rename(aside, path)
-    sync(path.parent)
+    sync(path.parent)  # the name is an entry of that folder
 
 
 def replace_link(link: Path, target: str) -> None:
     """Points a symbolic link at `target` (relative to its folder) in one step."""
+    # A link cannot be changed, only replaced by another one.
     aside = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     aside.unlink(missing_ok=True)
     aside.symlink_to(target)

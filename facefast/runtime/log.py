@@ -1,6 +1,6 @@
 """What a run says while it trains: progress bar, metrics.jsonl, TensorBoard and the verdict on what bounds it.
 
-Rank 0 only. The device is read when a line is due, never in between.
+Written by rank 0 alone. The device is read when a line is due, never in between.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from facefast.runtime.exits import NumericsError
 
 HEADLINES = ("loss", "top1", "verification_accuracy", "tar@1e-2", "known_verification_accuracy")
 STATS = ("loss_sum", "correct", "rows", "skipped", "labelled")
-"""What `step.train_step` adds up on the device, float32, over all ranks, before the terms of the objective."""
+"""What an update adds up on the device, float32, over all ranks, before the terms of the objective."""
 LOST_UPDATES = 20
 """Updates in a row with a non-finite gradient after which a run stops."""
 
@@ -46,7 +46,7 @@ class Position(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """One metric line's share of the clock."""
+    """What was done between two metric lines, and how long it took."""
 
     updates: int
     pictures: int
@@ -57,8 +57,9 @@ class Speed(NamedTuple):
 class RunLog:
     """Writes one run's metrics; on a rank other than 0 it only counts.
 
-    `first_step` is that of the checkpoint a run goes on from, None for a new start, which keeps nothing of a run that
-    was in the folder before.
+    Args:
+        first_step: that of the checkpoint a run goes on from; None for a new start, which keeps nothing of a run that
+            was in the folder before.
     """
 
     def __init__(self, folder: Path, *, enabled: bool, total_steps: int, first_step: int | None, every: int) -> None:
@@ -70,7 +71,7 @@ class RunLog:
         self._loader_waited = 0.0
         if enabled:
             self._file: TextIO = _open_from(folder / "metrics.jsonl", first_step)
-            purge = 0 if first_step is None else first_step + 1
+            purge = 0 if first_step is None else first_step + 1  # TensorBoard hides what was logged from there on
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
             self._bar = tqdm(total=total_steps, initial=first_step or 0, unit="step", dynamic_ncols=True, mininterval=1)
 
@@ -99,15 +100,18 @@ class RunLog:
             self._loader_waited = 0.0
         self._waited += loader_waited - self._loader_waited
         self._loader_waited = loader_waited
-        self._sums = stats if self._sums is None else self._sums + stats
+        self._sums = stats if self._sums is None else self._sums + stats  # on the device: nothing is waited for
         self._updates += 1
         self._pictures += pictures
         self._stepped = time.perf_counter()
         if at.step % self._every and not at.last:
             return
+        # The one moment when the host waits for the device. Every rank does it, also those that write nothing: all must
+        # stop at the same update where too many are lost.
         loss_sum, correct, rows, skipped, labelled, *sums = self._sums.tolist()
         seconds = max(time.perf_counter() - self._since, 1e-9)
         self.speeds.append(Speed(self._updates, self._pictures, seconds, self._waited))
+        # Counted by whole lines: which of a line's updates were skipped is not known.
         self._lost = self._lost + self._updates if skipped == self._updates else 0
         fields = {
             "loss": loss_sum / rows if rows else math.nan,
@@ -139,12 +143,13 @@ class RunLog:
             )
 
     def evaluation(self, at: Position, results: dict[str, float], metric: str, improved: bool) -> None:
-        """Logs the results and says their headlines; the time since the last update does not count as training."""
+        """Logs the results and prints their headlines; the time since the last update does not count as training."""
         self._write(at, "eval", results)
         shown = [name for name in results if name in HEADLINES or name.endswith(("/accuracy", "/mae"))]
         numbers = ", ".join(f"{name} {_human(name, results[name])}" for name in shown)
         best = f"  (best {metric} so far)" if improved else ""
         self.say(f"{at.phase} epoch {at.epoch:.3g}: {numbers}{best}")
+        # As if the clock had stood still: the line's time begins later by what the evaluation took.
         self._since += time.perf_counter() - self._stepped
         self._stepped = time.perf_counter()
 
@@ -152,10 +157,10 @@ class RunLog:
         """One JSON object in metrics.jsonl and its scalars in TensorBoard."""
         if not self._enabled:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in fields.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in fields.items()}  # JSON has no NaN
         record = {"step": at.step, "phase": at.phase, "epoch": round(at.epoch, 4), "split": split}
         self._file.write(json.dumps(record | finite) + "\n")
-        self._file.flush()
+        self._file.flush()  # a run that is killed leaves every line but a torn last one
         for name, value in finite.items():
             if value is not None:
                 self._board.add_scalar(f"{split}/{name}", value, at.step)
@@ -193,6 +198,7 @@ class RunLog:
 def _open_from(path: Path, first_step: int | None) -> TextIO:
     """metrics.jsonl without the lines a run wrote after the checkpoint it resumes from, and without a torn last
     line."""
+    # The run makes the updates after its checkpoint again: with the old lines every one of them would stand twice.
     kept = []
     if path.exists() and first_step is not None:
         for line in path.read_text(encoding="utf-8").splitlines():

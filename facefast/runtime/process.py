@@ -1,7 +1,6 @@
-"""One process in a cluster: rank, world, device, seed, stop signal, orderly close.
+"""One process in a cluster: rank, world, device, stop signal, orderly close.
 
-`train` and `evaluate` open it first; nothing else touches the process group's life or the environment variables that
-torchrun and Slurm set.
+Nothing else touches the process group's life or the environment variables that torchrun and Slurm set.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from facefast.runtime.exits import EXIT_PREEMPTED
 
 T = TypeVar("T")
 
+# SIGTERM is what schedulers and torchrun send; Slurm sends a signal of the user's choice ahead of the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -71,7 +71,7 @@ class Runtime:
     world: World
     device: torch.device
     control: dist.ProcessGroup | None = None
-    """A group for words between hosts, so that asking costs the device nothing."""
+    """A group for messages between hosts: through NCCL even a flag would queue behind the device's work."""
     stop_requested: bool = False
     """Set by SIGTERM, SIGUSR1 or SIGUSR2; the ranks agree on it at a step boundary."""
 
@@ -110,12 +110,13 @@ class Runtime:
         """Measured time of one all-reduce of `numbers` float32 values; 0 with one process."""
         if self.control is None:
             return 0.0
+        # The second best of four: the first also sets connections up.
         values, times = torch.zeros(numbers, device=self.device), []
         for _ in range(4):
             self.barrier()
             start = time.perf_counter()
             dist.all_reduce(values)
-            values[:1].cpu()
+            values[:1].cpu()  # waits for the device
             times.append(time.perf_counter() - start)
         return sorted(times)[1]
 
@@ -144,12 +145,14 @@ def start(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Runtime
     """
     world = World.from_environment()
     run = Runtime(world, _choose_device(device, world))
+    # The cores that this process may use, shared with its neighbours: torch would take all of them in each process.
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // world.local_size))
     if run.device.type == "cpu":
         _keep_memory()
     if world.size > 1:
         _die_with_parent()
+        # torchrun sets both. Under a plain `srun` the port follows the job, so that two jobs on a machine do not meet.
         os.environ.setdefault("MASTER_ADDR", socket.gethostname())
         os.environ.setdefault("MASTER_PORT", str(29500 + int(os.environ.get("SLURM_JOB_ID", "0")) % 1000))
         dist.init_process_group(
@@ -187,8 +190,10 @@ def _choose_device(device: str, world: World) -> torch.device:
 
 def _catch_stop_signals(run: Runtime) -> dict[int, signal.Handlers]:
     def request_stop(number: int, frame: FrameType | None) -> None:
+        # Only a note: a handler runs between any two bytecodes, where nothing can be saved and no rank agrees.
         run.stop_requested = True
 
+    # Python sets signal handlers in the main thread alone.
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, request_stop) for number in STOP_SIGNALS}  # type: ignore[misc]
@@ -201,23 +206,26 @@ def _keep_memory() -> None:
     cost a fifth of a CPU training step.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        trim_threshold, mmap_max = -1, -4
+        trim_threshold, mmap_max = -1, -4  # malloc.h
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_max, 0)
 
 
 def _die_with_parent() -> None:
-    """A worker whose torchrun was killed outright must not live on: torchrun starts workers in sessions of their
-    own."""
+    """Ends this process soon after its torchrun, also where that was killed outright: torchrun starts workers in
+    sessions of their own, which no signal to its group reaches."""
     parent = os.getppid()
+    # The kernel sends the usual stop signal when the parent dies, by which this process may still save.
     if sys.platform == "linux":
-        set_parent_death_signal = 1
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of sys/prctl.h
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM)
 
+    # That is not enough: a main thread that waits in a collective operation for peers that are gone never gets to its
+    # next update. A minute is left for a checkpoint; then this thread ends the process without asking the main one.
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(2)
-        time.sleep(60)  # the signal asked for a checkpoint; by now the peers are gone and it cannot come
+        time.sleep(60)
         os._exit(EXIT_PREEMPTED)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -1,5 +1,5 @@
 """How a phase begins: the source and the teacher, what the recipe left open, names for pictures without one, the head,
-and what the source model does untrained."""
+and the source model's embeddings for what it does untrained."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def find_teacher(recipe: Recipe, source: Source | None, device: torch.device) ->
     teacher = checkpoint.load_model(path, device)
     if any(phase.start == "teacher" for phase in recipe.phases):
         config = dataclasses.replace(recipe.model, source="none", backbone=_backbone(recipe, source, teacher))
+        # Only whether names and shapes fit is of interest: tensors without memory are enough.
         with torch.device("meta"):
             inherit(build_model(config, 0, teacher.image), teacher)
     return teacher
@@ -55,8 +56,10 @@ def find_teacher(recipe: Recipe, source: Source | None, device: torch.device) ->
 
 def settle(recipe: Recipe, source: Source | None, teacher: FaceModel | None, datasets: tuple[PhaseData, ...]) -> Recipe:
     """The recipe with everything that was left to the source model, the teacher or the photographs written down."""
+    # What the user typed wins where the weights do not depend on it; where they do, `settled` refuses it.
     image = recipe.image.settled(source.image, source.fixed) if source else recipe.image
     if teacher is not None:
+        # Teacher and student look at one batch: every field must be the teacher's.
         image = image.settled(teacher.image, [field.name for field in dataclasses.fields(ImageSpec)])
     image = image.settled()
     if image.template == "auto":
@@ -82,6 +85,7 @@ def starting_model(
     """Random weights, with those of the source model, the teacher or the phase before copied over them."""
     recipe, phase = state.recipe, state.recipe.phases[number]
     config = recipe.model if phase.start == "source" else dataclasses.replace(recipe.model, source="none")
+    # By a seed of its own: the same first weights on every rank, whatever was drawn before.
     with torch.random.fork_rng():
         torch.manual_seed(state.plan.phases[number].seed)
         model = build_model(
@@ -98,6 +102,7 @@ def starting_model(
     if phase.start == "teacher":
         assert teacher is not None
         inherit(model, teacher)
+    # A run that goes on inside this phase has no model before it here: its weights come from the checkpoint.
     if phase.start == "previous" and number > state.phase_number:
         _take_over(model, state.evaluated, phase.head_start)
     return model
@@ -106,6 +111,7 @@ def starting_model(
 def _take_over(model: FaceModel, before: FaceModel, head_start: str) -> None:
     """The weights of the phase before; its heads too where they stand for the same and are wanted."""
     kept = dict(before.state_dict())
+    # By name and in order: row k of a head's weight stands for class k.
     same_classes = model.class_names == before.class_names and type(model.head) is type(before.head)
     if head_start != "previous" or not same_classes:
         kept = {name: value for name, value in kept.items() if not name.startswith("head.")}
@@ -154,6 +160,7 @@ def begin(
         f"of {phase.batch_size}, {'goes on' if saved else 'starts from ' + phase.start}"
     )
     model = starting_model(state, number, data, source, teacher)
+    # Ahead of `state.load`: a feature cache made below must be of the weights that the run stopped with.
     if saved:
         model.load_state_dict(checkpoint.read_tensors(saved, "model"))
     model.to(state.run.device)
@@ -161,6 +168,8 @@ def begin(
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     from_source = phase.start == "source" and state.recipe.eval.baselines and bool((data.labels() >= 0).any())
     wants_means = phase.head_start == "class_mean"
+    # One pass over the pictures serves all three. A run that goes on needs none: its head is in the checkpoint, the
+    # names are in a file, and what the source did untrained is in the log.
     fresh: tuple[Tensor, Tensor] | None = None
     if not saved and (from_source or wants_means or phase.labels == "pseudo"):
         network = model
@@ -171,12 +180,14 @@ def begin(
         data = with_pseudo_labels(
             folder / f"pseudo-labels-{phase.name}.csv", state, data, phase.pseudo_confidence, fresh, log
         )
+    # After the names were given: class weights and the warnings below are about what will be trained on.
     labels = data.labels()
     counts = labels[labels >= 0].bincount(minlength=plan.num_classes)
     for warning in advice(counts, phase):
         log.say(f"note: {warning}")
     if wants_means and fresh is not None and model.head is not None:
         embeddings, seen = fresh
+        # A cosine head takes the directions; a linear one also needs the usual length of an embedding.
         means = class_means(embeddings, labels.where(seen, -1), plan.num_classes)
         model.head.start_from(means, float(embeddings[seen].norm(dim=1).mean()))
     state.enter(number, model, side_inputs(state, number, model, data, source, teacher, counts))
@@ -205,10 +216,12 @@ def side_inputs(
         embeddings[~seen] = torch.nan
         return embeddings.to(state.run.device)
 
+    # Without mirror images: the cache stands for a forward pass in training, which sees the picture as it is.
     cached = embeddings_of(model) if caches_features(phase) else None
     asked: Teacher | None = None
     if phase.distill.active:
         if state.recipe.model.teacher == "source":
+            # Built again from the file: the phase's own model starts from the source and then moves.
             whole = build_model(state.recipe.model, 0, state.recipe.image, source=source)
             teacher = whole.to(state.run.device).eval()
         assert teacher is not None
@@ -234,6 +247,7 @@ def with_pseudo_labels(
         fresh: embeddings [N, D] and which rows are readable; None reads the file.
     """
     index = data.train
+    # Through the file on every path, fresh or resumed, on every rank: all read the same rounded confidences.
     if state.run.is_main and fresh is not None:
         embeddings, seen = fresh
         known = np.where(seen.numpy(), index.labels, -1)
@@ -250,7 +264,7 @@ def with_pseudo_labels(
 
 
 def advice(counts: Tensor, phase: Phase) -> Iterator[str]:
-    """Warnings a careful colleague would give about a label distribution, [C] pictures per class."""
+    """Warnings about a distribution of labels, [C] pictures per class, and about a margin too wide for it."""
     scarce = int((counts <= 2).sum())
     if scarce:
         yield f"{scarce} of {len(counts)} identities have one or two pictures: their accuracy says little"

@@ -1,7 +1,4 @@
-"""What a phase learns from a teacher beside its labels: logits, embeddings, the outputs of its stages.
-
-`train` makes a `Teacher`, `objective.Objective` a `Distillation` from it.
-"""
+"""What a phase learns from a teacher beside its labels: logits, embeddings, the outputs of its stages."""
 
 from __future__ import annotations
 
@@ -19,12 +16,12 @@ from facefast.recipe import Phase
 
 
 class Teacher(NamedTuple):
-    """A model that is asked and does not learn."""
+    """A model whose outputs are learnt from, and which does not learn."""
 
     model: FaceModel
     """In evaluation mode, on the device."""
     cache: Tensor | None = None
-    """[N, D] its embeddings of the training rows, where the pictures never change; NaN for unreadable ones."""
+    """[N, D] its embeddings of the training rows, where the pictures never change; NaN for unreadable rows."""
 
 
 def caches_teacher(phase: Phase) -> bool:
@@ -72,8 +69,8 @@ class Distillation(nn.Module):
     """The losses of a `DistillConfig`, with the projections that they learn.
 
     Args:
-        student: the model that learns, which it does not hold.
-        teacher: whom from.
+        student: the model that learns; no reference to it is kept.
+        teacher: the model that it learns from.
         phase: its `distill`, and the scale of the student's logits.
     """
 
@@ -115,9 +112,10 @@ class Distillation(nn.Module):
                 soft = F.log_softmax(model.classify(theirs).float() * (model.scale / temperature), dim=1)
             own = F.log_softmax(logits.float() * (self.scale / temperature), dim=1)
             divergence = F.kl_div(own, soft, reduction="none", log_target=True).sum(1)
+            # Gradients of softened logits shrink with the square of the temperature (Hinton et al. 2015, section 2).
             losses["distill_logits"] = (divergence * counts).sum() * temperature**2
         if self.config.features:
-            pairs = list(zip(stages, their_stages, strict=False))
+            pairs = list(zip(stages, their_stages, strict=False))  # where one has more stages, the first ones
             distances = [self._distance(k, own, other) for k, (own, other) in enumerate(pairs)]
             losses["distill_features"] = (torch.stack(distances).mean(0) * counts).sum()
         return losses
@@ -125,7 +123,7 @@ class Distillation(nn.Module):
     @torch.no_grad()
     def _ask(self, images: Tensor, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
         teacher = self._teacher[0]
-        if teacher.cache is not None:
+        if teacher.cache is not None:  # NaN times a count of 0 would be NaN: unreadable rows become 0
             return teacher.cache[rows.clamp(min=0)].nan_to_num(), []
         with stage_outputs(teacher.model) as stages:
             embeddings = teacher.model.encode(images).float()
@@ -136,9 +134,11 @@ class Distillation(nn.Module):
         own, theirs = own.float(), theirs.float()
         size = (min(own.shape[2], theirs.shape[2]), min(own.shape[3], theirs.shape[3]))
         own, theirs = F.adaptive_avg_pool2d(own, size), F.adaptive_avg_pool2d(theirs, size)
+        # Unit length per picture: how strongly a network responds differs between networks and is not compared.
         if self.config.match == "projected":
             own = self.convolutions[number](own)
             return (unit(own.flatten(1)) - unit(theirs.flatten(1))).square().sum(1)
+        # Attention (Zagoruyko & Komodakis 2017): the energy over channels at each place, which needs no equal channels.
         look = [unit(maps.square().mean(1).flatten(1)) for maps in (own, theirs)]
         return (look[0] - look[1]).square().sum(1)
 

@@ -60,29 +60,42 @@ def write_status(folder: Path, state: str, code: int | None = None, **fields: An
 
 
 def leave(folder: Path, state: TrainState, log: RunLog) -> int:
-    """A stop was asked for and the state is on disk."""
+    """Ends a run that was asked to stop and whose state is on disk; returns the exit code."""
     log.say(f"stopped at step {state.step}; the same command goes on from there")
     log.close()
     if state.run.is_main:
         code = exits.EXIT_PREEMPTED
         write_status(folder, "preempted", code, step=state.step, best=best_of(state))
-    state.run.barrier()
+    state.run.barrier()  # torchrun ends all ranks when one leaves with this code: the status must be written by then
     return exits.EXIT_PREEMPTED
 
 
 def fail(folder: Path | None, code: int, error: str) -> None:
-    """Leaves the reason in the run folder, where there is one by now and it can be written."""
+    """Leaves the reason in the run folder, where there is one by now and it can be written.
+
+    Every rank calls it. One that only lost its connection to another (code 1) leaves that one's reason alone.
+    """
     if folder is not None and folder.is_dir():
         with contextlib.suppress(OSError):  # a full disk: the exit code must still be that of the first error
+            if code == exits.EXIT_BUG and _has_reason(folder):
+                return
             write_status(folder, "failed", code, error=error)
 
 
+def _has_reason(folder: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        status = files.read_json(folder / "status.json")
+        return bool(status["state"] == "failed" and status["exit_code"] != exits.EXIT_BUG)
+    return False
+
+
 def finish(folder: Path, state: TrainState, datasets: tuple[PhaseData, ...], log: RunLog) -> int:
-    """The summary on the terminal, the projector, report.html and the final status."""
+    """Writes the summary on the terminal, the projector, report.html and the final status; returns the exit code."""
     recipe, run = state.recipe, state.run
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     train, test = datasets[-1].train, datasets[-1].evaluation.test
     decoded = int(3 * np.mean(train.widths.astype(np.float64) * train.heights))  # bytes: at most what travels
+    # All-reduce and embedding need every rank, so none returns earlier.
     bound = verdict(log.speeds, run.allreduce_seconds(trained), run.transfer_seconds(decoded))
     if recipe.projector and test is not None:
         embeddings, seen = embed_rows(

@@ -1,6 +1,6 @@
 """Terms of an objective beside the focal loss: class weights, triplets, contrasts, matched statistics, mixed pictures.
 
-Pure functions of embeddings and labels; `objective.Objective` adds them up. Labels below 0 count for nothing.
+Pure functions of embeddings and labels. Labels below 0 count for nothing.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def batch_hard_triplet(embeddings: Tensor, labels: Tensor, margin: float) -> Ten
     distances = squares.sqrt()
     same, other = _relations(labels)
     farthest = distances.masked_fill(~same, 0).amax(1)
+    # Infinite without another person; the mask below keeps infinity out of the loss and out of its gradient.
     nearest = distances.masked_fill(~other, math.inf).amin(1)
     usable = same.any(1) & other.any(1)
     losses = (margin + farthest - nearest.masked_fill(~usable, 0)).clamp(min=0)
@@ -64,7 +65,7 @@ def supervised_contrastive(embeddings: Tensor, labels: Tensor, temperature: floa
     vectors = unit(embeddings)
     same, other = _relations(labels)
     scores = (vectors @ vectors.T / temperature).masked_fill(~(same | other), -math.inf)
-    lonely = ~same.any(1)
+    lonely = ~same.any(1)  # alone in the batch; where there is no other person either, a row of -inf would give NaN
     log_sum = scores.masked_fill(lonely[:, None], 0).logsumexp(1)
     losses = (log_sum[:, None] - scores).masked_fill(~same, 0).sum(1) / same.sum(1).clamp(min=1)
     return losses.sum() / (~lonely).sum().clamp(min=1)
@@ -89,7 +90,9 @@ def matched_statistics(embeddings: Tensor, target: Tensor, source: Tensor, kind:
             maximum mean discrepancy, the sum of five Gaussian kernels about the mean distance (Long et al. 2015,
             arXiv:1502.02791).
     """
+    # Coordinates of about 1, however long an embedding is and however many it has.
     vectors = unit(embeddings) * math.sqrt(embeddings.shape[1])
+    # Masks as weights instead of selections: how many rows each domain has is known on the device only.
     weights = torch.stack([source, target]).to(vectors)  # [2, B]
     counts = weights.sum(1)
     enough = (counts >= 2).all()
@@ -104,7 +107,7 @@ def matched_statistics(embeddings: Tensor, target: Tensor, source: Tensor, kind:
         kernels = sum((-squares / (width * factor)).exp() for factor in (0.25, 0.5, 1.0, 2.0, 4.0))
         sign = weights[0] / counts[0].clamp(min=1) - weights[1] / counts[1].clamp(min=1)
         distance = sign @ kernels @ sign
-    return torch.where(enough, distance, 0 * distance)
+    return torch.where(enough, distance, 0 * distance)  # 0, but still a part of the graph
 
 
 class Mixture(NamedTuple):
@@ -134,12 +137,14 @@ def mix(images: Tensor, mixup: float, cutmix: float) -> Mixture:
     if not cuts:
         return Mixture(torch.lerp(images[partner], images, weight), partner, weight)
     height, width = images.shape[2:]
+    # Drawn on the CPU: the rectangle's corners become slices, for which the device need not be waited for.
     side = math.sqrt(1 - weight)
     y, x = (torch.rand(2) * torch.tensor([height, width])).int().tolist()
     top, bottom = max(0, y - round(height * side / 2)), min(height, y + round(height * side / 2))
     left, right = max(0, x - round(width * side / 2)), min(width, x + round(width * side / 2))
     mixed = images.clone()
     mixed[:, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
+    # The rectangle may reach over the edge: the weight is that of the pixels that were really exchanged.
     return Mixture(mixed, partner, 1 - (bottom - top) * (right - left) / (height * width))
 
 
@@ -150,4 +155,4 @@ def best_probability(loss: LossConfig, num_classes: int) -> float:
         return 1.0
     own = math.cos(loss.margin_size) if loss.margin == "arc" else 1 - loss.margin_size
     others = math.log(num_classes - 1) - loss.scale / (num_classes - 1)
-    return 1 / (1 + math.exp(min(700.0, others - loss.scale * own)))
+    return 1 / (1 + math.exp(min(700.0, others - loss.scale * own)))  # exp overflows beyond 709

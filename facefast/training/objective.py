@@ -1,7 +1,6 @@
 """What a phase minimises: the model, and every term that its recipe names, added up over the rows of an update.
 
-`step.TrainState` wraps it for DDP; what it learns beside the model (projections, log-variances) and remembers
-(AdaFace's norms) is its own.
+What it learns beside the model (projections, log-variances) and remembers (AdaFace's norms) is its own state.
 """
 
 from __future__ import annotations
@@ -144,6 +143,8 @@ class Objective(nn.Module):
             logits = self.model.classify(embeddings) if self.model.head is not None else None
             attribute_logits = self.model.attribute_logits(embeddings)
         embeddings = embeddings.float()
+        # Every term is this micro-batch's share of the update's mean: a sum divided by the count over all ranks and
+        # micro-batches. Times the number of ranks, because DDP averages gradients over them instead of adding.
         parts: dict[str, Tensor] = {}
         correct = torch.zeros((), device=embeddings.device)
         if logits is not None:
@@ -154,11 +155,13 @@ class Objective(nn.Module):
         if attribute_logits is not None:
             parts |= self._attributes(attribute_logits, values, batch.rows, row_counts, world)
         readable = batch.rows >= 0
+        # This micro-batch's part of the update, for a term that no row gives: over an update these add up to 1.
         portion = readable.sum() * (world / row_counts.rows)
         parts |= self._pairwise(embeddings, batch.labels, readable, row_counts)
         if self.distillation:
             found = self.distillation(images, batch.rows, embeddings, logits, stages)
             parts |= {name: value * (world / row_counts.rows) for name, value in found.items()}
+        # In the order of the names on every rank: the log adds them up by place.
         values_in_order = torch.stack([parts[name].float() for name in self.names])
         return Terms(self._weighed(values_in_order, portion), values_in_order.detach(), correct)
 
@@ -177,6 +180,7 @@ class Objective(nn.Module):
     def _identity(self, logits: Tensor, embeddings: Tensor, labels: Tensor, mixture: Mixture | None) -> Tensor:
         """Sum of the labelled rows' focal losses."""
         loss, margin = self.phase.loss, None
+        # Detached: the norm stands for a picture's quality, and is not to be optimised by way of the margin.
         if self.margin is not None:
             margin = self.margin(embeddings.detach().norm(dim=1))
         own = focal_sum(logits, labels, loss, margin, self.class_weights)
@@ -191,6 +195,7 @@ class Objective(nn.Module):
         """Each attribute's mean of sigmoid focal losses over the rows that know it."""
         heads = self.model.attribute_heads
         assert heads is not None
+        # A row that counts for nothing comes with some other row's picture and values.
         targets = heads.targets(values.masked_fill((rows < 0)[:, None], torch.nan))
         alpha = self.tasks.alpha if self.tasks.alpha >= 0 else None
         losses = ops.sigmoid_focal_loss(logits.float(), targets, gamma=self.tasks.gamma, alpha=alpha, reduction="none")
@@ -207,6 +212,7 @@ class Objective(nn.Module):
         loss, align = self.phase.loss, self.phase.align
         if not (loss.triplet or loss.contrastive or align != "none"):
             return {}
+        # Every rank computes the same loss over all rows, so there is no factor for the number of ranks here.
         embeddings, labels, readable = of_all_ranks(embeddings, labels, readable)
         found = {}
         if loss.triplet:
@@ -216,6 +222,7 @@ class Objective(nn.Module):
         if align != "none":
             named = labels >= 0
             found["align"] = matched_statistics(embeddings, readable & ~named, readable & named, align)
+        # One number for each micro-batch, which counts by its part of the update's rows.
         return {name: value * (readable.sum() / row_counts.rows) for name, value in found.items()}
 
     def _weighed(self, values: Tensor, portion: Tensor) -> Tensor:
@@ -248,6 +255,8 @@ def of_all_ranks(embeddings: Tensor, labels: Tensor, readable: Tensor) -> tuple[
         parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world)]
         dist.all_gather(parts, rows.contiguous())
         gathered.append(parts)
+    # The others' rows are constants here. This rank's own have their value, and W times their gradient: the second
+    # term is 0, but its derivative is not.
     gathered[0][dist.get_rank()] = embeddings + (world - 1) * (embeddings - embeddings.detach())
     vectors, names, seen = map(torch.cat, gathered)
     return vectors, names, seen.bool()

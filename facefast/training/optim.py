@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules by name; `step.TrainState` builds them from a phase."""
+"""Optimisers and learning-rate schedules, as a phase names them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def build_optimizer(phase: Phase, groups: list[dict[str, Any]], device: torch.de
 
     apex's fused optimisers are used on a GPU where apex is importable, torch's fused ones otherwise.
     """
+    # Fused: one kernel for many tensors, which obeys a GradScaler's `found_inf` without the host reading it.
     betas = (phase.momentum, 0.999)
     if device.type == "cuda" and (apex := _apex()):
         return _fused_by_apex(apex, phase, groups)
@@ -56,6 +57,7 @@ class Lamb(torch.optim.Optimizer):
     changes nothing and needs no synchronisation.
     """
 
+    # GradScaler.step then sets these two and calls `step` without reading `found_inf` on the host.
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -87,12 +89,15 @@ class Lamb(torch.optim.Optimizer):
                     "exp_avg": torch.zeros_like(p),
                     "exp_avg_sq": torch.zeros_like(p),
                 }
+        # `keep` is 0 for a step to be skipped. The host does not know it, so every operation below runs, with a weight
+        # that makes it change nothing.
         keep = torch.ones((), device=params[0].device)
         grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
         if self.grad_scale is not None:
             grads = list(torch._foreach_div(grads, self.grad_scale))
         if self.found_inf is not None:
             keep = 1 - self.found_inf.reshape(())
+            # A weight of 0 would not do for the gradients themselves: 0 * inf is NaN.
             grads = [torch.where(keep > 0, grad, 0) for grad in grads]
         beta1, beta2 = group["betas"]
         first = [self.state[p]["exp_avg"] for p in params]
@@ -102,12 +107,15 @@ class Lamb(torch.optim.Optimizer):
         torch._foreach_lerp_(first, grads, [keep * (1 - beta1)] * len(first))
         squares = torch._foreach_mul(grads, grads)
         torch._foreach_lerp_(second, list(squares), [keep * (1 - beta2)] * len(second))
+        # 0 where the very first step is skipped: the updates are then NaN, and the last line leaves them out.
         bias1 = [1 - beta1**step for step in steps]
         bias2 = [1 - beta2**step for step in steps]
         updates = []
         for p, m, v, b1, b2 in zip(params, first, second, bias1, bias2, strict=True):
             update = (m / b1) / ((v / b2).sqrt() + group["eps"])
             updates.append(update.add(p, alpha=group["weight_decay"]))
+        # LAMB's trust ratio: the length of the update follows that of the weights. Where either is 0 (a new bias) a
+        # ratio means nothing.
         trust = [
             torch.where((weight > 0) & (size > 0), weight / size, 1.0)
             for weight, size in zip(torch._foreach_norm(params), torch._foreach_norm(updates), strict=True)
@@ -122,13 +130,14 @@ def rate_factor(phase: Phase, step: int, steps: int, steps_per_epoch: int) -> fl
     state."""
     warmup = round(phase.warmup * steps)
     if phase.schedule == "onecycle":
+        # Smith's one-cycle policy has a warm-up by itself; 0.3 and 1/25 are torch.optim's OneCycleLR's own defaults.
         warmup = warmup or round(0.3 * steps)
         start, end = 1 / 25, 1e-4
         if step < warmup:
             return start + (1 - start) * (1 - math.cos(math.pi * step / warmup)) / 2
         progress = (step - warmup) / max(1, steps - warmup)
         return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
-    if step < warmup:
+    if step < warmup:  # neither 0 at the first step, which would waste it, nor the peak before the warm-up is over
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)
     if phase.schedule == "cosine":

@@ -1,8 +1,7 @@
 """Weights taken out by magnitude while a phase trains, so that the others make up for them.
 
 Magnitude pruning (Han et al. 2015, arXiv:1506.02626) on the gradual schedule of Zhu and Gupta (2017,
-arXiv:1710.01878). `train_step` calls `Pruner.update` after the optimiser and before the moving average of the weights.
-Nothing of it stands in a checkpoint: a pruned weight is one that is 0.
+arXiv:1710.01878). A checkpoint holds nothing of it: a pruned weight is one that is 0.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ LEVELS = 100
 
 
 def scheduled_sparsity(target: float, progress: float) -> float:
-    """s_f (1 - (1 - t)^3): fast at first, while there is plenty that nobody misses, and slow at last.
+    """s_f (1 - (1 - t)^3): fast at first, while most weights are redundant, and slow at last.
 
     Args:
         target: s_f, the part of the weights that is 0 in the end.
@@ -32,8 +31,8 @@ def scheduled_sparsity(target: float, progress: float) -> float:
 def prunable(model: FaceModel) -> dict[str, Tensor]:
     """Names and weights that pruning takes from: full convolutions and linear layers from the second to the embedding.
 
-    Not the head, which is made anew for other people; not depthwise convolutions, which hold one or two of a hundred
-    weights, 9 per channel, each of them needed; not the first layer, which is as small and sees the picture.
+    Not the head, which other people replace; not depthwise convolutions, which hold one or two of a hundred weights,
+    9 per channel, each of them needed; not the first layer, which is as small and sees the picture.
     """
     layers = [
         (f"{part}.{name}".rstrip(".") + ".weight", module.weight)
@@ -53,7 +52,7 @@ def sparsity_of(model: FaceModel) -> float:
 
 
 class Pruner:
-    """Keeps the smallest weights of each layer at 0, in a growing part.
+    """Keeps a growing part of each layer's weights, the smallest ones, at 0.
 
     Each layer gives the same part: under BatchNorm a layer's magnitudes mean nothing beside another's. Make it after
     the phase's layers are frozen (what does not learn is not pruned: it could not make up for it), and after a
@@ -104,6 +103,7 @@ class Pruner:
         sparsity = scheduled_sparsity(self.target, progress)
         if sparsity != self._sparsity:
             # After a resume this runs once more at the same sparsity and finds what is 0 already.
+            # The threshold stays on the device. Weights equal to it go too, so a layer may lose a few more than asked.
             for weight in self._weights:
                 magnitudes = weight.abs()
                 number = round(sparsity * weight.numel())
@@ -114,7 +114,7 @@ class Pruner:
 
     @torch.no_grad()
     def apply_to(self, model: FaceModel) -> None:
-        """Prunes a model of the same architecture alike, such as the moving average, whose zeros come only near."""
+        """Prunes the same weights of a model of the same architecture, such as the moving average."""
         theirs = prunable(model)
         for name, kept in zip(self._names, self._kept, strict=True):
             theirs[name].mul_(kept)

@@ -1,6 +1,7 @@
 """One optimiser update: autocast, scaler, accumulation, no_sync, clipping, finite check; and the state it moves.
 
-Nothing in `train_step` reads the device: the counts it returns stay there until `log.RunLog` needs them.
+Nothing in `train_step` reads the device, so that the host queues work ahead of the GPU; the counts that it returns stay
+there until a number is wanted.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class TrainState:
     model: FaceModel
     objective: Objective
     network: nn.Module
-    """The objective as DDP wants it."""
+    """The objective, inside DDP where there are several ranks."""
     optimizer: torch.optim.Optimizer
     scaler: GradScaler
     average: AveragedModel | None
@@ -74,14 +75,16 @@ class TrainState:
         self.results: dict[str, dict[str, float]] = {}  # the best evaluation of each phase: that of its best checkpoint
 
     def enter(self, number: int, model: FaceModel, side: SideInputs | None = None) -> None:
-        """Begins phase `number` with `model`: what learns, how fast, and the objective as DDP and the compiler want
-        it."""
+        """Begins phase `number` with `model`: what learns, how fast, and the objective, compiled and in DDP where
+        wanted."""
         if not self.continues(number):
             self.best = None
         self.phase_number, self.phase_step = number, 0
         self.model, self.side_inputs = model, side or SideInputs()
         phase, device, side = self.phase, self.run.device, self.side_inputs
+        # Everything below takes the parameters that require a gradient now: freezing comes first.
         freeze_stages(model, phase.trainable)
+        # Before the optimiser: what the objective learns itself (projections, log-variances) is its to move too.
         self.objective = Objective(
             model,
             phase,
@@ -99,11 +102,12 @@ class TrainState:
         scale = 2.0**14 if self.precision.name == "fp16" else 1.0
         self.scaler = GradScaler(device.type, init_scale=scale)
         self.average = None
-        if self.recipe.ema:
+        if self.recipe.ema:  # buffers too: averaged weights need BatchNorm statistics of their own
             decay = get_ema_multi_avg_fn(self.recipe.ema)
             self.average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
         self.anchor = Anchor(model, side.source, phase.l2sp) if phase.l2sp and side.source else None
         self.pruner = Pruner(model, phase.prune) if phase.prune else None
+        # DDP last: it hooks the parameters that require a gradient when it is made, and spreads rank 0's tensors.
         self.network = self.objective
         if self.run.world.size > 1:
             self.network = DistributedDataParallel(
@@ -120,7 +124,8 @@ class TrainState:
         return number > 0 and phases[number].start == "previous" and phases[number].split == phases[number - 1].split
 
     def set_modes(self) -> None:
-        """Training mode, with BatchNorm as the phase says; to be called again after an evaluation."""
+        """Training mode, with BatchNorm as the phase says; to be called again after an evaluation, which ends with
+        BatchNorm in training mode everywhere."""
         self.network.train()
         plan = self.phase_plan
         freeze_batchnorm(self.model, everywhere=keeps_statistics(self.phase, plan.num_rows, plan.num_classes))
@@ -131,12 +136,12 @@ class TrainState:
 
     @property
     def phase(self) -> Phase:
-        """The recipe's words on this phase."""
+        """This phase in the recipe."""
         return self.recipe.phases[self.phase_number]
 
     @property
     def phase_plan(self) -> PhasePlan:
-        """The plan's numbers for this phase."""
+        """This phase in the plan."""
         return self.plan.phases[self.phase_number]
 
     @property
@@ -188,8 +193,9 @@ class TrainState:
     def load(self, path: Path) -> None:
         """Takes over a checkpoint of this phase; call after `enter`."""
         document = files.read_json(path / "state.json")
+        # In place, tensor by tensor: the optimiser, DDP and a compiled graph hold these very parameters.
         self.model.load_state_dict(read_tensors(path, "model"))
-        self.objective.load_state_dict(read_tensors(path, "objective"), strict=False)
+        self.objective.load_state_dict(read_tensors(path, "objective"), strict=False)  # its own part alone
         if self.pruner is not None:
             self.pruner.adopt()
         unpack_optimizer(self.optimizer, read_tensors(path, "optimizer"), document["optimizer"])
@@ -213,15 +219,22 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
         [5 + T] float32 on the device, summed over ranks: `log.STATS`, then the objective's terms.
     """
     phase, world = state.phase, state.run.world
+    # Dropout, stochastic depth and mixed pictures draw from generators that every update seeds: a resumed run
+    # draws what an uninterrupted one would, and no generator's state has to be saved.
     torch.manual_seed(_seed(state.recipe.seed, state.step, world.rank))
+    # The schedule's factor on each group's own peak, which keeps layer_decay's and head_lr's ratios.
     for group in state.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * state.lr / phase.lr
+    # On the device: reading a loss makes the host wait for all work queued there. The log reads when a line is due.
     stats = torch.zeros(5 + len(state.objective.names), device=state.run.device)
     for number, batch in enumerate(batches):
+        # DDP averages gradients over the ranks once per update, in the last backward pass.
         with _no_sync(state.network, number < len(batches) - 1):
             terms = state.network(batch, state.values_of(batch.rows), row_counts, world.size)
             state.scaler.scale(terms.total).backward()
         with torch.no_grad():
+            # A total is this part of the update's mean times the number of ranks, by which DDP divides; times the
+            # rows it is a sum, and sums can be added over passes, ranks and updates.
             per_row = row_counts.rows / world.size
             stats[0] += terms.total * per_row
             stats[1] += terms.correct
@@ -230,32 +243,48 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
             stats[5:] += terms.parts * per_row
     if world.size > 1:
         dist.all_reduce(stats)
+    # First out of fp16's scale, so that `clip_grad` means the same in every precision. This also notes on the device,
+    # for `step` below, whether a gradient is not finite.
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    # The losses were divided by the rows that the index promised: what other ranks and later passes would read was not
+    # known yet. Rows that turned out unreadable gave nothing; this makes the mean that of the others.
     factor = row_counts.rows / stats[2].clamp(min=1)
+    # One number for clipping and for the log's finite check. It is taken now, because clipping changes the gradients
+    # in place, and it is not finite as soon as one of them is not.
     norm = nn.utils.get_total_norm(gradients) * factor
     if phase.clip_grad:
         factor = factor * (phase.clip_grad / norm.clamp(min=phase.clip_grad))
     torch._foreach_mul_(gradients, factor)
+    # After clipping, like the weight decay that it replaces: the pull towards the source is no part of the loss, so it
+    # neither counts in the norm nor shrinks with it.
     if state.anchor is not None:
         state.anchor.pull()
+    # Changes nothing where a gradient was not finite; a fused optimiser finds that out on the device.
     state.scaler.step(state.optimizer)
+    # fp16's scale follows what overflowed. bf16 and fp32 need none: 1.0 pins it, where update() alone would let it
+    # grow, and clears the scaler's notes for the next update.
     if state.precision.name == "fp16":
         state.scaler.update()
     else:
         state.scaler.update(1.0)
+    # None, not zeros: the next backward pass writes gradients instead of adding to them.
     state.optimizer.zero_grad(set_to_none=True)
+    # A skipped update counts: the host does not know of it, and schedule and sampler must go on alike on every rank.
     state.step += 1
     state.phase_step += 1
+    # After the optimiser, whose momentum moves pruned weights off 0; before the average, which would take that up.
     if state.pruner is not None:
         state.pruner.update(state.phase_step / state.phase_plan.steps)
     if state.average is not None:
         state.average.update_parameters(state.model)
+        # An average of a weight that became 0 only comes near 0: the mask makes it exact.
         if state.pruner is not None:
             assert isinstance(state.average.module, FaceModel)
             state.pruner.apply_to(state.average.module)
     finite = torch.isfinite(norm)
-    stats[3] = 1 - finite.float()
+    stats[3] = 1 - finite.float()  # not added over ranks: after DDP all have the same gradients
+    # A log line adds up several updates; one that was lost must not make the sums NaN.
     return torch.where(torch.isfinite(stats), stats, 0)
 
 
@@ -266,5 +295,6 @@ def _no_sync(network: nn.Module, skip: bool) -> contextlib.AbstractContextManage
 
 
 def _seed(seed: int, step: int, rank: int) -> int:
+    """63 bits of a hash: with a sum, rank 1 would draw what rank 0 draws one step later."""
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,5 +1,4 @@
-"""Which parameters move and how fast: freezing, BatchNorm policy, layer-wise rates, class-mean heads, the feature
-cache."""
+"""Which parameters move and how fast: freezing, BatchNorm policy, layer-wise rates, L2-SP."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from facefast.recipe import Phase
 
 
 def freeze_stages(model: FaceModel, trainable: tuple[str, ...]) -> None:
-    """Leaves only the named stages learning; "all" is every stage, "last:3" the head and the two stages before it.
+    """Lets only the named stages learn; "all" is every stage, "last:3" the head and the two stages before it.
 
     Raises:
         ValueError: a name that the model does not have.
@@ -53,7 +52,7 @@ def _learns(module: nn.Module) -> bool:
 
 
 FEW_PICTURES = 100
-"""An identity: below it, `batchnorm auto` keeps the source's statistics."""
+"""Pictures an identity on average; below it, `batchnorm auto` keeps the source's statistics."""
 
 
 def keeps_statistics(phase: Phase, num_rows: int, num_classes: int) -> bool:
@@ -78,12 +77,14 @@ def parameter_groups(model: FaceModel, phase: Phase, own: Sequence[nn.Parameter]
     """
     groups = []
     stages = list(model.stages().items())
+    # From the head backwards: the further from it, the more general a stage is, and the less it should move.
     for depth, (name, modules) in enumerate(reversed(stages)):
         rate = phase.lr * (phase.head_lr if name == "head" else phase.layer_decay**depth)
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         for decayed in (True, False):
             chosen = [p for p in parameters if (p.ndim > 1) == decayed]
             if chosen:
+                # L2-SP pulls towards the source; a pull towards 0 beside it would move where they balance.
                 decay = phase.weight_decay if decayed and not (phase.l2sp and name != "head") else 0.0
                 groups.append({"params": chosen, "lr": rate, "peak_lr": rate, "weight_decay": decay})
     if not groups:
@@ -116,7 +117,7 @@ class Anchor:
         if not named:
             raise ValueError("l2sp has no effect: no weight of the source model learns in this phase")
         self._parameters = list(named.values())
-        self._start = [source[name].to(p) for name, p in named.items()]
+        self._start = [source[name].to(p) for name, p in named.items()]  # the source's, not where this phase starts
         self._strength = strength
 
     @torch.no_grad()

@@ -13,13 +13,15 @@ from PIL import Image
 
 from facefast import audit
 from facefast.data import FaceIndex, read_index
-from facefast.data.corrections import apply_corrections, read_corrections
+from facefast.data.corrections import apply_corrections, read_corrections, write_corrections
+from facefast.evaluation.embed import embed_photographs
 from facefast.labels import sheets
 from facefast.labels.clustering import Floats, class_sums, unit_rows
 from facefast.labels.copies import copies_by_pixels
 from facefast.labels.selftest import plant_wrong_labels
 from facefast.labels.sheets import strips
 from facefast.labels.suspects import Suspects, find_suspects
+from facefast.recipe import Photographs
 from facefast.runtime import process
 from tests.support import small
 from tests.support.pictures import encode, smooth_picture
@@ -150,7 +152,7 @@ def test_findings_fit_the_index_they_came_from(tmp_path: Path) -> None:
     lines = audit.corrections_of(index, suspects)
     assert {line.kind for line in lines} == {"wrong_label", "merge"}
     assert {line.action for line in lines} >= {"relabel", "merge"}
-    audit.write_corrections(tmp_path / "suspects.csv", lines)
+    write_corrections(tmp_path / "suspects.csv", lines)
     changed = apply_corrections(index, tmp_path / "suspects.csv")
     assert changed.num_classes == 30
     with open(tmp_path / "suspects.csv", encoding="utf-8") as file:
@@ -211,10 +213,10 @@ def test_planted_labels_are_found_among_real_photographs_and_corrections_help(
 ) -> None:
     everybody = read_index(celeba)
     everybody.select(everybody.labels < 40).compact().save(tmp_path / "forty.npz")
-    data = audit.Photographs(root=str(tmp_path / "forty.npz"))
+    data = Photographs(root=str(tmp_path / "forty.npz"))
     model = shared_weights / "mobilefacenet_casia_112x96.ckpt"
     with process.start() as run:
-        index, embeddings = audit.embed_photographs(model, data, run, 64)
+        index, embeddings = embed_photographs(model, data, run, 64)
     found = audit.planted(audit.AuditArguments(model, data, plant=0.05), index, embeddings)
     assert found.recall >= 0.9
     assert found.precision >= 0.9

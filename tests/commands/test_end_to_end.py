@@ -56,7 +56,7 @@ def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(out / "checkpoints" / f"step-{step:07d}" / "model.safetensors")
 
 
-def test_a_run_folder_holds_everything_that_the_design_promises(finished: Path) -> None:
+def test_a_run_folder_holds_everything_that_is_promised_of_it(finished: Path) -> None:
     for name in ("recipe.json", "plan.json", "environment.json", "status.json", "metrics.jsonl", "report.html"):
         assert (finished / name).stat().st_size > 0
     assert list((finished / "tensorboard").iterdir())

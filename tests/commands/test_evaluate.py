@@ -12,6 +12,7 @@ import torch
 from facefast import evaluate
 from facefast.data import FaceIndex, PairSet, oracle, read_index
 from facefast.data.prepare import EvaluationSet
+from facefast.evaluation import measure
 from facefast.evaluation.embed import embed_rows
 from facefast.evaluation.measure import verification
 from facefast.evaluation.sets import find_evaluation_set
@@ -56,7 +57,7 @@ def test_embeddings_are_the_models_in_the_indexs_order(index: FaceIndex, mirror:
     embeddings, seen = embed_rows(model, index, RUN, FP32, EVERYTHING, batch_size=4, mirror=mirror)
     assert seen.tolist() == [row != BROKEN for row in range(9)]
     rows = np.flatnonzero(seen.numpy())
-    pictures = np.stack([oracle.decode(index.path(row)) for row in rows])
+    pictures = np.stack([oracle.decode(index.path(int(row))) for row in rows])
     expected = model.embed(torch.from_numpy(pictures).permute(0, 3, 1, 2), mirror=mirror)
     torch.testing.assert_close(torch.nn.functional.normalize(embeddings[rows]), expected, rtol=0, atol=2e-3)
 
@@ -77,10 +78,10 @@ def test_pairs_with_a_picture_that_cannot_be_read_are_left_out_and_counted() -> 
 def test_an_evaluation_counts_what_could_be_read_and_puts_the_model_back_as_it_was(index: FaceIndex) -> None:
     model = small.make_model(classes=PEOPLE).train()
     evaluation = EvaluationSet(test=index, verification=index, pairs=PairSet.random(index, 18, 2), held_out=False)
-    found = evaluate.evaluate(model, evaluation, EvalConfig(batch_size=4), RUN, FP32, EVERYTHING)
+    found = measure.evaluate(model, evaluation, EvalConfig(batch_size=4), RUN, FP32, EVERYTHING)
     assert model.training
     assert found["test_rows"] == 8
-    assert found["known_pairs"] < len(evaluation.pairs.same)
+    assert evaluation.pairs is not None and found["known_pairs"] < len(evaluation.pairs.same)
     assert "verification_accuracy" not in found  # these people are known
     model.eval()
     embeddings, seen = embed_rows(model, index, RUN, FP32, EVERYTHING, batch_size=9)

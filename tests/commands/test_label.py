@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_without_a_known_person_pictures_are_clustered() -> None:
         ({"min_size": 5}, True, "--min-size has no effect"),
     ],
 )
-def test_options_without_effect_are_refused(options: dict[str, float], known: bool, message: str) -> None:
+def test_options_without_effect_are_refused(options: dict[str, Any], known: bool, message: str) -> None:
     unit, labels, _ = people([3, 3])
     with pytest.raises(ValueError, match=message):
         propose_names(dataclasses.replace(GIVEN, **options), unit, labels if known else labels * 0 - 1, NAMES)

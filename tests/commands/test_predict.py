@@ -17,9 +17,10 @@ from PIL import Image
 import facefast
 from facefast import predict
 from facefast.data import oracle, read_index
+from facefast.faces.detect import Detector
 from facefast.models import precision
 from facefast.models.precision import Precision
-from facefast.predict import Detector, find_images, index_of
+from facefast.predict import find_images, index_of
 from facefast.runtime import process
 from tests.support import small
 from tests.support.pictures import encode, exif, garbled_png, smooth_picture
@@ -221,7 +222,7 @@ def test_landmarks_come_in_the_pictures_own_pixels_left_before_right(
         distances.append(distance(found, truth))
         large = np.array(Image.fromarray(picture).resize((picture.shape[1] * 3, picture.shape[0] * 3)))
         if np.isfinite(found).all():  # seen smaller than it is, and still in its own pixels
-            assert distance(detector.landmarks(large) / 3, found) < 0.1
+            assert distance(detector.landmarks(large) / np.float32(3), found) < 0.1
     distances = [value for value in distances if np.isfinite(value)]
     assert len(distances) >= 5
     assert max(distances) < 0.25  # with left and right exchanged it would be about 1

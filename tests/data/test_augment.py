@@ -2,6 +2,7 @@
 matters."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from facefast.recipe import AugmentSpec, ImageSpec
 from tests.support.pictures import make_index
 
 SQUARE = ImageSpec(112)
-STRENGTHS = {
+STRENGTHS: dict[str, Any] = {
     "crop": 0.4,
     "crop_ratio": 0.3,
     "shift": 0.1,
@@ -30,7 +31,9 @@ EVERYTHING = AugmentSpec(**STRENGTHS)
 MANY = np.arange(4000)
 
 
-def plain_index(number: int = 4000, size: tuple[int, int] = (200, 300), **columns: object) -> FaceIndex:
+def plain_index(
+    number: int = 4000, size: NDArray[np.int64] | tuple[int, int] = (200, 300), **columns: Any
+) -> FaceIndex:
     return make_index("/none", [f"{i}.jpg" for i in range(number)], size, **columns)
 
 
@@ -51,7 +54,8 @@ def uniform(values: NDArray[np.float64], low: float, high: float) -> bool:
 
 def at(matrix: NDArray[np.float32], points: NDArray[np.float64]) -> NDArray[np.float64]:
     """Output points [n, 2] in the source."""
-    return points @ matrix[:, :2].T.astype(float) + matrix[:, 2]
+    linear, shift = matrix[:, :2].astype(float), matrix[:, 2].astype(float)
+    return np.asarray(points @ linear.T + shift)
 
 
 # The known answers of the Random123 distribution, examples/kat_vectors.
@@ -83,8 +87,8 @@ def test_a_rows_numbers_do_not_depend_on_its_batch() -> None:
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"epoch": 3}, {"seed": 1 + 2**32}, {"seed": 1 + 2**63}])
-def test_seed_and_epoch_change_every_row(change: dict[str, int]) -> None:
-    key = {"seed": 1, "epoch": 2}
+def test_seed_and_epoch_change_every_row(change: dict[str, Any]) -> None:
+    key: dict[str, Any] = {"seed": 1, "epoch": 2}
     one = draw(plain_index(), MANY, SQUARE, EVERYTHING, **key)
     other = draw(plain_index(), MANY, SQUARE, EVERYTHING, **{**key, **change})
     assert (one.matrix != other.matrix).any((1, 2)).all()
@@ -118,7 +122,8 @@ def test_each_strength_acts_on_its_own_part_and_leaves_the_others_alone(strength
 @pytest.mark.parametrize("strength", STRENGTHS)
 def test_changing_one_strength_changes_no_other_draw(strength: str) -> None:
     index = plain_index(size=(112, 112))
-    without = draw(index, MANY, SQUARE, dataclasses.replace(EVERYTHING, **{strength: 0.0}), 5, 2)
+    still: dict[str, Any] = {strength: 0.0}
+    without = draw(index, MANY, SQUARE, dataclasses.replace(EVERYTHING, **still), 5, 2)
     everything = draw(index, MANY, SQUARE, EVERYTHING, 5, 2)
     same = [name for name, a, b in zip(Draw._fields, without, everything, strict=True) if (a == b).all()]
     assert len(same) == 2
@@ -261,7 +266,7 @@ def test_templates_scale_about_their_centre_to_any_output() -> None:
     index, row = plain_index(1, landmarks=landmarks), np.array([0])
 
     def matrix(image: ImageSpec) -> NDArray[np.float32]:
-        return draw(index, row, image, None, 0, 0).matrix[0]
+        return np.asarray(draw(index, row, image, None, 0, 0).matrix[0])
 
     np.testing.assert_allclose(matrix(ImageSpec(112)), [[1, 0, 0], [0, 1, 0]], atol=1e-5)
     np.testing.assert_allclose(matrix(ImageSpec(224)), [[0.5, 0, 0], [0, 0.5, 0]], atol=1e-5)

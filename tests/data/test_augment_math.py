@@ -8,6 +8,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def run(
     shape: tuple[int, int],
     dtype: int = FLOAT,
     channels_last: bool = True,
-) -> NDArray[np.generic]:
+) -> NDArray[Any]:
     picture = np.ascontiguousarray(picture)
     height, width = shape
     out = np.full((height, width, 3) if channels_last else (3, height, width), 7, NUMPY[dtype])

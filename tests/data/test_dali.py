@@ -7,8 +7,10 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import nvidia.dali as nvdali
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -67,9 +69,9 @@ def batch_of(pictures: list[NDArray[np.uint8]], numbers: Draw) -> Encoded:
     return Encoded(data, numbers, sizes)
 
 
-def run_one(picture: NDArray[np.uint8], matrix: object, shape: tuple[int, int], **options: object) -> Tensor:
-    numbers = draw(matrix, 1, options.pop("color", None), options.pop("erase", (0, 0, 0, 0)))  # type: ignore[arg-type]
-    return pipeline([batch_of([picture], numbers)], shape, **options).run()[0]  # type: ignore[arg-type]
+def run_one(picture: NDArray[np.uint8], matrix: Any, shape: tuple[int, int], **options: Any) -> Tensor:
+    numbers = draw(matrix, 1, options.pop("color", None), options.pop("erase", (0, 0, 0, 0)))
+    return pipeline([batch_of([picture], numbers)], shape, **options).run()[0]
 
 
 def scaled(scale: float, picture: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.float64]:
@@ -89,7 +91,7 @@ def bilinear(picture: NDArray[np.uint8], matrix: NDArray[np.float64], shape: tup
     a, b = (u - i)[..., None], (v - j)[..., None]
     upper = padded[j, i] * (1 - a) + padded[j, i + 1] * a
     lower = padded[j + 1, i] * (1 - a) + padded[j + 1, i + 1] * a
-    return (upper * (1 - b) + lower * b).transpose(2, 0, 1)
+    return np.asarray((upper * (1 - b) + lower * b).transpose(2, 0, 1))
 
 
 def assert_levels(found: Tensor, expected: NDArray[np.generic], worst: float) -> None:
@@ -188,7 +190,8 @@ def test_types_and_layouts_hold_the_rounded_values(dtype: torch.dtype, channels_
 def varied_batch(count: int) -> Encoded:
     """Pictures of all sizes, each with numbers of its own."""
     random = np.random.default_rng(4)
-    pictures = [smooth_picture(*random.integers(3, 400, 2).tolist(), seed=seed) for seed in range(count)]
+    sizes = random.integers(3, 400, (count, 2))
+    pictures = [smooth_picture(height, width, seed) for seed, (height, width) in enumerate(sizes.tolist())]
     numbers = draw(np.zeros((2, 3)), count)
     for row, picture in enumerate(pictures):
         numbers.matrix[row] = scaled(random.choice([0.4, 1.0, 1.3, 2.2, 5.0]), picture, (40, 40))
@@ -202,7 +205,7 @@ def test_the_result_depends_neither_on_threads_nor_on_the_slot_nor_on_the_run() 
     first = pipeline([batch], (40, 40), threads=1).run()
     order = np.random.default_rng(1).permutation(24)
     shuffled = Encoded(
-        [batch.data[row] for row in order], Draw(*(part[order] for part in batch.draw)), batch.sizes[order]
+        [batch.data[row] for row in order], Draw._make(part[order] for part in batch.draw), batch.sizes[order]
     )
     for threads in (1, 2, 5):
         graph = pipeline([batch, shuffled, batch], (40, 40), threads=threads)
@@ -315,8 +318,8 @@ def test_a_broken_picture_fails_the_run_and_the_probe_names_it(capfd: pytest.Cap
     for data in broken:
         assert decode_probe(data)
         assert decode_probe(sound) is None
-    data = [np.frombuffer(kind, np.uint8) for kind in (sound, garbled_jpeg())]
-    graph = pipeline([Encoded(data, draw(np.eye(2, 3), 2), np.array([[120, 90]] * 2))], (16, 16))
+    files = [np.frombuffer(kind, np.uint8) for kind in (sound, garbled_jpeg())]
+    graph = pipeline([Encoded(files, draw(np.eye(2, 3), 2), np.array([[120, 90]] * 2))], (16, 16))
     with pytest.raises(RuntimeError):
         graph.run()
     graph.close()
@@ -330,7 +333,7 @@ def test_the_probe_compares_the_size_with_what_the_scan_saw() -> None:
 
 
 def test_arguments_out_of_range_are_refused_by_name() -> None:
-    options = {
+    options: dict[str, Any] = {
         "batch_size": 1,
         "device": "cpu",
         "source": lambda: None,
@@ -359,7 +362,7 @@ def test_a_plugin_of_another_version_is_refused_with_the_command_that_rebuilds_i
     check_plugin(plugin, "2.3.0")
     with pytest.raises(ValueError, match=r"without its CUDA part.*FACEFAST_CUDA=1"):
         check_plugin(plugin, "2.3.0", cuda=True)
-    check_plugin(dali.PLUGIN, dali.nvdali.__version__)
+    check_plugin(dali.PLUGIN, nvdali.__version__)
 
 
 @pytest.mark.gpu

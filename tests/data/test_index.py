@@ -9,6 +9,7 @@ import os
 import re
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tests.support.faulty import faulty_pictures, jpeg, sound_pictures
 from tests.support.pictures import encode, exif, smooth_picture
 
 
-def index_of(labels: list[int], **more: object) -> FaceIndex:
+def index_of(labels: list[int], **more: Any) -> FaceIndex:
     """An index of pictures that need not exist."""
     names = [f"person {k}" for k in range(max(labels) + 1)]
     return FaceIndex.build("/faces", [b"%d.jpg" % i for i in range(len(labels))], labels, names, **more)
@@ -137,6 +138,7 @@ def test_an_index_survives_its_file(tmp_path: Path) -> None:
     assert loaded.fingerprint() == index.fingerprint()
     assert (loaded.root, loaded.class_names, loaded.attribute_names) == ("/faces", index.class_names, ("male", "age"))
     assert loaded.boxes is None
+    assert loaded.attributes is not None and index.attributes is not None
     assert np.array_equal(loaded.attributes, index.attributes, equal_nan=True)
     assert os.listdir(tmp_path) == ["index.npz"]
 
@@ -220,7 +222,12 @@ def test_a_cached_scan_is_used_until_a_file_changes(tmp_path: Path, monkeypatch:
     root, cache = write(tmp_path / "faces", people()), tmp_path / "cache.npz"
     scans: list[int] = []
     scanned = FaceIndex.scanned
-    monkeypatch.setattr(FaceIndex, "scanned", lambda self, *a, **k: scans.append(len(self)) or scanned(self, *a, **k))
+
+    def counted(self: FaceIndex, *args: Any, **options: Any) -> FaceIndex:
+        scans.append(len(self))
+        return scanned(self, *args, **options)
+
+    monkeypatch.setattr(FaceIndex, "scanned", counted)
     first = read_index(root, cache=cache)
     assert first.hashes.all()
     assert read_index(root, cache=cache).fingerprint() == first.fingerprint()

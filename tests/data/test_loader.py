@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from facefast.data import loader as loader_module
+from facefast.data.augment import draw
 from facefast.data.index import FAULTS, FaceIndex
 from facefast.data.loader import BadDataError, Batch, Loader, make_loader
 from facefast.data.oracle import render
@@ -49,9 +51,10 @@ def shuffled(index: FaceIndex, batch_size: int = 8, seed: int = 1) -> EpochSampl
     return EpochSampler(np.arange(len(index)), batch_size, seed)
 
 
-def epoch_of(index: FaceIndex, batch_size: int = 8, **options: object) -> list[Batch]:
+def epoch_of(index: FaceIndex, batch_size: int = 8, **options: Any) -> list[Batch]:
     """One epoch of 8 rows a global batch, shuffled and augmented unless told otherwise."""
-    world = int(options.get("world", 1))  # type: ignore[call-overload]
+    world = int(options.get("world", 1))
+    settings: dict[str, Any]
     settings = {"sampler": shuffled(index, batch_size), "augment": AUGMENT, "seed": 5, "epoch": 2, "threads": 2}
     settings.update(options)
     with make_loader(index, IMAGE, batch_size=batch_size // world, **settings) as loader:
@@ -134,6 +137,7 @@ def test_resuming_at_any_step_gives_the_tail_of_the_epoch(photographs: FaceIndex
 
 @pytest.mark.parametrize("decoder", ["dali", "oracle"])
 def test_a_loader_can_be_left_anywhere_and_sent_to_another_epoch(photographs: FaceIndex, decoder: str) -> None:
+    options: dict[str, Any]
     options = {"sampler": shuffled(photographs), "augment": AUGMENT, "seed": 5, "threads": 2, "decoder": decoder}
     with make_loader(photographs, IMAGE, batch_size=8, **options) as loader:
         for left_after in (0, 1, 3, 5):
@@ -257,6 +261,7 @@ def test_a_file_that_goes_bad_costs_its_row_alone(
     victims = [order[0], order[17], order[19], order[20], order[34]]  # first, middle (three of one) and last batch
     data, reason = DAMAGE[kind]
     damage(copied, victims, data)
+    options: dict[str, Any]
     options = {"sampler": shuffled(copied), "augment": AUGMENT, "seed": 5, "threads": 2, "decoder": decoder}
     with make_loader(copied, IMAGE, batch_size=8, epoch=2, **options) as loader:
         first = list(loader)
@@ -352,12 +357,10 @@ def test_the_budget_lets_few_pictures_pass_unless_it_is_zero(copied: FaceIndex) 
 def test_an_error_of_the_reading_thread_reaches_the_caller(
     photographs: FaceIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = loader_module.draw
-
-    def failing(index: FaceIndex, rows: NDArray[np.int64], *rest: object) -> object:
+    def failing(index: FaceIndex, rows: NDArray[np.int64], *rest: Any) -> object:
         if 20 in rows:
             raise error
-        return draw(index, rows, *rest)  # type: ignore[arg-type]
+        return draw(index, rows, *rest)
 
     monkeypatch.setattr(loader_module, "draw", failing)
     for error in (MemoryError("no memory left"), RuntimeError("a thread cannot start")):
@@ -399,7 +402,7 @@ def test_pictures_above_the_limit_are_not_decoded(copied: FaceIndex) -> None:
 
 
 def test_errors_name_the_argument(photographs: FaceIndex) -> None:
-    def make(**options: object) -> Loader:
+    def make(**options: Any) -> Loader:
         return make_loader(photographs, IMAGE, **{"batch_size": 8, **options})
 
     with pytest.raises(ValueError, match="device is meta; .* cpu or cuda"):

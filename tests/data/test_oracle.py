@@ -211,5 +211,5 @@ def test_any_sample_of_any_epoch_can_be_shown_as_a_picture(tmp_path: Path) -> No
     assert np.abs(to_picture(still.bfloat16(), image) - to_picture(still, image).astype(int)).max() <= 1
     augment = AugmentSpec(crop=0.5, flip=0.5, rotation=20)
     numbers = draw(index, rows, image, augment, 7, 3, np.full((2, 2), 40))
-    expected = apply(smooth_picture(40, 40, 0), *(values[1] for values in numbers), image)
+    expected = apply(smooth_picture(40, 40, 0), numbers.matrix[1], numbers.color[1], numbers.erase[1], image)
     assert torch.equal(render(index, rows, image, augment, seed=7, epoch=3)[1], expected)

@@ -178,7 +178,7 @@ def test_yes_or_no_tests_strangers_that_training_never_saw(tmp_path: Path) -> No
     person = {bytes(path): given.class_names[label] for path, label in zip(given.paths, given.labels, strict=True)}
     test = data.evaluation.test
     for part in (data.train, test):
-        assert part is not None
+        assert part is not None and part.attributes is not None
         answers = dict(zip(part.paths.tolist(), part.attributes[:, 0].tolist(), strict=True))
         assert answers == {path: float(person[path] == "1") for path in answers}
         assert set(answers.values()) == {0.0, 1.0}
@@ -188,6 +188,7 @@ def test_yes_or_no_tests_strangers_that_training_never_saw(tmp_path: Path) -> No
         photographs_of(dataclasses.replace(asked, binary=BinaryConfig(people=("nobody",))), Reading(1))
     faces = dataclasses.replace(asked, binary=BinaryConfig(negatives=str(root)))
     both = photographs_of(faces, Reading(1))
+    assert both.attributes is not None
     assert np.bincount(both.attributes[:, 0].astype(int)).tolist() == [16, 16]
 
 

@@ -1,16 +1,19 @@
 """The order of rows: exact, resumable, and the same at any world size."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 
 from facefast.data.sampler import BalancedSampler, EpochSampler, PKSampler, Sampler, make_sampler
 
+Kind = Literal["epoch", "balanced", "pk"]
 LABELS = np.repeat(np.arange(12), np.arange(1, 13))  # 78 rows: identity i has i + 1 pictures
 ROWS = 1000 + np.arange(len(LABELS))
 LABEL_OF = dict(zip(ROWS.tolist(), LABELS.tolist(), strict=True))
 
 
-def make(kind: str, batch_size: int = 16, seed: int = 3) -> Sampler:
+def make(kind: Kind, batch_size: int = 16, seed: int = 3) -> Sampler:
     return make_sampler(kind, LABELS, batch_size, seed, rows=ROWS, pictures_per_identity=4)
 
 
@@ -30,7 +33,7 @@ def test_every_row_comes_exactly_once_per_epoch_over_all_ranks(world: int) -> No
 
 @pytest.mark.parametrize("kind", ["epoch", "balanced", "pk"])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_global_batch_is_the_same_at_any_world_size(kind: str, world: int) -> None:
+def test_the_global_batch_is_the_same_at_any_world_size(kind: Kind, world: int) -> None:
     sampler = make(kind)
     for step in range(sampler.steps_per_epoch):
         parts = np.stack([sampler.local(1, step, rank, world) for rank in range(world)], axis=1)
@@ -38,7 +41,7 @@ def test_the_global_batch_is_the_same_at_any_world_size(kind: str, world: int) -
 
 
 @pytest.mark.parametrize("kind", ["epoch", "balanced", "pk"])
-def test_a_batch_depends_on_nothing_but_seed_epoch_and_step(kind: str) -> None:
+def test_a_batch_depends_on_nothing_but_seed_epoch_and_step(kind: Kind) -> None:
     forward, resumed = make(kind), make(kind)
     tail = [resumed.batch(2, step) for step in (4, 3)]  # a new sampler, out of order
     epoch_of(forward, 1)
@@ -47,7 +50,7 @@ def test_a_batch_depends_on_nothing_but_seed_epoch_and_step(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["epoch", "balanced", "pk"])
-def test_epochs_and_seeds_differ(kind: str) -> None:
+def test_epochs_and_seeds_differ(kind: Kind) -> None:
     sampler = make(kind)
     assert (epoch_of(sampler, 0) != epoch_of(sampler, 1)).any()
     assert (epoch_of(sampler, 0) != epoch_of(make(kind, seed=4), 0)).any()
@@ -127,4 +130,4 @@ def test_errors_name_the_value_and_the_way_out() -> None:
     with pytest.raises(ValueError, match="5 rows came with 4 labels"):
         BalancedSampler(ROWS[:5], np.zeros(4, int), 4)
     with pytest.raises(ValueError, match="it must be epoch, balanced or pk"):
-        make("random")
+        make("random")  # type: ignore[arg-type]

@@ -7,9 +7,11 @@ import socket
 import struct
 import threading
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from facefast import _scan
@@ -28,11 +30,14 @@ def inspect(data: bytes, max_pixels: int = LIMIT) -> tuple[str, str, int, int, i
     return _scan.FAULTS[fault], _scan.KINDS[kind], width, height, orientation
 
 
-def scan(root: Path, names: list[str], ranges: list[tuple[int, int]] | None = None, **options: object) -> dict:
+def scan(
+    root: Path, names: list[str], ranges: list[tuple[int, int]] | None = None, **options: Any
+) -> dict[str, NDArray[Any]]:
     """_scan.scan of files, or of ranges of them, below `root`."""
     offsets, lengths = np.array(ranges or [(-1, -1)] * len(names), np.int64).reshape(-1, 2).T
     given = {"threads": 2, "max_pixels": LIMIT} | options
-    return _scan.scan(os.fsencode(root), np.array([os.fsencode(n) for n in names]), offsets, lengths, **given)
+    paths = np.array([os.fsencode(name) for name in names])
+    return cast("dict[str, NDArray[Any]]", _scan.scan(os.fsencode(root), paths, offsets, lengths, **given))
 
 
 @pytest.mark.parametrize("name", FAULTY)
@@ -63,7 +68,7 @@ def test_no_beginning_of_a_picture_passes_for_the_whole(name: str) -> None:
 
 def test_no_damage_makes_the_parsers_read_outside_the_picture() -> None:
     rng = np.random.default_rng(0)
-    for data, *_ in [*SOUND.values(), *FAULTY.values()]:
+    for data in [picture[0] for picture in SOUND.values()] + [picture[0] for picture in FAULTY.values()]:
         for _ in range(20):
             mutant = np.frombuffer(data, np.uint8).copy()
             if len(mutant) > 0:
@@ -225,6 +230,6 @@ def test_columns_of_different_lengths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1, 2 and 1 rows"):
         _scan.read([b"a"], [-1, -1], [-1], 1, LIMIT)
     with pytest.raises(ValueError, match="column of bytes"):
-        _scan.read(["text"], [-1], [-1], 1, LIMIT)
+        _scan.read(["text"], [-1], [-1], 1, LIMIT)  # type: ignore[list-item]
     with pytest.raises(FileNotFoundError):
         scan(tmp_path / "nowhere", ["a.jpg"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from facefast.data.index import FaceIndex
 from facefast.data.subsets import joined, with_attributes, with_hidden_labels, with_shots
 
 
-def index_of(root: Path, labels: list[int], **more: object) -> FaceIndex:
+def index_of(root: Path, labels: list[int], **more: Any) -> FaceIndex:
     """Pictures that are not there, of people named after their number."""
     names = [f"p{k}" for k in range(max(labels) + 1)]
     paths = [b"%d/%d.jpg" % (label, row) for row, label in enumerate(labels)]
@@ -39,6 +40,7 @@ def test_joined_sets_keep_the_first_ones_people_and_know_what_each_knows(tmp_pat
     assert whole.class_names == ("p0", "p1")
     assert [whole.path(row) for row in range(5)] == [part.path(row) for part in (one, two) for row in range(len(part))]
     assert whole.attribute_names == ("Male", "age")
+    assert whole.attributes is not None and whole.landmarks is not None
     np.testing.assert_array_equal(whole.attributes[:, 0], [1, 0, 1, 0, 1])
     np.testing.assert_array_equal(whole.attributes[:, 1], [np.nan, np.nan, np.nan, 30, 40])
     assert np.isnan(whole.landmarks[3:]).all() and not np.isnan(whole.landmarks[:3]).any()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,9 +36,10 @@ def lines(root: Path, name: str) -> list[list[str]]:
     return [line.split() for line in (root / name).read_text().splitlines()]
 
 
-def sitting(identity: int, **changes: object) -> tuple[Identity, Shot]:
+def sitting(identity: int, **changes: Any) -> tuple[Identity, Shot]:
     """A passport picture: no nuisance, nothing worn, and then the changes."""
     who = draw_identity(0, identity)
+    plain: dict[str, Any]
     plain = {"glasses": False, "sunglasses": False, "hat": False, "bangs": False, "beard": 0.0, "moustache": 0.0}
     shot = dataclasses.replace(draw_shot(who, 0, identity, 0, nuisance=0.0), **plain)
     return who, dataclasses.replace(shot, **changes)
@@ -46,7 +48,7 @@ def sitting(identity: int, **changes: object) -> tuple[Identity, Shot]:
 def patch(picture: NDArray[np.uint8], place: NDArray[np.float32], half: int = 1) -> NDArray[np.float64]:
     """Mean colour of a small square, RGB."""
     x, y = (int(value) for value in place)
-    return picture[y - half : y + half + 1, x - half : x + half + 1].mean(axis=(0, 1))
+    return np.asarray(picture[y - half : y + half + 1, x - half : x + half + 1].mean(axis=(0, 1)))
 
 
 def redness(picture: NDArray[np.uint8], place: NDArray[np.float32]) -> float:
@@ -214,7 +216,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
         ({"nuisance": 2.5}, "nuisance is 2.5"),
     ],
 )
-def test_a_spec_that_cannot_be_drawn_is_refused(values: dict[str, object], message: str) -> None:
+def test_a_spec_that_cannot_be_drawn_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SPEC, **values)
 

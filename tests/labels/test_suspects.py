@@ -113,7 +113,7 @@ def test_copies_are_found_by_hash_within_and_across_identities() -> None:
 def test_near_copies_are_those_whose_pictures_agree() -> None:
     unit, labels, generator = people([15] * 20)
     for copy, original in ((3, 1), (30, 31), (61, 60)):
-        noise = 0.01 * generator.standard_normal(unit.shape[1])
+        noise = 0.01 * generator.standard_normal(unit.shape[1:])
         unit[copy] = unit[original] + noise.astype(np.float32)
     asked: list[tuple[int, int]] = []
 

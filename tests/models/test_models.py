@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -174,7 +175,7 @@ def test_stochastic_depth_leaves_the_shortcut_and_keeps_the_mean() -> None:
 
 def test_stochastic_depth_is_timms_own_in_a_timm_model() -> None:
     network = model(CONVNET, drop_path=0.2).backbone
-    rates = [module.drop_prob for module in network.modules() if hasattr(module, "drop_prob")]
+    rates: list[Any] = [module.drop_prob for module in network.modules() if hasattr(module, "drop_prob")]
     assert 0 < max(rates) <= 0.2
 
 
@@ -375,7 +376,7 @@ def test_channels_last_gives_the_same_numbers(name: str) -> None:
     network = model(name).eval()
     with torch.inference_mode():
         expected = network(pictures())
-        network.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         found = network(pictures().to(memory_format=torch.channels_last))
     assert_close(found, expected, rtol=1e-3, atol=1e-4)
 

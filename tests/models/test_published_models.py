@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -247,7 +248,7 @@ def test_timms_own_files_give_timms_numbers(name: str, size: int, load: Callable
     import timm
 
     torch.manual_seed(0)
-    theirs = timm.create_model(name.removeprefix("timm/")).eval()
+    theirs: Any = timm.create_model(name.removeprefix("timm/")).eval()
     images = pictures(size)
     with torch.no_grad():
         found = load(dict(theirs.state_dict()), size).encode(images)

@@ -34,7 +34,7 @@ TINY = ImageSpec(size=32)
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
-def state_of(name: str, shape: tuple[int, int] = (112, 112), **more: Tensor) -> dict[str, Tensor]:
+def state_of(name: str, shape: tuple[int, int] = (112, 112), /, **more: Tensor) -> dict[str, Tensor]:
     """A state dict in the published layout, without the time that random weights take."""
     with torch.device("meta"):
         module = build_backbone(name, shape).module
@@ -390,7 +390,7 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_imagenet_weights_come_from_torchvisions_loader(monkeypatch: pytest.MonkeyPatch) -> None:
-    published = torchvision.models.resnet18().state_dict()
+    published: dict[str, Tensor] = torchvision.models.resnet18().state_dict()
     asked = []
 
     def get_state_dict(self: object, **options: object) -> dict[str, Tensor]:

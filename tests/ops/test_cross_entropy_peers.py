@@ -356,7 +356,7 @@ def test_a_frozen_operand_gets_no_gradient_and_the_other_keeps_its_own(frozen: s
     y = labels(32, 512)
     loss = partial(linear_focal_loss, target=y, gamma=0.0, chunk=chunk)
     _, *both = derive(loss, *operands.values())
-    leaves = {name: value.clone().requires_grad_(name != frozen) for name, value in operands.items()}
+    leaves: dict[str, Any] = {name: value.clone().requires_grad_(name != frozen) for name, value in operands.items()}
     loss(**leaves).backward()
     assert leaves.pop(frozen).grad is None
     (other,) = leaves.values()

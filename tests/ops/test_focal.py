@@ -222,7 +222,7 @@ def test_strides_and_alignment_change_no_bit(classes: int, dtype: torch.dtype) -
         loss = focal_loss(leaf, y, reduction="none")
         loss.sum().backward()
         assert torch.equal(loss.detach(), wanted[0])
-        assert torch.equal(leaf.grad, wanted[1])
+        assert leaf.grad is not None and torch.equal(leaf.grad, wanted[1])
     expanded = plain[:1].expand(9, classes).detach().requires_grad_()
     assert focal_loss(expanded, y, reduction="none").shape == (9,)
 
@@ -237,6 +237,7 @@ def test_two_losses_on_one_matrix_and_two_backward_passes_add_up() -> None:
     before = x.detach().clone()
     first, second = focal_loss(x, y), focal_loss(x, y, gamma=0.5, reduction="sum")
     (first + second).backward(retain_graph=True)
+    assert x.grad is not None
     once = x.grad.clone()
     (first + second).backward()
     torch.testing.assert_close(x.grad, 2 * once)
@@ -260,6 +261,7 @@ def test_results_repeat_bit_for_bit_at_any_number_of_threads(classes: int) -> No
         leaf = x.clone().requires_grad_()
         loss = focal_loss(leaf, y, label_smoothing=0.1)
         loss.backward()
+        assert leaf.grad is not None
         results.append((loss.detach(), leaf.grad))
     torch.set_num_threads(1)
     for loss, grad in results[1:]:
@@ -277,6 +279,7 @@ def test_more_than_two_to_the_31_numbers() -> None:
     torch.testing.assert_close(loss[[0, 1100, -2]].detach(), torch.full((3,), even), rtol=1e-6, atol=0)
     assert loss[-1].item() == pytest.approx(math.log(classes - 1 + math.exp(10)) - 10, rel=1e-6)
     loss.sum().backward()
+    assert x.grad is not None
     assert x.grad[-1, -1].item() == pytest.approx(math.exp(10) / (classes - 1 + math.exp(10)) - 1, rel=4e-3)
     assert x.grad[-2, -2].item() == pytest.approx(-1, rel=4e-3)
     assert x.grad[-2, -1].item() == pytest.approx(1e-6, rel=4e-3)

@@ -90,8 +90,10 @@ def test_weights_and_margins_by_row_and_class_agree_too(classes: int) -> None:
 def test_the_sigmoid_loss_agrees(dtype: torch.dtype) -> None:
     x, target = matrix(65, 40, dtype) * 8, torch.rand(65, 40).round(decimals=1)
     target[3, 4] = torch.nan
-    for options in ({}, {"gamma": 0.5, "reduction": "none"}, {"alpha": torch.rand(40), "reduction": "sum"}):
-        there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in options.items()}
+    every: list[dict[str, Any]]
+    every = [{}, {"gamma": 0.5, "reduction": "none"}, {"alpha": torch.rand(40), "reduction": "sum"}]
+    for options in every:
+        there: dict[str, Any] = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in options.items()}
         truth = derive(lambda leaf: sigmoid_focal_loss(leaf, target, **options), x.double())  # noqa: B023
         found = derive(lambda leaf: sigmoid_focal_loss(leaf, target.cuda(), **there), x.cuda())  # noqa: B023
         close(found, truth, TOLERANCE[dtype])
@@ -102,7 +104,8 @@ def test_the_sigmoid_loss_agrees(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("chunk", (0, 64, 999))
 def test_the_linear_loss_agrees(chunk: int, normalize: bool, dtype: torch.dtype) -> None:
     x, weight, y = matrix(33, 64, dtype), matrix(1501, 64, dtype), labels(33, 1501)
-    options = {"normalize": normalize, "margin": Cos(0.2) if normalize else None, "scale": 8.0, "chunk": chunk}
+    margin = Cos(0.2) if normalize else None
+    options: dict[str, Any] = {"normalize": normalize, "margin": margin, "scale": 8.0, "chunk": chunk}
     truth = derive(lambda a, b: linear_focal_loss(a, b, y, **options), x.double(), weight.double())
     found = derive(lambda a, b: linear_focal_loss(a, b, y.cuda(), **options), x.cuda(), weight.cuda())
     close(found, truth, 2e-4 if dtype == torch.float32 else 1e-10)

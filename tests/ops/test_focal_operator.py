@@ -44,7 +44,8 @@ def cosines() -> Tensor:
 
 def operands() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
-    return tuple(torch.randn(rows, 7, dtype=torch.float64, generator=generator) for rows in (6, 5))
+    x, weight = (torch.randn(rows, 7, dtype=torch.float64, generator=generator) for rows in (6, 5))
+    return x, weight
 
 
 # Each loss as a function of one matrix [6, 5], for what holds for all of them.
@@ -145,7 +146,7 @@ def test_numerical_derivatives_of_the_linear_loss(normalize: bool) -> None:
     margin = Arc(0.3) if normalize else None
 
     def function(x: Tensor, weight: Tensor) -> Tensor:
-        options = {"normalize": normalize, "margin": margin, "scale": 3.0, "label_smoothing": 0.1}
+        options: dict[str, Any] = {"normalize": normalize, "margin": margin, "scale": 3.0, "label_smoothing": 0.1}
         return linear_focal_loss(x, weight, LABELS, **options, reduction="none", chunk=2)
 
     assert torch.autograd.gradcheck(function, [leaf.requires_grad_() for leaf in operands()])

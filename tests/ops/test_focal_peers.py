@@ -273,7 +273,8 @@ def test_float16_at_its_largest_numbers_is_finite(gamma: float) -> None:
 def soft(seed: int = 0) -> tuple[Tensor, Tensor]:
     """Logits and soft targets [2, 3, 2]."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.rand(2, 3, 2, dtype=torch.float64, generator=generator) for _ in range(2))
+    first, second = (torch.rand(2, 3, 2, dtype=torch.float64, generator=generator) for _ in range(2))
+    return first, second
 
 
 @EVERY_REDUCTION
@@ -298,7 +299,7 @@ def test_alphas_by_column_are_torchs_weight_and_pos_weight(reduction: str) -> No
     """value_same_as_torch_bce_loss_pos_weight_weight, for the pairs that one number in [0, 1] can say."""
     x, target = soft()
     target, alpha = target.round(), torch.tensor([0.3, 0.8], dtype=torch.float64)
-    options = {"weight": 1 - alpha, "pos_weight": alpha / (1 - alpha), "reduction": reduction}
+    options: dict[str, Any] = {"weight": 1 - alpha, "pos_weight": alpha / (1 - alpha), "reduction": reduction}
     theirs = derive(lambda leaf: F.binary_cross_entropy_with_logits(leaf, target, **options), x)
     ours = derive(lambda leaf: sigmoid_focal_loss(leaf, target, gamma=0.0, alpha=alpha, reduction=reduction), x)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)

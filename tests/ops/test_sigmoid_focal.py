@@ -148,7 +148,7 @@ def test_torchvision_computes_the_same(gamma: float, alpha: float, reduction: st
 @pytest.mark.parametrize("shape", ((), (11,), (9, 7), (147, 7), (41, 100), (2, 3, 5)))
 def test_the_kernels_agree_with_the_readable_version_under_every_option(shape: tuple[int, ...]) -> None:
     """(147, 7) and (41, 100) are more than one block, and columns go on from one to the next."""
-    wide = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(2)}
+    wide: dict[str, Any] = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(2)}
     x, soft = 5 * torch.randn(shape, **wide), torch.rand(shape, **wide)
     soft = torch.where(torch.rand(shape, **wide) < 0.2, torch.nan, soft)
     alphas = [None, 0.3, *([torch.rand(shape[-1], **wide)] if shape else [])]
@@ -157,9 +157,9 @@ def test_the_kernels_agree_with_the_readable_version_under_every_option(shape: t
         (soft, soft.round()), (0.0, 0.5, 2.0), alphas, masks, REDUCTIONS
     ):
         upstream = torch.randn(shape if reduction == "none" else (), **wide)
-        options = {"target": target, "gamma": gamma, "alpha": alpha, "mask": mask, "reduction": reduction}
+        options: dict[str, Any] = {"target": target, "gamma": gamma, "alpha": alpha, "mask": mask}
         results = [
-            derive(partial(function, **options), x, upstream=upstream)
+            derive(partial(function, **options, reduction=reduction), x, upstream=upstream)
             for function in (sigmoid_focal_loss, reference.sigmoid_focal_loss)
         ]
         torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-13)
@@ -273,12 +273,12 @@ def test_strides_change_no_bit(name: str, masked: bool, dtype: torch.dtype) -> N
     loss = sigmoid_focal_loss(leaf, view(target), alpha=column, mask=mask, reduction="none")
     loss.sum().backward()
     assert torch.equal(loss.detach(), wanted[0])
-    assert torch.equal(leaf.grad, wanted[1])
+    assert leaf.grad is not None and torch.equal(leaf.grad, wanted[1])
 
 
 @pytest.mark.parametrize("name", ("logits", "target", "mask"))
 def test_one_argument_alone_may_have_other_strides(name: str) -> None:
-    tensors = {"logits": torch.randn(9, 6), "target": torch.rand(9, 6), "mask": torch.rand(9, 6) < 0.8}
+    tensors: dict[str, Any] = {"logits": torch.randn(9, 6), "target": torch.rand(9, 6), "mask": torch.rand(9, 6) < 0.8}
     wanted = sigmoid_focal_loss(**tensors, reduction="none")
     assert torch.equal(
         sigmoid_focal_loss(**tensors | {name: STRIDES["turned"](tensors[name])}, reduction="none"), wanted
@@ -324,6 +324,7 @@ def test_two_losses_on_one_matrix_and_two_backward_passes_add_up() -> None:
     before = x.detach().clone(), target.clone()
     first, second = sigmoid_focal_loss(x, target), sigmoid_focal_loss(x, target.round(), gamma=0.5, reduction="sum")
     (first + second).backward(retain_graph=True)
+    assert x.grad is not None
     once = x.grad.clone()
     (first + second).backward()
     torch.testing.assert_close(x.grad, 2 * once)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -25,7 +27,11 @@ from facefast.recipe import (
 )
 from facefast.recipe.named import RECIPES, Given, with_scratch_baseline
 
-GIVEN = Given(source="weights.pt", teacher="run", people=("ann",), attributes=("Male",))
+GIVEN = Given(
+    model=ModelConfig(source="weights.pt", teacher="run"),
+    binary=BinaryConfig(people=("ann",)),
+    tasks=TaskConfig(attributes=("Male",)),
+)
 FACTS = IndexFacts(num_rows=1000, num_classes=10, fingerprint="f")
 
 
@@ -57,7 +63,7 @@ def test_json_with_an_unknown_field_is_refused_with_the_known_ones() -> None:
         (Phase, {"epochs": 1.0, "steps": True}, "steps is True; it must be int"),
     ],
 )
-def test_json_of_the_wrong_type_is_refused_by_name(kind: type, data: dict, message: str) -> None:
+def test_json_of_the_wrong_type_is_refused_by_name(kind: type, data: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_json(kind, data)
 
@@ -143,7 +149,7 @@ def test_json_of_the_wrong_type_is_refused_by_name(kind: type, data: dict, messa
         (lambda: ImageSpec(size=4), "image.size is 4"),
     ],
 )
-def test_contradictions_are_refused_with_the_value_seen(build, message: str) -> None:
+def test_contradictions_are_refused_with_the_value_seen(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
 

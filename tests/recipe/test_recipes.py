@@ -17,7 +17,8 @@ from facefast import audit, evaluate, export, predict, train
 from facefast.data.drawn import synthetic
 from facefast.models import build_model, checkpoint
 from facefast.recipe import ImageSpec, ModelConfig
-from facefast.recipe.named import RECIPES, Given
+from facefast.recipe.flags import EXAMPLE
+from facefast.recipe.named import RECIPES
 from facefast.runtime import files
 from facefast.training.prune import sparsity_of
 
@@ -86,8 +87,7 @@ class Runs:
         out = self.folder / name
         if not out.exists():
             given = f"--model.teacher={self['finetune']}" if name == "distill" else f"--model.source={self.source}"
-            placeholder = Given("x", "x", ("1",), "", ("Male",))
-            phases = [phase.name for phase in RECIPES[name](placeholder).phases]
+            phases = [phase.name for phase in RECIPES[name](EXAMPLE).phases]
             small = [
                 flag for phase in phases for flag in (f"--phases.{phase}.batch-size=8", f"--phases.{phase}.steps=6")
             ]

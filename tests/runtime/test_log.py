@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from facefast.runtime import log
 from facefast.runtime.exits import NumericsError
 from facefast.runtime.log import LOST_UPDATES, Position, RunLog, Speed, environment, verdict
 from tests.support.pictures import smooth_picture
@@ -33,7 +33,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(log.time, "perf_counter", clock.perf_counter)
+    monkeypatch.setattr(time, "perf_counter", clock.perf_counter)
     return clock
 
 
@@ -141,7 +141,7 @@ def test_tensorboard_shows_the_pictures_as_they_are(tmp_path: Path) -> None:
     (event,) = board(tmp_path).Images("finetune/pictures")
     assert event.step == 7
     shown = Image.open(io.BytesIO(event.encoded_image_string))
-    np.testing.assert_array_equal(np.array(shown), np.hstack(pictures))
+    np.testing.assert_array_equal(np.array(shown), np.hstack(list(pictures)))
 
 
 def test_the_projector_finds_embeddings_and_names_row_by_row(tmp_path: Path) -> None:

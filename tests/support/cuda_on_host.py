@@ -18,7 +18,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SOURCES = ("csrc/loss/ops.cpp", "csrc/loss/linear_focal.cpp", "tests/support/cuda_on_host.cpp")
+SOURCES = (
+    *(f"csrc/loss/{name}.cpp" for name in ("linear_focal", "ops", "products")),
+    "tests/support/cuda_on_host.cpp",
+)
 DIGESTED = ((70, 3), (9, 40), (5, 1000), (3, 10177), (2, 30001))  # rows and classes
 CUDA_SOURCES = json.loads((ROOT / "csrc" / "sources.json").read_text())["_C"]["cuda"]
 
@@ -72,6 +75,7 @@ def digest(rows: int, classes: int) -> list[str]:
     x = torch.randn(rows, classes, generator=generator).bfloat16().requires_grad_()
     loss = focal_loss(x, torch.arange(rows) % classes, label_smoothing=0.1)
     loss.backward()
+    assert x.grad is not None
     values = (loss.detach(), x.grad.view(torch.int16))
     return [hashlib.sha256(value.numpy().tobytes()).hexdigest() for value in values]
 

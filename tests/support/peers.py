@@ -77,4 +77,4 @@ def as_exact_as_theirs(triples: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     """
     for (ours, theirs, truth), factor, slack in zip(triples, (3, 2, 2), (1e-5, 1e-4, 1e-4), strict=True):
         found, allowed = ((side.double() - truth).abs().max() for side in (ours, theirs))
-        assert found <= factor * allowed + min(slack, 0.5 * torch.finfo(ours.dtype).eps * truth.abs().max())
+        assert found <= factor * allowed + min(slack, 0.5 * torch.finfo(ours.dtype).eps * truth.abs().max().item())

@@ -194,6 +194,6 @@ def garbled_png() -> bytes:
     """A PNG with sound chunks and checksums around data that zlib refuses."""
     data = encode(smooth_picture(90, 120), "PNG")
     at = data.index(b"IDAT")
-    length = struct.unpack(">I", data[at - 4 : at])[0]
+    length: int = struct.unpack(">I", data[at - 4 : at])[0]
     body = b"IDAT" + b"\x78\x9c" + b"\xff" * (length - 2)
     return data[:at] + body + struct.pack(">I", zlib.crc32(body)) + data[at + 8 + length :]

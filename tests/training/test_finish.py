@@ -60,8 +60,8 @@ def train_rank(rank: int, arguments: list[str], stop: list[int] | None = None) -
     """One process of a run; `stop` is the rank that a SIGTERM reaches, and the step during which it does."""
     original = log.RunLog.step
 
-    def step(self: log.RunLog, at: log.Position, *rest: Any) -> None:
-        original(self, at, *rest)
+    def step(self: log.RunLog, at: log.Position, *rest: Any, **named: Any) -> None:
+        original(self, at, *rest, **named)
         if [rank, at.step] == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -138,6 +138,15 @@ def test_a_failure_is_noted_only_where_there_is_a_run_folder(tmp_path: Path) -> 
     assert files.read_json(tmp_path / "status.json") == {"state": "failed", "exit_code": 65, "error": "bad pictures"}
 
 
+def test_a_rank_that_lost_its_connection_leaves_the_reason_of_the_one_that_failed(tmp_path: Path) -> None:
+    finish.write_status(tmp_path, "running")
+    finish.fail(tmp_path, 1, "connection closed by peer")
+    assert files.read_json(tmp_path / "status.json")["exit_code"] == 1
+    finish.fail(tmp_path, 65, "bad pictures")
+    finish.fail(tmp_path, 1, "connection closed by peer")
+    assert files.read_json(tmp_path / "status.json") == {"state": "failed", "exit_code": 65, "error": "bad pictures"}
+
+
 @pytest.mark.parametrize(
     ("metric", "results", "expected"),
     [
@@ -200,14 +209,15 @@ def test_the_best_checkpoint_is_unknown_before_the_first_evaluation() -> None:
 
 
 def test_the_best_checkpoint_may_be_one_of_the_phase_before() -> None:
-    phases = tuple(
-        Phase(name=name, start=start)
-        for name, start in (("other", "scratch"), ("first", "scratch"), ("second", "previous"))
+    phases = (
+        Phase(name="other", start="scratch"),
+        Phase(name="first", start="scratch"),
+        Phase(name="second", start="previous"),
     )
     state = make_state(Recipe(phases=phases), {"other": {"top1": 0.7}, "first": {"top1": 0.7}})
     state.phase_number, state.best = 2, 0.7
     assert finish.best_of(state) == {"phase": "first", "metric": "top1", "value": 0.7}
     state.results["second"] = {"top1": 0.6}
-    assert finish.best_of(state)["phase"] == "first"
+    assert (finish.best_of(state) or {})["phase"] == "first"
     state.results["second"], state.best = {"top1": 0.8}, 0.8
     assert finish.best_of(state) == {"phase": "second", "metric": "top1", "value": 0.8}

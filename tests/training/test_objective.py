@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -96,18 +96,20 @@ def test_adaface_spares_pictures_of_low_norm() -> None:
     assert parts["identity"] == pytest.approx(float(expected), rel=1e-5)
     assert set(objective.own_state()) == {"margin.mean", "margin.std"}  # a checkpoint keeps what it has seen
     objective.train()(batch, torch.zeros(8, 0), ROW_COUNTS, 1)
-    assert float(objective.margin.mean) != 20.0
+    assert objective.margin is not None and float(objective.margin.mean) != 20.0
 
 
 @pytest.mark.parametrize("term", ["triplet", "contrastive"])
 def test_pairs_move_the_backbone_without_a_head(term: str) -> None:
     model = model_with(classes=0, names=())
-    phase = phase_with(loss=LossConfig(weight=0.0, **{term: 2.0}), sampler="pk")
+    weights: dict[str, Any] = {"weight": 0.0, term: 2.0}
+    phase = phase_with(loss=LossConfig(**weights), sampler="pk")
     objective, parts, total = loss_of(phase, batch_of(), model=model)
     assert list(parts) == [term]
     assert total == pytest.approx(2 * parts[term])
     objective(batch_of(), torch.zeros(8, 0), ROW_COUNTS, 1).total.backward()
-    assert model.backbone.conv1.conv.weight.grad.abs().sum() > 0
+    grad = model.get_parameter("backbone.conv1.conv.weight").grad
+    assert grad is not None and grad.abs().sum() > 0
 
 
 def test_losses_mix_by_weight() -> None:
@@ -147,6 +149,7 @@ def test_attributes_are_learnt_where_they_are_known_and_nowhere_else() -> None:
     )
     with torch.no_grad():
         logits = model.attribute_logits(model.encode(batch_of().images))
+    assert logits is not None
     male, age = logits[:, 0], logits[:, 1:]
     cross = torch.nn.functional.binary_cross_entropy_with_logits
     known = ~values[:, 0].isnan()
@@ -160,11 +163,14 @@ def test_attributes_are_learnt_where_they_are_known_and_nowhere_else() -> None:
     objective.model.zero_grad()
     objective(batch_of(), nobody, RowCounts(8, 8, (0, 0)), 1).total.backward()
     heads = objective.model.attribute_heads
-    assert not heads.weight.grad.any() and not heads.biases.grad.any()
+    assert heads is not None
+    for parameter in (heads.weight, heads.biases):
+        assert parameter.grad is not None and not parameter.grad.any()
 
 
 def test_an_age_is_told_by_the_steps_that_are_likelier_than_not() -> None:
     heads = model_with(attributes=SPECS).attribute_heads
+    assert heads is not None
     logits = torch.tensor([[2.0, -1, -1, -1], [-2, 1, 1, -1], [0.5, 1, 1, 1]])
     told = heads.read(logits)
     assert told[:, 1].tolist() == [20, 40, 50]
@@ -179,6 +185,7 @@ def test_uncertainty_weighs_losses_by_what_it_learns() -> None:
     values, row_counts = torch.tensor([[1.0], [0.0]] * 4), RowCounts(8, 8, (8,))
     tasks = TaskConfig(attributes=("Male",), weighting="uncertainty", gamma=0.0)
     objective = Objective(model, phase_with(), tasks)
+    assert objective.log_variances is not None
     with torch.no_grad():
         objective.log_variances.copy_(torch.tensor([0.7, -0.4]))
     terms = objective(batch_of(), values, row_counts, 1)
@@ -241,16 +248,20 @@ def test_a_teacher_with_longer_embeddings_is_reached_through_a_projection_that_a
 
 
 @pytest.mark.parametrize("match", ["attention", "projected"])
-def test_stages_are_compared_one_by_one_and_a_student_equal_to_its_teacher_has_nothing_to_learn(match: str) -> None:
+def test_stages_are_compared_one_by_one_and_a_student_equal_to_its_teacher_has_nothing_to_learn(
+    match: Literal["attention", "projected"],
+) -> None:
     config = DistillConfig(features=1.0, match=match)
     objective, parts = distilled(config)
     assert parts["distill_features"] > 0
     with stage_outputs(objective.model) as own:
         objective.model.encode(batch_of().images)
     assert len(own) == 4  # stem and three stages, not the embedding
+    assert objective.distillation is not None
     assert len(objective.distillation.convolutions) == (4 if match == "projected" else 0)
     objective(batch_of(), torch.zeros(8, 0), ROW_COUNTS, 1).total.backward()
-    assert objective.model.backbone.blocks[0].conv[0].weight.grad.abs().sum() > 0
+    grad = objective.model.get_parameter("backbone.blocks.0.conv.0.weight").grad
+    assert grad is not None and grad.abs().sum() > 0
     if match == "attention":
         twin = model_with(seed=9)
         assert distilled(config, student=twin, teacher=model_with(seed=9))[1]["distill_features"] < 1e-6
@@ -315,7 +326,7 @@ def test_l2sp_keeps_the_backbone_near_the_source_and_leaves_the_head_alone() -> 
         state = train_on(phase, side=SideInputs(source=source))
         moved = [(p - source[n]).norm() for n, p in state.model.named_parameters() if n.startswith("backbone")]
         distances.append(float(torch.stack(moved).norm().detach()))
-        heads.append(float((state.model.head.weight - source["head.weight"]).norm().detach()))
+        heads.append(float((state.model.get_parameter("head.weight") - source["head.weight"]).norm().detach()))
     assert distances[1] < 0.6 * distances[0]
     assert heads[1] > 0.5 * heads[0]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
+from torch.amp.grad_scaler import GradScaler
 
 from facefast.recipe import Phase
 from facefast.training.optim import Lamb, build_optimizer, rate_factor
@@ -22,7 +24,7 @@ def test_step_schedule_halves_every_five_epochs() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "poly"])
-def test_decaying_schedules_start_at_the_peak_and_fall_monotonically(schedule: str) -> None:
+def test_decaying_schedules_start_at_the_peak_and_fall_monotonically(schedule: Literal["cosine", "poly"]) -> None:
     factors = curve(Phase(schedule=schedule))
     assert factors[0] == 1.0
     assert all(a > b for a, b in zip(factors, factors[1:], strict=False))
@@ -43,11 +45,13 @@ def test_one_cycle_rises_then_falls_to_almost_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb"])
-def test_every_optimizer_minimises_and_leaves_weights_alone_when_a_gradient_is_not_finite(name: str) -> None:
+def test_every_optimizer_minimises_and_leaves_weights_alone_when_a_gradient_is_not_finite(
+    name: Literal["sgd", "adam", "adamw", "lamb"],
+) -> None:
     weight = torch.nn.Parameter(torch.tensor([[3.0, -2.0]]))
     phase = Phase(optimizer=name, lr=0.05)
     optimizer = build_optimizer(phase, [{"params": [weight], "weight_decay": 0.0}], torch.device("cpu"))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler = GradScaler("cpu", init_scale=1.0)
     for _ in range(100):
         scaler.scale(weight.square().sum()).backward()
         scaler.unscale_(optimizer)

@@ -176,9 +176,9 @@ def test_a_head_learns_the_same_from_cached_features_as_from_the_pictures() -> N
             train_step(
                 state, [Batch((images if cached is None else cached)[rows], labels[rows], rows)], RowCounts(8, 8)
             )
-        heads.append({name: value.clone() for name, value in state.model.head.state_dict().items()})
+        heads.append({name: value.clone() for name, value in state.model.get_submodule("head").state_dict().items()})
         start = small.make_model().backbone.state_dict()
         assert all(torch.equal(value, start[name]) for name, value in state.model.backbone.state_dict().items())
     for name, value in heads[0].items():
         torch.testing.assert_close(heads[1][name], value, rtol=1e-4, atol=1e-6)
-    assert not torch.equal(heads[0]["weight"], small.make_model().head.weight)
+    assert not torch.equal(heads[0]["weight"], small.make_model().get_parameter("head.weight"))

@@ -2,7 +2,7 @@
 
 A picture is an albedo and a height per pixel, both filled in by soft-edged shapes (signed distances in face
 coordinates) and then lit once. The head's turn is a 2.5D shift: a point of the face moves by its depth along the
-direction that the head faces, which is inverted in closed form so that `drawing` can draw every shape as if frontal.
+direction that the head faces, which is inverted in closed form, so that every shape is drawn as if frontal.
 """
 
 from __future__ import annotations
@@ -112,6 +112,8 @@ class Canvas:
         inside = above(1 - sx * sx - sy * sy)
         half = 1 - (2 * _DEPTH * ex) * sx - (2 * _DEPTH * ey) * sy
         root = np.sqrt(half * half + (4 * _DEPTH**2 * (ex * ex + ey * ey)) * inside)
+        # The quadratic's root in the form without a difference: it stays sound where the head faces the camera and the
+        # quadratic becomes linear.
         depth = (2 * _DEPTH) * inside / above(half + root, 0.2)
         self.u: Array = self.x - depth * self.turn[0]
         self.v: Array = self.y - depth * self.turn[1]

@@ -329,7 +329,7 @@ class Portrait:
         up = who.eye_open * shot.lids * 1.15
         low = who.eye_open * (0.35 + 0.5 * shot.lids - 0.2 * self.smile)
         gap, y = who.eye_gap, who.eye_level
-        # Both eyes at once: `across` grows outwards, `sign` tells the sides apart.
+        # Both eyes at once: `across` grows outwards, `sign` is the side.
         at = c.window(-gap - 17, y - 13, gap + 17, y + 11)
         across, sign = c.side[at] - gap, np.sign(c.u[at])
         down = c.v[at] - y + who.eye_tilt * across

@@ -1,4 +1,4 @@
-"""What stands in front of a drawn face: a hand, a scarf or a bar, painted by `drawing.Portrait` last."""
+"""What stands in front of a drawn face: a hand, a scarf or a bar."""
 
 from __future__ import annotations
 

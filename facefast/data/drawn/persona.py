@@ -1,7 +1,7 @@
-"""Who a drawn face is (`Identity`) and how one picture of it was taken (`Shot`): the numbers that `drawing` paints.
+"""Who a drawn face is (`Identity`) and how one picture of it was taken (`Shot`), as plain numbers.
 
-Both are plain numbers drawn from generators keyed by (seed, identity, picture), so that any picture can be drawn
-alone. Lengths are pixels of the mean face; the eyes of the mean face are at (-19, 0) and (19, 0), y points down.
+They are drawn from generators keyed by (seed, identity, picture), so that any picture can be drawn alone. Lengths are
+pixels of the mean face; the eyes of the mean face are at (-19, 0) and (19, 0), y points down.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def draw_identity(seed: int, identity: int) -> Identity:
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture of somebody: pose, expression, light, what is worn, what is in the way, how it was recorded."""
+    """One picture of a person: pose, expression, light, what is worn, what is in the way, how it was recorded."""
 
     # Pose: radians, factor, picture pixels.
     yaw: float

@@ -1,9 +1,9 @@
 """Drawn faces in CelebA's official layout: a data set for machines that have no photographs.
 
-`make train` and the tests call `write`; the CelebA reader reads what it wrote. The people do not exist: every picture
-is painted by `drawing` from the numbers of `persona`, so nothing here needs a download, a licence or a consent.
+The people do not exist: every picture is painted by `drawing` from the numbers of `persona`, so nothing here needs a
+download, a licence or a consent.
 
-    python -m facefast.data.synthetic ROOT --identities 200 40 40 --pictures 20 --preview sheet.png
+    python -m facefast.data.drawn.synthetic ROOT --identities 200 40 40 --pictures 20 --preview sheet.png
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class DrawnSpec:
     """What `write` draws; the same spec always gives the same files."""
 
     identities: tuple[int, int, int] = (200, 40, 40)
-    """People in the train, validation and test partition; nobody is in two."""
+    """People in the train, validation and test partition; each is in one."""
     pictures: int = 20
     """Pictures of each person."""
     seed: int = 0
@@ -112,7 +112,7 @@ def write(root: str | os.PathLike[str], spec: DrawnSpec, processes: int = 0, pro
         try:
             part.replace(root)
         except OSError:
-            # Somebody else finished the same set first.
+            # Another process finished the same set first.
             if not _holds(root, spec):
                 raise
     finally:
@@ -195,7 +195,7 @@ def _keep_memory() -> None:
     """Make malloc keep what it got from the system, which saves a third of the drawing time.
 
     Freeing one block of this size raises glibc's limits; without it every temporary array of a picture is mapped,
-    zeroed and unmapped anew.
+    zeroed and unmapped each time.
     """
     np.empty(31 << 20, np.uint8)
 

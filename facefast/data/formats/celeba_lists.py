@@ -122,6 +122,7 @@ def read_table(path: Path, columns: Sequence[str] | None, *, whole: bool = False
         raise DataError(f"{path} has {what}; it must have {', '.join(columns or ('each once',))}")
     order = [named.index(name) for name in columns] if columns and {*columns} == {*named} else list(range(width))
 
+    # From the right: what is left of the numbers is the name, with whatever spaces it has.
     if commas:
         places = places or list(range(1, width + 1))
         parts = [_comma_separated(line, name_at, places, len(header) or width + 1) for _, line in numbered]
@@ -165,7 +166,7 @@ def stem(name: str) -> str:
 
 def _checked(path: Path, header: tuple[str, ...], files: list[str], lines: list[int], values: NDArray[Any]) -> Table:
     rows = {stem(name): row for row, name in enumerate(files)}
-    if len(rows) < len(files):
+    if len(rows) < len(files):  # named twice: allowed where both lines say the same
         last = np.array([rows[stem(name)] for name in files])
         clash = np.flatnonzero(_differ(values, values[last]).any(axis=1))
         if len(clash) > 0:

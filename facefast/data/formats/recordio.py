@@ -44,14 +44,15 @@ def read_recordio(root: str | os.PathLike[str]) -> FaceIndex:
     """The pictures of a .rec file; `root` is the file or its folder.
 
     InsightFace's header and identity records are no rows. Files of im2rec, which have neither, and
-    files without an .idx are read too. A label is the record's own or the first of its array, and
-    numbered anew over those that occur; -1 is nobody.
+    files without an .idx are read too. A label is the record's own or the first of its array;
+    those that occur are numbered from 0, and -1 is unlabelled.
 
     Raises:
         ValueError: the folder holds several .rec files or none.
         DataError: .rec and .idx do not belong together, or a label is no whole number.
     """
     file = _find(Path(root))
+    # Mapped, not read: only headers are looked at, and a file of millions of pictures does not fit into memory.
     data = _bytes_of(file)
     keys, offsets = _keys(file, data)
     records, inside = _records(data, offsets)
@@ -65,7 +66,8 @@ def read_recordio(root: str | os.PathLike[str]) -> FaceIndex:
     labels_bytes = 4 * records["flag"].astype(np.int64)
     starts = np.where(inside, offsets + FRAME + HEADER + labels_bytes, len(data))
     lengths = (records["length"] & 0x1FFFFFFF).astype(np.int64) - HEADER - labels_bytes
-    lengths = np.where(inside, np.maximum(lengths, 0), 1)  # outside: one byte past the end
+    # A record that the .idx puts outside the file stays a row, one byte past the end: the scan reports it.
+    lengths = np.where(inside, np.maximum(lengths, 0), 1)
     labels = np.where(records["flag"] > 0, records["first_label"], records["label"])
     labels[~inside] = -1
 
@@ -134,6 +136,7 @@ def read_bin(path: str | os.PathLike[str]) -> tuple[FaceIndex, PairSet]:
     content = read_whole(path)
     try:
         bins, same = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+        # The unpickler gives contents; where they lie in the file is found by the pickle's opcodes.
         pictures = [bytes(picture) for picture in bins]
         flags = np.array([_flag(flag) for flag in same], bool)
         places = _raw_strings(content)
@@ -245,7 +248,7 @@ def _keys(file: Path, data: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArr
         values, counts = np.unique(table[:, column], return_counts=True)
         if (counts > 1).any():
             raise DataError(f"{listing} has {what} {values[counts > 1][0]} more than once; it is damaged")
-    table = table[np.argsort(table[:, 0], kind="stable")]
+    table = table[np.argsort(table[:, 0], kind="stable")]  # key 0, InsightFace's header, comes first
     return table[:, 0], table[:, 1]
 
 

@@ -43,15 +43,27 @@ def members(path: Path) -> Iterator[Member]:
         DataError: the file is no plain tar file, damaged, cut, or goes on after its end.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise _DamagedTar("it is no regular file")
-        with open(path, "rb") as file:
+        with open_shard(path) as file:
             yield from _members(file, os.fstat(file.fileno()).st_size)
     except (_DamagedTar, OSError) as error:
         raise DataError(
             f"{path} is damaged or no plain tar file ({error}); take a whole copy, write joined files apart, and "
             "decompress one that is compressed: pictures are read in place"
         ) from error
+
+
+def open_shard(path: Path) -> BinaryIO:
+    """A file opened for reading; a pipe or a device is never opened.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DataError(f"{path} is no regular file; give a tar file")
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); give its readers permission") from error
 
 
 def _members(file: BinaryIO, size: int) -> Iterator[Member]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from facefast.data.formats.tar import Member, members
+from facefast.data.formats.tar import Member, members, open_shard
 from facefast.data.index import FaceIndex, escaped, number_classes
 from facefast.data.walk import Kind, is_folder, is_left_out, kind_of, list_files, split_of, top_entries
 from facefast.runtime.exits import DataError
@@ -95,7 +95,7 @@ def _samples(shard: Path) -> Iterator[tuple[int, int, str]]:
     pictures: list[tuple[str, Member]] = []
     labels = _Labels({}, {})
     seen: set[str] = set()
-    with open(shard, "rb") as file:
+    with open_shard(shard) as file:
         for member in members(shard):
             name = _plain_name(shard, member)
             if not member.is_file or any(is_left_out(os.fsencode(part)) for part in name.split("/")):

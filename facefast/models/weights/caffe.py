@@ -1,8 +1,8 @@
 """Weights of a Caffe network (.caffemodel) by layer and number of blob.
 
-`readers` calls `read` for Oxford's VGG_FACE.caffemodel and VGGFace2's. Protocol buffers read the file; the schema here
-is the part of Caffe's that holds weights (https://github.com/BVLC/caffe/blob/master/src/caffe/proto/caffe.proto), as
-much of NetParameter as both generations of its layers need.
+Oxford's VGG_FACE.caffemodel and VGGFace2's are such files. Protocol buffers read them; the schema here is the part of
+Caffe's that holds weights (https://github.com/BVLC/caffe/blob/master/src/caffe/proto/caffe.proto), as much of
+NetParameter as both generations of its layers need.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 def _tensor(blob: Any) -> Tensor:
     shape = list(blob.shape.dim) if blob.HasField("shape") else [blob.num, blob.channels, blob.height, blob.width]
+    # Shape and numbers are both the file's word, and must agree.
     parts, dtype = (blob.double_data, "<f8") if blob.double_data else (blob.data, "<f4")
     numbers = np.frombuffer(b"".join(parts), dtype).astype(np.float32)
     if min(shape, default=1) < 0 or len(numbers) != math.prod(shape):

@@ -1,7 +1,6 @@
 """Names and axes of other frameworks' weights, turned into ours: VGGFace's and VGGFace2's.
 
-`layouts` recognises such a state dict and names the function here that translates it. What these functions do not know
-keeps its name, so that `source.Report` counts it.
+What these functions do not know keeps its name, so that it is counted as unused instead of being lost.
 """
 
 from __future__ import annotations
@@ -73,6 +72,7 @@ def from_caffe(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = CAFFE_BLOBS if factor is None else CAFFE_STATISTICS
         if factor is not None and blob == "2":
             continue
+        # Everything but a kernel has one axis here, whatever axes of 1 the file gives it.
         if layer.endswith(("/bn", "/scale")) or blob == "1":
             tensor = tensor.flatten()
         elif layer in FLAT:
@@ -85,8 +85,8 @@ def from_caffe(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_torch7(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """VGGFace as `torch7` reads it: its layers have numbers for names and are told by their order. A convolution's
-    kernel may have two axes, [out, in * 3 * 3]."""
+    """VGGFace as `torch7` reads it: its layers have numbers for names and are recognised by their order. A
+    convolution's kernel may have two axes, [out, in * 3 * 3]."""
     channels = dict(zip(VGG_LAYERS, _vgg_channels(), strict=False))
     names = dict(zip(torch7_kernels(state), VGG_LAYERS, strict=False))
     found = {}
@@ -117,8 +117,8 @@ def is_torch7_vgg(state: Mapping[str, Tensor]) -> bool:
 def from_keras(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """VGGFace or VGGFace2 as `readers` takes it from Keras: layer/variable, channels last.
 
-    Keras numbers layers without a name through (DeepFace's vgg_face_weights.h5): those of a VGG-16 are told by their
-    order.
+    Keras numbers layers without a name through (DeepFace's vgg_face_weights.h5): those of a VGG-16 are recognised by
+    their order.
 
     `vggface2` keeps the paper's network: Keras' version of it pads the first convolution and pooling otherwise and, in
     its ResNet-50, adds a hundred times as much to a variance, so its numbers for a picture differ a little.

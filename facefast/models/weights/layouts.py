@@ -1,7 +1,7 @@
 """What a published state dict is: its backbone and the pictures it was trained on, read off its keys and shapes.
 
-`source.load_source` asks `recognise`; a further published layout is one function here. The pictures of VGGFace,
-VGGFace2 and FaceNet were cropped, not aligned: their contracts leave `template` open.
+A further published layout is one function here, and a place in `KNOWN`. The pictures of VGGFace, VGGFace2 and FaceNet
+were cropped, not aligned: their contracts leave `template` open.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Layout(NamedTuple):
     embedding: int = 0
     """Numbers in an embedding; 0 is the backbone's own."""
     image: ImageSpec | None = None
-    """The pictures it was trained on; None where the file does not tell."""
+    """The pictures it was trained on; None where nothing in the file shows it."""
     fixed: frozenset[str] = frozenset()
     """Fields of `image` that the weights depend on; the others are only usual."""
     translate: Translate = keep
@@ -75,16 +75,17 @@ def recognise(state: Mapping[str, Tensor], wanted: str = "auto") -> Layout | Non
         wanted: the backbone that the user named: some layouts are those of two networks with the same names and shapes
             (VGGFace2's ResNet-50 and torchvision's).
     """
+    # All of them, not the first that fits: the user's word decides between two that nothing in the file tells apart.
     found = [layout for known in KNOWN if (layout := known(state)) is not None]
     return next((layout for layout in found if layout.backbone == wanted), found[0] if found else None)
 
 
 def _mobilefacenet(state: Mapping[str, Tensor]) -> Layout | None:
-    """Xiaoccer's MobileFaceNet: the kernel of the global depthwise convolution tells the size of the pictures."""
+    """Xiaoccer's MobileFaceNet: the kernel of the global depthwise convolution shows the size of the pictures."""
     kernel, last = state.get("linear7.conv.weight"), state.get("linear1.conv.weight")
     if kernel is None or last is None or "dw_conv1.conv.weight" not in state:
         return None
-    # No files of our smaller ones are published: nothing tells their pictures.
+    # No files of our smaller ones are published: nothing shows their pictures.
     if "conv1.prelu.weight" not in state:
         return Layout("mobilefacenet_half", last.shape[0]) if kernel.shape[0] == 256 else None
     if "blocks.14.conv.0.weight" not in state:
@@ -122,7 +123,7 @@ def _iresnet(state: Mapping[str, Tensor]) -> Layout | None:
 
 
 def _adaface(state: Mapping[str, Tensor]) -> Layout | None:
-    """AdaFace's IR networks, told by their number of blocks; those with squeeze and excitation are others."""
+    """AdaFace's IR networks, by their number of blocks; those with squeeze and excitation are others."""
     last = state.get("output_layer.3.weight")
     blocks = {key.split(".")[1] for key in state if key.startswith("body.")}
     name = {sum(counts): name for name, counts in adaface.DEPTHS.items()}.get(len(blocks))
@@ -138,8 +139,8 @@ def _adaface(state: Mapping[str, Tensor]) -> Layout | None:
 def _vggface(state: Mapping[str, Tensor]) -> Layout | None:
     """VGGFace with PyTorch's names, as in vgg_face_dag.pth, which takes red first.
 
-    A port of Caffe's weights that has the same names takes blue first, and nothing in it tells: mean and color are not
-    fixed here.
+    A port of Caffe's weights that has the same names takes blue first, and nothing in it shows that: mean and color are
+    not fixed here.
     """
     first, last = state.get("conv1_1.weight"), state.get("conv5_3.weight")
     if first is None or last is None or (tuple(first.shape), last.shape[0]) != ((64, 3, 3, 3), 512):
@@ -175,7 +176,7 @@ def _vggface_keras(state: Mapping[str, Tensor]) -> Layout | None:
 
 
 def _after_convolutions(kernels: list[str], variable: str) -> str:
-    """The name of fc6's kernel in a VGG-16 whose layers are told by their order; empty without one."""
+    """The name of fc6's kernel in a VGG-16 whose layers are known by their order; empty without one."""
     return f"{kernels[len(vggface.LAYERS)]}{variable}" if len(kernels) > len(vggface.LAYERS) else ""
 
 
@@ -207,7 +208,7 @@ def _vggface2(state: Mapping[str, Tensor]) -> Layout | None:
 
 
 def _vggface2_without_classes(state: Mapping[str, Tensor]) -> Layout | None:
-    """The names that VGGFace2's ResNet-50 shares with torchvision's, to be taken where the user says so."""
+    """VGGFace2's ResNet-50 by the names that it shares with torchvision's: taken where the user says so."""
     return _vggface2_by_names(state, "vggface2_resnet50")
 
 
@@ -241,7 +242,7 @@ def _inception_resnet_v1(state: Mapping[str, Tensor]) -> Layout | None:
 
 
 def _inception_resnet_v2(state: Mapping[str, Tensor]) -> Layout | None:
-    """timm's Inception-ResNet v2; as for `_resnet`, its classes tell whether it has seen ImageNet's pictures."""
+    """timm's Inception-ResNet v2; as for `_resnet`, its classes show whether it was trained on ImageNet's pictures."""
     if "mixed_5b.branch0.conv.weight" not in state or "conv2d_7b.conv.weight" not in state:
         return None
     return _imagenet("timm/inception_resnet_v2", state.get("classif.weight"), INCEPTION_IMAGE)
@@ -266,7 +267,7 @@ def _resnetv2(state: Mapping[str, Tensor]) -> Layout | None:
 
 
 def _resnet(state: Mapping[str, Tensor]) -> Layout | None:
-    """torchvision's ResNet. One with another head than ImageNet's has seen other pictures, we cannot know which."""
+    """torchvision's ResNet. One with another head than ImageNet's was trained on other pictures, unknown which."""
     name = RESNET_DEPTHS.get(("layer1.0.conv3.weight" in state, _block_counts(state)))
     if name is None or not _is_resnet(state, BLOCK_LAYERS):
         return None

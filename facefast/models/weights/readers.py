@@ -1,7 +1,7 @@
 """Reading a file of weights as tensors by name, whatever program wrote it.
 
-`source` calls `read`. A file is data here, never a program: pickles are read by torch's weights-only loader and by
-nothing else, NumPy's archives without pickles, HDF5 without links to other files, Torch7's objects without their code.
+A file is data here, never a program: pickles are read by torch's weights-only loader and by nothing else, NumPy's
+archives without pickles, HDF5 without links to other files, Torch7's objects without their code.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def read(path: Path) -> Any:
         raise ValueError(
             f"source weights {path}: no such file; give a weights file, a run or checkpoint folder, imagenet or none"
         )
+    # By the suffix alone: a reader that tried formats in turn would hand a hostile file to every parser.
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
@@ -54,6 +55,8 @@ def read(path: Path) -> Any:
         return caffe.read(path)
     if path.suffix == ".t7":
         return torch7.read(path)
+    # Everything else is taken for a pickle. The weights-only unpickler builds tensors and plain containers; any other
+    # name in the file, which is how a pickle runs programs, is refused before it is looked up.
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -70,6 +73,7 @@ def read(path: Path) -> Any:
 def _read_npz(path: Path) -> dict[str, Tensor]:
     """Arrays of numbers by their names."""
     try:
+        # An array of objects in an .npz is a pickle. The arrays are read in here, where an error is this file's.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
@@ -106,6 +110,8 @@ def _keras_tensors(file: Any, path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for layer in map(_text, group.attrs["layer_names"]):
         for name in map(_text, group[layer].attrs["weight_names"]):
+            # HDF5 can link to other files, store its numbers in them, or be a view of several: a downloaded file could
+            # read any file of the user's into what looks like weights.
             dataset, variable = group[layer][name], VARIABLE.search(name)
             if dataset.file.filename != file.filename or dataset.external or dataset.is_virtual:
                 raise ValueError(f"{path} was refused: {layer}/{name} points out of the file")

@@ -1,8 +1,4 @@
-"""Source models: weights from a file, a facefast checkpoint or a library, and how they enter a model.
-
-`face.build_model` and `train` call `load_source` and `apply_source`; `readers` reads files, `layouts` says what they
-are.
-"""
+"""Source models: weights from a file, a facefast checkpoint or a library, and how they enter a model."""
 
 from __future__ import annotations
 
@@ -62,11 +58,11 @@ class Source:
     name: str
     """Where they came from."""
     backbone: str
-    """Name for `build_backbone`; empty where neither the file nor the user tells."""
+    """Name for `build_backbone`; empty where neither the file nor the user names it."""
     embedding: int
     """`ModelConfig.embedding` of a model that takes every weight."""
     image: ImageSpec | None
-    """The pictures they were trained on, the preprocessing contract; None where nothing tells."""
+    """The pictures they were trained on, the preprocessing contract; None where it is not known."""
     fixed: frozenset[str]
     """Fields of `image` that the weights depend on; the others are only usual."""
     state: Mapping[str, Tensor]
@@ -107,7 +103,7 @@ def load_source(source: str | Path, backbone: str = "auto") -> Source:
         source: a file that `readers.read` knows (safetensors, torch.save, .npz, Keras' .h5, .caffemodel, Torch7's .t7),
             a facefast run, checkpoint or package folder, or "imagenet" for the weights that torchvision or timm publish
             for `backbone`.
-        backbone: its architecture where the weights do not tell; auto asks them.
+        backbone: its architecture where the weights do not show it; auto goes by them.
 
     Raises:
         ValueError: no such file, a file that holds more than tensors, no state dict in it, names that clash, or
@@ -138,6 +134,8 @@ def apply_source(model: nn.Module, source: Source) -> Report:
     Raises:
         ValueError: a tensor of another shape, or not one that fits; the model is then as it was.
     """
+    # Everything is checked before anything is copied: a model half loaded would train, and nothing would say why it is
+    # worse.
     own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(HEADS)}
     used = {key: tensor for key, tensor in source.state.items() if key in own}
     left = [key for key in source.state if key not in own]
@@ -190,6 +188,8 @@ def strip_prefixes(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]
 
 def _find_state(value: Any, path: Path, depth: int = 0) -> dict[str, Tensor]:
     """The state dict in what a file holds, however a training program wrapped it."""
+    # A wrapper's well-known name, the surest first; then the tensors at hand; then an unknown wrapper, if there is just
+    # one: a choice among several would be a guess.
     found = value if isinstance(value, Mapping) else {}
     nested = [key for key in CONTAINERS if isinstance(found.get(key), Mapping)]
     tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}

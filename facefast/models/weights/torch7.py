@@ -1,8 +1,8 @@
 """Weights of a Torch7 network (.t7) read as data: Lua code that such a file may hold is skipped, never run.
 
-`readers` calls `read` for Oxford's VGG_FACE.t7 and its like. The format is that of Torch7's binary torch.save with
-64-bit longs (https://github.com/torch/torch7/blob/master/File.lua, generic/Tensor.c and generic/Storage.c): each value
-follows the number of its type; tables and objects carry an index, by which they are referred to when they come again.
+Oxford's VGG_FACE.t7 is such a file. The format is that of Torch7's binary torch.save with 64-bit longs
+(https://github.com/torch/torch7/blob/master/File.lua, generic/Tensor.c and generic/Storage.c): each value follows the
+number of its type; tables and objects carry an index, by which they are referred to when they come again.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class _Reader:
             return self.integer() == 1
         if kind not in (TABLE, OBJECT, *FUNCTIONS):
             raise ValueError(f"no value has type {kind}")
+        # None while it is being read, so that an object that refers to itself ends instead of nesting forever.
         index = self.integer()
         if index not in self.known:
             self.known[index] = None
@@ -83,6 +84,7 @@ class _Reader:
         """Entries under numbers and strings; others have no name to be found by."""
         found: dict[int | str, Any] = {}
         self.known[index] = found  # a table may hold itself
+        # However many entries the file claims: each takes bytes, and `take` refuses what is not there.
         for _ in range(self.integer()):
             key, value = self.value(), self.value()
             if isinstance(key, int | str):
@@ -91,7 +93,7 @@ class _Reader:
 
     def other(self, kind: int, index: int) -> Any:
         if kind in FUNCTIONS:
-            self.string()  # its code
+            self.string()  # its code, compiled Lua: passed over
             self.value()  # what it refers to
             return None
         name = self.string()
@@ -112,6 +114,8 @@ class _Reader:
         axes = self.integer()
         if not 0 <= axes <= MAX_AXES:
             raise ValueError(f"a tensor of {axes} axes")
+        # Sizes, strides and offset are the file's word, and may point anywhere; `as_strided` below checks them against
+        # the storage.
         size, stride = ([self.unpack("<q") for _ in range(axes)] for _ in range(2))
         first = self.unpack("<q") - 1
         storage = self.value()
@@ -119,7 +123,7 @@ class _Reader:
             return torch.empty(0)
         if not isinstance(storage, Tensor):
             raise ValueError("a tensor without its numbers")
-        return storage.as_strided(size, stride, first)  # refuses to reach beyond the storage
+        return storage.as_strided(size, stride, first)
 
     def string(self) -> str:
         return bytes(self.take(self.integer())).decode("latin-1")
@@ -131,7 +135,7 @@ class _Reader:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def take(self, count: int) -> memoryview:
-        if not 0 <= count <= len(self.data) - self.place:
+        if not 0 <= count <= len(self.data) - self.place:  # every read comes through here
             raise ValueError(f"{count} bytes wanted at {self.place}, {len(self.data) - self.place} are left")
         self.place += count
         return self.data[self.place - count : self.place]

@@ -31,7 +31,7 @@ def landmarks(names: list[str], shift: int = 0) -> str:
 NAMES = [f"{k:06d}.jpg" for k in range(1, 5)]
 
 
-def write(root: Path, folder: str = "img_align_celeba", **lists: str | None) -> Path:
+def write(root: Path, folder: str = "img_align_celeba", /, **lists: str | None) -> Path:
     """A data set of four pictures; a list given as None is left out."""
     (root / folder).mkdir(parents=True)
     for name in NAMES:

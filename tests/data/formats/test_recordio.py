@@ -26,9 +26,9 @@ def pictures(count: int) -> list[bytes]:
 
 def packed(label: float | list[float], picture: bytes, key: int = 0) -> bytes:
     """mxnet.recordio.pack: header, array of labels, picture."""
-    scalar = isinstance(label, float | int)
-    header = struct.pack("<IfQQ", 0 if scalar else len(label), label if scalar else 0.0, key, 0)
-    return header + (b"" if scalar else np.array(label, "<f4").tobytes()) + picture
+    if isinstance(label, float | int):
+        return struct.pack("<IfQQ", 0, label, key, 0) + picture
+    return struct.pack("<IfQQ", len(label), 0.0, key, 0) + np.array(label, "<f4").tobytes() + picture
 
 
 def write(root: Path, records: list[tuple[int, bytes]], name: str = "train", index: bool = True) -> Path:

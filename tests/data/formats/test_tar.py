@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from facefast.data.formats.tar import members
+from facefast.data.formats.webdataset import read_webdataset
 from facefast.runtime.exits import DataError
 
 NAMES = ["1.jpg", "folder/2.jpg", "long " * 30 + "/3.jpg", "x" * 120 + ".jpg", "Zoë.jpg"]
@@ -144,3 +145,5 @@ def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.tar")
     with pytest.raises(DataError, match="no regular file"):
         list(members(tmp_path / "a.tar"))
+    with pytest.raises(DataError, match="no regular file"):
+        read_webdataset(tmp_path)

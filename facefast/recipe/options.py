@@ -1,0 +1,139 @@
+"""Options of a command line: what the fields of its dataclasses are called, say and default to, which one a misspelt
+word meant, and the parsing of a whole line."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+
+T = TypeVar("T")
+NEEDED = dataclasses.MISSING
+"""Default of an option that must be given."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of a dataclass, however deep, as a command line names it."""
+
+    path: str
+    """data.max_bad_fraction, phases.last.loss.gamma."""
+    owner: type
+    """The dataclass that has the field."""
+    kind: Any
+    """The field's type, with what is said about it to tyro."""
+    default: Any
+
+    @property
+    def flag(self) -> str:
+        """--data.max-bad-fraction."""
+        return f"--{hyphenated(self.path)}"
+
+    @property
+    def negated(self) -> str:
+        """--eval.no-baselines, what turns a switch off; empty for others."""
+        start, dot, name = hyphenated(self.path).rpartition(".")
+        return f"--{start}{dot}no-{name}" if isinstance(self.default, bool) else ""
+
+    @property
+    def positional(self) -> bool:
+        """Whether it is given by its place instead of its name."""
+        return tyro.conf.Positional in getattr(self.kind, "__metadata__", ())
+
+    @property
+    def text(self) -> str:
+        """The field's docstring in one line."""
+        return field_texts(self.owner).get(self.path.rpartition(".")[2], "")
+
+
+def options(kind: type, values: Any = NEEDED, prefix: str = "") -> Iterator[Option]:
+    """The options that a dataclass gives a command line, with the defaults that an instance, or the class, has.
+
+    Dataclasses in a tuple are told apart by their names: phases.last.lr.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint, value = hints[field.name], _default(field) if values is NEEDED else getattr(values, field.name)
+        plain, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        path = prefix + field.name
+        if dataclasses.is_dataclass(plain) and isinstance(plain, type):
+            nameless = any(getattr(extra, "name", None) == "" for extra in extras)  # tyro.conf.arg(name="")
+            yield from options(plain, value, prefix if nameless else f"{path}.")
+        elif get_origin(plain) is tuple and dataclasses.is_dataclass(get_args(plain)[0]):
+            for part in value:
+                yield from options(type(part), part, f"{path}.{part.name}.")
+        else:
+            yield Option(path, kind, hint, value)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+@functools.cache
+def field_texts(kind: type) -> dict[str, str]:
+    """What the docstrings below a dataclass's fields say, in one line each; inherited fields count."""
+    texts = {}
+    for base in reversed(kind.__mro__[:-1]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, text in zip(tree.body, tree.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                texts[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+    return texts
+
+
+def hyphenated(word: str) -> str:
+    """The part of a word before its = with hyphens for underscores: tyro takes both."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def nearest(word: str, known: Iterable[str]) -> list[str]:
+    """The known word that one misspells, if any is near; the dotted ones that an option is the end of.
+
+    --image.siez is near --image.size, and --size is the end of it.
+    """
+    known = list(known)
+    ends = [name for name in known if word.startswith("-") and name.endswith(f".{word.lstrip('-')}")]
+    return ends or difflib.get_close_matches(word, known, 1)
+
+
+def did_you_mean(words: Iterable[str]) -> str:
+    """ "; did you mean a or b?", nothing for no words."""
+    words = list(words)
+    return f"; did you mean {one_of(words)}?" if words else ""
+
+
+def one_of(words: Iterable[str]) -> str:
+    """a, b or c."""
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def parse(kind: type[T], arguments: list[str] | None, command: str) -> T:
+    """A command's line, or the process's own where `arguments` is None.
+
+    Raises:
+        ValueError: an option that the command does not have.
+        SystemExit: help was wanted and printed, or a value that is missing or not of its option's type.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    known = [option for option in options(kind) if not option.positional]
+    taken = {"--help", *(option.flag for option in known), *(option.negated for option in known)}
+    for word in words:
+        flag = hyphenated(word).partition("=")[0]
+        # Names before values: tyro would rather say which ones are missing, and knows no --thread=3 for --threads 3.
+        if flag.startswith("--") and flag not in taken and not flag.startswith("--tyro-"):
+            near = did_you_mean(nearest(flag, ["--help", *(option.flag for option in known)]))
+            raise ValueError(f"there is no option {flag}{near} (facefast {command} --help lists all of them)")
+    return tyro.cli(kind, args=words, prog=f"facefast.{command}")
