@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from facefast.data import FAULTS, FaceIndex, read_index
+from facefast.data.index import advice
 from facefast.recipe import Reading
 from facefast.recipe.options import parse
 from facefast.runtime import exits
@@ -91,7 +92,7 @@ def findings_text(found: dict[str, Any]) -> str:
     lines.append((found["unlabelled"], "without identity"))
     lines.append((found["bad"], f"bad pictures ({found['bad'] / found['pictures']:.2%})"))
     for reason, names in sorted(found["faults"].items(), key=lambda item: -len(item[1])):
-        lines.append((len(names), f"  {reason}: {_some(names, ', ')}"))
+        lines.append((len(names), f"  {reason}{advice(reason)}: {_some(names, ', ')}"))
     surplus = sum(len(group) - 1 for group in found["copies"])
     lines.append((surplus, "exact copies" + _examples(found["copies"])))
     lines.append((len(found["conflicts"]), "under two names" + _examples(found["conflicts"])))
@@ -136,10 +137,13 @@ def main(arguments: list[str] | None = None) -> int:
             index.save(given.out if given.out.suffix == ".npz" else f"{given.out}.npz")
         found = findings(index)
         print(json.dumps(found, indent=2) if given.json else findings_text(found))
-        if found["bad"] > given.max_bad_fraction * found["pictures"]:
+        if found["bad"] > given.max_bad_fraction * found["pictures"] or found["bad"] == found["pictures"]:
+            reason, (first, *_) = next(iter(found["faults"].items()))
+            none_left = found["bad"] == found["pictures"]
+            limit = "so that none is left" if none_left else f"above max-bad-fraction {given.max_bad_fraction:g}"
             raise DataError(
-                f"{found['bad']} of {found['pictures']} pictures are bad, above max-bad-fraction "
-                f"{given.max_bad_fraction:g}; mend or remove them, or raise the limit"
+                f"{found['bad']} of {found['pictures']} pictures are bad, {limit} (first: {first}, {reason}); "
+                "mend or remove them, or raise the limit"
             )
     return outcome.code
 

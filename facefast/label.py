@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import tyro
 
 from facefast.data import FaceIndex
 from facefast.data.corrections import Label, write_labels
-from facefast.data.formats.folder import is_picture
+from facefast.data.walk import holds_picture, is_folder, is_picture, top_entries
 from facefast.evaluation.embed import embed_photographs
 from facefast.labels.clustering import Floats, Numbers, agreement, assign, cluster, unit_rows
 from facefast.recipe import Photographs
@@ -160,8 +159,9 @@ def with_format(data: Photographs) -> Photographs:
     root = Path(data.root)
     if data.format != "auto" or not data.root or not root.is_dir():
         return data
-    entries = list(root.iterdir())
-    loose = any(is_picture(os.fsencode(entry.name)) for entry in entries) and not any(map(Path.is_dir, entries))
+    entries = top_entries(root)
+    loose = any(is_picture(entry.name) and not is_folder(entry) for entry in entries)
+    loose = loose and not any(is_folder(entry) and holds_picture(entry.path) for entry in entries)
     return dataclasses.replace(data, format="folder") if loose else data
 
 

@@ -17,7 +17,8 @@ import torch
 import tyro
 
 from facefast.data import FaceIndex, oracle
-from facefast.data.index import FAULTS, printable
+from facefast.data.index import FAULTS, advice, printable
+from facefast.data.walk import DECODED, list_pictures
 from facefast.evaluation.embed import embed_rows
 from facefast.faces.detect import Detector
 from facefast.models import FaceModel, checkpoint
@@ -25,8 +26,6 @@ from facefast.models.precision import Precision
 from facefast.recipe import Reading
 from facefast.recipe.options import parse
 from facefast.runtime import exits, process
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -48,22 +47,22 @@ class PredictArguments:
 
 
 def find_images(given: tuple[Path, ...]) -> list[Path]:
-    """The photographs that paths and folders name, folders in sorted order.
+    """The photographs that paths and folders name, folders in sorted order, by the rules of `data.walk`.
 
     Raises:
         ValueError: a path that is not there, or nothing to look at.
     """
     found: list[Path] = []
     for path in given:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            found += inside
-        elif path.is_file():
+        if os.path.isdir(path):
+            found += [path / os.fsdecode(inside) for inside in list_pictures(path)]
+        elif os.path.isfile(path):
             found.append(path)
         else:
             raise ValueError(f"{path} is neither a photograph nor a folder")
     if not found:
-        raise ValueError(f"no photographs in {', '.join(map(str, given))}; they end in {', '.join(SUFFIXES)}")
+        endings = ", ".join(sorted(map(os.fsdecode, DECODED)))
+        raise ValueError(f"no photographs in {', '.join(map(str, given))}; they end in {endings}")
     return found
 
 
@@ -164,7 +163,7 @@ def write_embeddings(path: Path, answers: list[dict[str, Any]]) -> None:
 def _line(answer: dict[str, Any]) -> str:
     path = printable(os.fsencode(answer["path"]))
     if "fault" in answer:
-        return f"{path}  not read: {answer['fault']}"
+        return f"{path}  not read: {answer['fault']}{advice(answer['fault'])}"
     pairs = zip(answer.get("names", []), answer.get("probabilities", []), strict=True)
     attributes = (f"{name} {value:.4g}" for name, value in answer.get("attributes", {}).items())
     return "  ".join([path, *(f"{name} {probability:.1%}" for name, probability in pairs), *attributes])

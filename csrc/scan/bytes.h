@@ -33,15 +33,20 @@ struct Bytes {
 class Directory {
  public:
   enum Tag : uint16_t {
+    kSubfileType = 254,
     kWidth = 256,
     kHeight = 257,
     kBitsPerSample = 258,
     kCompression = 259,
+    kPhotometric = 262,
     kStripOffsets = 273,
     kOrientation = 274,
+    kSamplesPerPixel = 277,
     kStripByteCounts = 279,
+    kPlanar = 284,
     kTileOffsets = 324,
     kTileByteCounts = 325,
+    kExtraSamples = 338,
     kSampleFormat = 339,
   };
 

@@ -19,6 +19,7 @@ enum Marker : uint8_t {
   kDqt = 0xdb,
   kDri = 0xdd,
   kApp1 = 0xe1,
+  kApp14 = 0xee,
 };
 
 // A scan bomb makes a small file cost minutes; DALI's own limit (DALI_MAX_JPEG_SCANS) is the same.
@@ -83,6 +84,9 @@ class Jpeg {
       case kApp1:
         if (body.matches(0, "Exif\0\0", 6)) exif_.add(body.part(6, body.size - 6));
         return Fault::kNone;
+      case kApp14:
+        adobe_ |= body.size >= 12 && body.matches(0, "Adobe", 5);
+        return Fault::kNone;
       default:
         return Fault::kNone;
     }
@@ -146,6 +150,8 @@ class Jpeg {
       if (id == ids_ + components_) return Fault::kDamagedHeader;
       if (!(tables_seen_ >> tables_of_[id - ids_] & 1)) return Fault::kDamagedHeader;
     }
+    // Adobe writes CMYK inverted; without its mark decoders differ in whether that was done.
+    if (components_ == 4 && !adobe_) return Fault::kColors;
     return ++scans_ > kMaxScans ? Fault::kTooManyScans : Fault::kNone;
   }
 
@@ -174,6 +180,7 @@ class Jpeg {
   size_t components_ = 0;
   uint8_t ids_[4] = {}, tables_of_[4] = {};
   int tables_seen_ = 0, scans_ = 0;
+  bool adobe_ = false;
 };
 
 }  // namespace

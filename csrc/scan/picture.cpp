@@ -135,8 +135,39 @@ Fault inspect_bmp(Bytes file, uint64_t max_pixels, Picture& picture) {
   const bool plain = compression == 0 && (indexed || bits == 24 || bits == 32);
   const bool masked = compression == 3 && bits == 32;
   if (!plain && !masked) return Fault::kVariant;
+  if (masked && header == 40) {  // OpenCV passes over masks behind the header
+    if (!file.has(54, 12)) return Fault::kTruncated;
+    const bool usual = file.little32(54) == 0xff0000 && file.little32(58) == 0xff00 && file.little32(62) == 0xff;
+    if (!usual) return Fault::kColors;
+  }
   const uint64_t row = (uint64_t{picture.width} * bits + 31) / 32 * 4;
   return file.has(start, row * height) ? Fault::kNone : Fault::kTruncated;
+}
+
+// Whether nvImageCodec and Pillow agree on what the samples of a TIFF mean, as tried with each kind; elsewhere one of
+// them fails, forgets to invert, takes Lab by another white, or mixes up the planes.
+bool tiff_colors_are_certain(const Directory& directory, uint32_t compression, uint32_t bits) {
+  enum : uint32_t { kWhiteIsZero, kBlackIsZero, kRgb, kPalette, kMask, kCmyk, kYcbcr };
+  constexpr uint32_t kUnknown = UINT32_MAX, kJpegInside = 7, kPremultiplied = 1;
+  const uint32_t photometric = directory.first(Directory::kPhotometric, kUnknown);
+  const uint32_t samples = directory.first(Directory::kSamplesPerPixel, 1);
+  const bool planar = directory.first(Directory::kPlanar, 1) != 1 && samples > 1;
+  if (planar && (bits != 8 || samples != (photometric == kCmyk ? 4 : 3))) return false;
+  switch (photometric) {
+    case kBlackIsZero:
+      return samples == 1;
+    case kWhiteIsZero:
+    case kPalette:
+      return samples == 1 && bits == 8;
+    case kRgb:
+      return samples == 3 || (samples == 4 && directory.first(Directory::kExtraSamples, 0) != kPremultiplied);
+    case kCmyk:
+      return samples == 4 && bits == 8;
+    case kYcbcr:
+      return samples == 3 && compression == kJpegInside;
+    default:
+      return false;
+  }
 }
 
 // TIFF 6.0: the first picture, 8 or 16 bits per sample, every strip or tile inside the file.
@@ -155,6 +186,9 @@ Fault inspect_tiff(Bytes file, uint64_t max_pixels, Picture& picture) {
                      (bits == 8 || bits == 16) &&
                      directory.first(Directory::kSampleFormat, 1) == 1;  // unsigned integers
   if (!known) return Fault::kVariant;
+  // Raw files of cameras begin with a thumbnail, which would pass for the photograph.
+  if (directory.first(Directory::kSubfileType, 0) & 1) return Fault::kVariant;
+  if (!tiff_colors_are_certain(directory, compression, bits)) return Fault::kColors;
 
   const bool tiled = directory.find(Directory::kTileOffsets) != 0;
   const auto offsets = directory.values(tiled ? Directory::kTileOffsets : Directory::kStripOffsets);
@@ -193,6 +227,8 @@ Fault inspect_pnm(Bytes file, uint64_t max_pixels, Picture& picture) {
   const Fault fault = check_size(picture, numbers[0], numbers[1], max_pixels);
   if (fault != Fault::kNone) return fault;
   if (numbers[2] < 1 || numbers[2] > 65535) return Fault::kDamagedHeader;
+  // Others are not stretched to 255 by OpenCV: a picture of 0 to 15 would be black.
+  if (type != '4' && numbers[2] != 255 && numbers[2] != 65535) return Fault::kLevels;
   const uint64_t bits = type == '4' ? 1 : (type == '6' ? 3 : 1) * (numbers[2] > 255 ? 16 : 8);
   const uint64_t row = (numbers[0] * bits + 7) / 8;
   return file.has(at + 1, row * numbers[1]) ? Fault::kNone : Fault::kTruncated;

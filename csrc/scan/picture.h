@@ -34,6 +34,8 @@ enum class Fault : uint8_t {
   kTooManyScans,
   kExifConflict,
   kWebpExif,
+  kColors,
+  kLevels,
 };
 
 inline constexpr const char* kFaultNames[] = {
@@ -62,8 +64,10 @@ inline constexpr const char* kFaultNames[] = {
     "too many scans",
     "EXIF blocks disagree on orientation",
     "unsupported: EXIF layout of WebP",
+    "unsupported: colour layout",
+    "unsupported: greatest value of PNM other than 255 and 65535",
 };
-static_assert(sizeof(kFaultNames) / sizeof(*kFaultNames) == static_cast<size_t>(Fault::kWebpExif) + 1);
+static_assert(sizeof(kFaultNames) / sizeof(*kFaultNames) == static_cast<size_t>(Fault::kLevels) + 1);
 
 enum class Kind : uint8_t { kUnknown, kJpeg, kPng, kWebp, kBmp, kTiff, kPnm };
 

@@ -107,24 +107,21 @@ class Source {
  private:
   Fault open_file(const std::string& path) {
     close();
-    // O_NONBLOCK: a pipe with a picture's name must not hold the thread forever.
-    file_ = openat(folder_, path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (file_ < 0) {
-      const bool missing = errno == ENOENT || errno == ENOTDIR || errno == ELOOP;
-      if (missing) return Fault::kMissing;
-      return errno == ENXIO ? Fault::kNotAFile : Fault::kUnreadable;  // ENXIO: a socket
-    }
+    // Opening a device or a pipe may already do something, so it is asked first what this is. What takes the file's
+    // place after that is not waited for (O_NONBLOCK), and read to the size seen here at most.
     struct stat status;
-    if (fstat(file_, &status) != 0) return fail(Fault::kUnreadable);
-    if (!S_ISREG(status.st_mode)) return fail(Fault::kNotAFile);
+    if (fstatat(folder_, path.c_str(), &status, 0) != 0) return failed_to_reach();
+    if (!S_ISREG(status.st_mode)) return Fault::kNotAFile;
+    file_ = openat(folder_, path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (file_ < 0) return failed_to_reach();
     file_size_ = status.st_size;
     path_ = path;
     return Fault::kNone;
   }
 
-  Fault fail(Fault fault) {
-    close();
-    return fault;
+  static Fault failed_to_reach() {
+    const bool missing = errno == ENOENT || errno == ENOTDIR || errno == ELOOP;
+    return missing ? Fault::kMissing : Fault::kUnreadable;
   }
 
   void close() {

@@ -17,10 +17,12 @@ from facefast.data.formats.folder import read_folder, recognises_folder
 from facefast.data.formats.lfw import read_lfw, read_pairs, recognises_lfw
 from facefast.data.formats.recordio import read_bin, read_recordio, recognises_recordio
 from facefast.data.formats.webdataset import read_webdataset, recognises_webdataset
-from facefast.data.index import FAULTS, FaceIndex, PairSet
+from facefast.data.index import FAULTS, FaceIndex, PairSet, printable
 from facefast.data.loader import Batch, Loader, make_loader
 from facefast.data.sampler import Sampler, make_sampler
+from facefast.data.walk import is_picture, top_entries
 from facefast.recipe import Reading
+from facefast.runtime.exits import DataError
 
 __all__ = [
     "FAULTS",
@@ -53,11 +55,13 @@ _SIGNS: dict[str, Callable[[Path], bool]] = {
     "celeba": recognises_celeba,
     "recordio": recognises_recordio,
     "webdataset": recognises_webdataset,
-    "lfw": recognises_lfw,
     "afad": recognises_afad,
+    "lfw": recognises_lfw,
     "folder": recognises_folder,
 }
 """How a format is recognised, in the order of asking: folder takes nearly anything."""
+_CONTAINERS = ("recordio", "webdataset")
+"""Formats of single files. One such file beside folders of photographs says nothing about them."""
 
 
 def read_index(
@@ -81,7 +85,7 @@ def read_index(
     place = Path(root)
     if not place.exists():
         raise ValueError(f"{place} does not exist; give the folder that holds the photographs")
-    if place.suffix == ".npz":
+    if place.suffix.lower() == ".npz":
         return FaceIndex.load(place)
     index = READERS[_format(place, format)](place)
     if cache is None:
@@ -99,15 +103,26 @@ def _format(root: Path, format: str) -> str:
         return format
     if format != "auto":
         raise ValueError(f"data format {format!r} is not known; use auto, {', '.join(READERS)}")
-    if not root.is_dir() and root.suffix not in (".rec", ".tar"):
+    if not root.is_dir() and not (root.is_file() and root.suffix.lower() in (".rec", ".tar")):
         raise ValueError(f"{root} is neither a folder nor a .rec, .tar or .npz file")
-    for name, recognises in _SIGNS.items():
-        if recognises(root):
-            return name
-    found = ", ".join(sorted(os.listdir(root))[:5]) or "nothing"
+    name = next((name for name, recognises in _SIGNS.items() if recognises(root)), None)
+    if name in _CONTAINERS and root.is_dir():
+        others = [other for other in (*_CONTAINERS, "folder") if other != name and _SIGNS[other](root)]
+        if others:
+            raise DataError(
+                f"{root} may be {name} or {others[0]}: it holds files of the first, and "
+                f"{'folders with pictures' if others[0] == 'folder' else 'files of the second'} too; name one with "
+                "--data.format, or move the others away"
+            )
+    if name is not None:
+        return name
+    entries = top_entries(root)
+    found = ", ".join(printable(entry.name) for entry in entries[:5]) or "nothing"
+    loose = any(is_picture(entry.name) for entry in entries)
+    advice = "put each person's pictures into a folder of their own, or read them without names: " if loose else ""
     raise ValueError(
-        f"the layout of {root} is not recognised (it holds {found}); "
-        f"name it with --data.format, one of {', '.join(READERS)}"
+        f"the layout of {root} is not recognised (it holds {found}); {advice}"
+        f"name it with --data.format, {'folder' if loose else 'one of ' + ', '.join(READERS)}"
     )
 
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import math
 import os
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +22,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from facefast.data.index import FaceIndex
-from facefast.runtime.exits import StorageError
+from facefast.data.lists import LARGEST, read_whole
+from facefast.runtime.exits import DataError, StorageError
 
 ACTIONS = ("drop", "keep", "relabel", "merge")
 KINDS = ("wrong_label", "duplicate", "merge")
@@ -113,7 +118,7 @@ def apply_corrections(index: FaceIndex, path: str | os.PathLike[str]) -> FaceInd
             there, a picture with another identity than the line says, or lines that contradict each other.
     """
     path = Path(path)
-    rows = {index.name(row): row for row in range(len(index))}
+    rows = _rows_by_name(index)
     names = {name: label for label, name in enumerate(index.class_names)}
     labels = index.labels.astype(np.int64)
     dropped = np.zeros(len(index), bool)
@@ -160,7 +165,7 @@ def read_labels(index: FaceIndex, path: str | os.PathLike[str], min_confidence: 
     path = Path(path)
     if not 0 <= min_confidence <= 1:
         raise ValueError(f"the least confidence of labels is {min_confidence}; it must lie in [0, 1]")
-    rows = {index.name(row): row for row in range(len(index))}
+    rows = _rows_by_name(index)
     given: dict[int, str] = {}
     faults: list[tuple[int, str]] = []
     for number, line in _read(path, Label, "facefast label"):
@@ -170,6 +175,8 @@ def read_labels(index: FaceIndex, path: str | os.PathLike[str], min_confidence: 
         label = int(index.labels[row]) if row >= 0 else -1
         if not 0 <= line.confidence <= 1:
             faults.append((number, f"the confidence of {line.path} is {line.confidence}, which lies outside [0, 1]"))
+        elif any(unicodedata.category(letter) == "Cc" for letter in line.identity):
+            faults.append((number, f"the identity {line.identity!r} holds a line end or a terminal's code"))
         elif row < 0:
             faults.append((number, f"{line.path} is no picture of {index.root}"))
         elif label >= 0 and index.class_names[label] != line.identity:
@@ -183,6 +190,14 @@ def read_labels(index: FaceIndex, path: str | os.PathLike[str], min_confidence: 
     for row, name in given.items():
         labels[row] = names[name]
     return dataclasses.replace(index, labels=labels, class_names=class_names)
+
+
+def _rows_by_name(index: FaceIndex) -> dict[str, int]:
+    rows = {index.name(row): row for row in range(len(index))}
+    if len(rows) < len(index):
+        twice = next(name for name, count in Counter(map(index.name, range(len(index)))).items() if count > 1)
+        raise ValueError(f"{index.root} has {twice} twice, so that a line cannot tell which it means; index it anew")
+    return rows
 
 
 def _misfit(line: Correction, index: FaceIndex, rows: dict[str, int], names: dict[str, int]) -> str:
@@ -216,6 +231,11 @@ def _check(path: Path, faults: Sequence[tuple[int, str]]) -> None:
         )
 
 
+# What a spreadsheet takes for a formula and runs, behind any apostrophes that an earlier cell of this kind has; the
+# apostrophe that is put before it shows as nothing there, and `_value` takes it away again.
+_FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+
+
 def _write(path: Path, kind: type[Any], lines: Iterable[Any]) -> None:
     columns = [field.name for field in dataclasses.fields(kind)]
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -235,41 +255,58 @@ def _write(path: Path, kind: type[Any], lines: Iterable[Any]) -> None:
 
 def _text(value: str | float) -> str:
     if isinstance(value, str):
-        return value
+        return "'" + value if _FORMULA.match(value) else value
     return "" if math.isnan(value) else f"{value:.4f}"
 
 
 def _read(path: Path, kind: Callable[..., T], command: str) -> Iterator[tuple[int, T]]:
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [
-                field.name
-                for field in fields
-                if field.default is dataclasses.MISSING and field.name not in (reader.fieldnames or ())
-            ]
-            if missing:
-                raise ValueError(f"{path} has no column {', '.join(missing)}; {command} writes it")
-            faults = []
-            for values in reader:
-                try:
-                    line = kind(**{f.name: _value(f, values[f.name]) for f in fields if values.get(f.name) is not None})
-                except (TypeError, ValueError) as error:
-                    faults.append((reader.line_num, str(error)))
-                else:
-                    yield reader.line_num, line
-            _check(path, faults)
-    except OSError as error:
+        content = read_whole(path, LARGEST)
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}, line {line}, is no CSV file in UTF-8 ({error.reason}); {command} writes it"
+        ) from error
+    except DataError as error:
         raise ValueError(f"cannot read {path}: {error}; {command} writes it") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no CSV file in UTF-8 ({error}); {command} writes it") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    faults = []
+    try:
+        columns = list(reader.fieldnames or ())
+        _check_columns(path, columns, fields, command)
+        for values in reader:
+            try:
+                if None in values:
+                    raise ValueError(f"it has more cells than the {len(columns)} columns; is a comma without quotes?")
+                read = kind(**{f.name: _value(f, values[f.name]) for f in fields if values.get(f.name) is not None})
+            except (TypeError, ValueError) as error:
+                faults.append((reader.line_num, str(error)))
+            else:
+                yield reader.line_num, read
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}, is no CSV ({error}); {command} writes it") from error
+    _check(path, faults)
+
+
+def _check_columns(path: Path, columns: Sequence[str], fields: Sequence[Any], command: str) -> None:
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in columns]
+    if missing:
+        mark = "; columns are separated by commas" if any(";" in name or "\t" in name for name in columns) else ""
+        raise ValueError(f"{path} has no column {', '.join(missing)}{mark}; {command} writes it")
+    twice = [name for name, count in Counter(columns).items() if count > 1 and name]
+    if twice:
+        raise ValueError(f"{path} has the column {twice[0]} twice; delete one")
 
 
 def _value(field: dataclasses.Field[Any], text: str) -> str | float:
     if field.type != "float":
-        return text
+        return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
     try:
-        return float(text) if text.strip() else math.nan
+        number = float(text) if text.strip() else math.nan
     except ValueError:
         raise ValueError(f"{field.name} is {text!r}, which is no number") from None
+    if math.isinf(number) or "_" in text:
+        raise ValueError(f"{field.name} is {text!r}, which is no number")
+    return number

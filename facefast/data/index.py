@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import zipfile
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,13 @@ from facefast.recipe import IndexFacts, Reading
 
 FAULTS: tuple[str, ...] = _scan.FAULTS
 """Reasons by the numbers in `FaceIndex.faults`; 0 is sound."""
+
+
+def advice(fault: str) -> str:
+    """What to do about a fault, in brackets to be put behind its name; "" where there is no more to say."""
+    return " (convert it to JPEG or PNG)" if fault.startswith("unsupported") else ""
+
+
 SPLITS = ("train", "val", "test")
 """Names by the numbers in `FaceIndex.splits`."""
 
@@ -263,13 +270,16 @@ class FaceIndex:
         """
         names = [f.name for f in dataclasses.fields(cls)]
         try:
-            with np.load(path, allow_pickle=False) as file:
+            if not Path(path).is_file():
+                raise ValueError("it is no regular file")
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 stored: dict[str, Any] = {name: file[name] for name in names if name in file.files}
             stored["root"] = str(stored["root"])
             for name in ("class_names", "attribute_names"):
                 stored[name] = tuple(stored[name].tolist())
+            _check_stored(stored)
             return cls(**stored)
-        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged archive raises nearly anything
             raise ValueError(
                 f"{os.fspath(path)} is no saved index ({error}); "
                 "write one with python -m facefast.index ROOT --out FILE"
@@ -346,8 +356,31 @@ class PairSet:
 
 
 def printable(name: bytes) -> str:
-    """A file name as text that can be printed and saved, whatever its bytes."""
-    return name.decode("utf-8", "backslashreplace")
+    """A file name as text that can be printed and saved, whatever its bytes; `escaped` where that is needed."""
+    text = name.decode("utf-8", "surrogateescape")
+    return text if text.isascii() and text.isprintable() and "\\" not in text else escaped(text)
+
+
+def escaped(text: str) -> str:
+    """Text without line ends, terminal codes and marks that turn the direction of writing: "\\n", "\\x1b" instead.
+
+    Backslashes are doubled, so that different texts stay different.
+    """
+    return "".join(map(_escape, text))
+
+
+def _escape(letter: str) -> str:
+    if letter == "\\":
+        return "\\\\"
+    if "\udc80" <= letter <= "\udcff":  # a byte that is no UTF-8, as the file system's names have it
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in _DIRECTION:
+        # Only bytes are written as \x80 and above.
+        return letter.encode("unicode_escape").decode() if letter < "\x80" else f"\\u{ord(letter):04x}"
+    return letter
+
+
+_DIRECTION = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
 
 
 def number_classes(names: Sequence[str], *, by_value: bool = False) -> tuple[NDArray[np.int32], tuple[str, ...]]:
@@ -357,8 +390,11 @@ def number_classes(names: Sequence[str], *, by_value: bool = False) -> tuple[NDA
     ImageFolder counts, or `by_value` numbers first and by size.
     """
 
-    def value(name: str) -> tuple[bool, int, str]:
-        return (False, int(name), name) if name.isdecimal() else (True, 0, name)
+    def value(name: str) -> tuple[bool, int, str, str]:
+        if name.isascii() and name.isdecimal():  # no `int`, which refuses more than 4300 digits
+            digits = name.lstrip("0")
+            return (False, len(digits), digits, name)
+        return (True, 0, "", name)
 
     present = sorted(set(names) - {""}, key=value if by_value else None)
     number = {name: k for k, name in enumerate(present)} | {"": -1}
@@ -384,6 +420,31 @@ def _triangle(number: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.
     j += j * (j + 1) // 2 <= number  # the root may be one off either way
     j -= j * (j - 1) // 2 > number
     return number - j * (j - 1) // 2, j
+
+
+def _check_stored(stored: dict[str, Any]) -> None:
+    """Refuses columns that are not what `FaceIndex` says of them: the file may be damaged, or another program's."""
+    rows = len(stored["paths"])
+    shapes = {"hashes": (2,), "landmarks": (5, 2), "boxes": (4,), "attributes": (len(stored["attribute_names"]),)}
+    types = {
+        "paths": "S", "offsets": "i8", "lengths": "i8", "labels": "i4", "splits": "u1", "widths": "i4", "heights": "i4",
+        "orientations": "u1", "hashes": "u8", "faults": "u1", "landmarks": "f4", "attributes": "f4", "boxes": "f4",
+    }  # fmt: skip
+    for name, kind in types.items():
+        column = stored.get(name)
+        if column is None:
+            if name in ("landmarks", "attributes", "boxes"):
+                continue
+            raise ValueError(f"it has no column {name}")
+        expected = (rows, *shapes.get(name, ()))
+        if column.shape != expected or column.dtype.str.lstrip("<|")[: len(kind)] != kind:
+            raise ValueError(f"column {name} is {column.dtype} {column.shape}, and must be {kind} {expected}")
+    limits = {"labels": (-1, len(stored["class_names"])), "faults": (0, len(FAULTS)), "splits": (0, len(SPLITS))}
+    for name, (least, end) in {**limits, "orientations": (1, 9)}.items():
+        if rows and not least <= stored[name].min() <= stored[name].max() < end:
+            raise ValueError(f"column {name} has values outside {least} to {end - 1}")
+    if len(set(stored["class_names"])) < len(stored["class_names"]):
+        raise ValueError("it has a class name twice")
 
 
 def _column(values: ArrayLike | None, neutral: int, rows: int, dtype: Any) -> NDArray[Any]:

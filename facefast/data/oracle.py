@@ -36,7 +36,8 @@ def decode(source: bytes | str | os.PathLike[str], max_pixels: int = Reading.max
             if file.width * file.height > max_pixels:  # from the header: nothing has been decoded yet
                 raise ValueError(f"{file.width} x {file.height} pixels, more than the {max_pixels} allowed")
             picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I;16"):  # 16-bit grey, which PIL would clip at 255
+            deep_pnm = picture.mode == "I" and file.format == "PPM"
+            if picture.mode.startswith("I;16") or deep_pnm:  # 16-bit grey, which PIL would clip at 255
                 values = np.rint(np.asarray(picture, np.float64) / 257).astype(np.uint8)
                 return np.repeat(values[..., None], 3, axis=2)
             if "transparency" in picture.info:  # PIL warns where a palette loses it on the way to RGB

@@ -131,6 +131,7 @@ def read_photographs(data: Photographs, reading: Reading) -> FaceIndex:
 def _scanned(root: str, format: str, reading: Reading) -> FaceIndex:
     index = read_index(root, format).scanned(threads=reading.threads, max_pixels=reading.max_pixels)
     check_budget(index, reading.max_bad_fraction)
+    require_sound(index)
     return index.sound()
 
 
@@ -148,6 +149,19 @@ def check_budget(index: FaceIndex, max_bad_fraction: float) -> None:
         f"{len(bad)} of {len(index)} files are bad, above data.max_bad_fraction {max_bad_fraction}:\n{listed}\n"
         f"`python -m facefast.index {index.root}` lists them all"
     )
+
+
+def require_sound(index: FaceIndex) -> None:
+    """Stops what cannot begin, whatever the budget: not one picture can be read.
+
+    Raises:
+        DataError: with the first of them and its fault.
+    """
+    if index.faults.all():
+        raise DataError(
+            f"none of the {len(index)} pictures in {index.root} can be used (first: {index.name(0)}, "
+            f"{FAULTS[index.faults[0]]}); `python -m facefast.index {index.root}` lists them all"
+        )
 
 
 def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> PhaseData:
@@ -317,6 +331,12 @@ def _can_be_paired(index: FaceIndex) -> bool:
 def _part(index: FaceIndex, split: str) -> FaceIndex:
     """Rows with an identity, of one part of the data set's own partition."""
     known = index.labels >= 0
+    if not known.any():
+        raise ValueError(
+            f"none of the {len(index)} pictures in {index.root} has a name to learn; put each person's into a folder "
+            "of their own (in shards: key.cls or key.json beside key.jpg), or name them with --data.labels, which "
+            "facefast label writes"
+        )
     if split != "all":
         known &= index.splits == SPLITS.index(split)
     if not known.any():

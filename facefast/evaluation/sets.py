@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from facefast.data import PairSet, read_bin, read_lfw
-from facefast.data.prepare import EvaluationSet, check_budget, divide, photographs_of
+from facefast.data.prepare import EvaluationSet, check_budget, divide, photographs_of, require_sound
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Reading, Recipe, from_json
 
@@ -31,6 +31,7 @@ def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | 
         raise ValueError("give --pairs or --bin, not both")
     index = index.scanned(threads=reading.threads, max_pixels=reading.max_pixels)
     check_budget(index, reading.max_bad_fraction)
+    require_sound(index)
     return EvaluationSet(test=None, verification=index, pairs=found, held_out=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from facefast.labels.suspects import Suspects, find_suspects
 from facefast.recipe import Photographs
 from facefast.runtime import process
 from tests.support import small
+from tests.support.pictures import encode, smooth_picture
 from tests.support.points import people
 
 
@@ -62,6 +64,23 @@ def test_the_command_writes_a_table_and_sheets_that_training_can_use(
         assert sheet.size[0] >= 2 * sheets.TILE
     index = read_index(drawn).scanned()
     assert len(apply_corrections(index, out / "suspects.csv")) < len(index)
+
+
+def test_names_with_line_ends_and_terminal_codes_are_escaped_everywhere(
+    tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for who, name in enumerate(("an\nn", "\x1b[31mbob", "=carl")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for k in range(4):
+            (tmp_path / "photos" / name / f"{k}.png").write_bytes(encode(smooth_picture(32, 32, 4 * who + k), "PNG"))
+    shutil.copy(tmp_path / "photos/an\nn/0.png", tmp_path / "photos/=carl/copy.png")
+    out = tmp_path / "audit"
+    assert audit.main(arguments(run_folder, tmp_path / "photos", "--out", str(out))) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    assert b"\x1b" not in (out / "suspects.csv").read_bytes()
+    index = read_index(tmp_path / "photos").scanned()
+    assert {line.identity for _, line in read_corrections(out / "suspects.csv")} <= set(index.class_names)
+    apply_corrections(index, out / "suspects.csv")
 
 
 def test_findings_can_be_had_as_json_and_without_photographs(

@@ -15,6 +15,7 @@ from facefast import label
 from facefast.data import read_index
 from facefast.data.corrections import read_labels
 from facefast.label import LabelArguments, propose_names
+from facefast.recipe import Photographs
 from tests.support import small
 from tests.support.points import people
 
@@ -131,3 +132,13 @@ def test_pictures_without_any_identity_are_clustered(
 def test_photographs_must_be_named(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert label.main([str(run_folder)]) == 64
     assert "--data.root" in capsys.readouterr().err
+
+
+def test_strangers_do_not_hide_that_pictures_are_loose(tmp_path: Path) -> None:
+    for name in ("1.jpg", "logs/run.txt", "@eaDir/1.jpg/x.jpg", "__MACOSX/._1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert label.with_format(Photographs(str(tmp_path))).format == "folder"
+    (tmp_path / "ann").mkdir()
+    (tmp_path / "ann/1.jpg").touch()
+    assert label.with_format(Photographs(str(tmp_path))).format == "auto"

@@ -59,8 +59,22 @@ def test_folders_give_their_pictures_in_order_and_files_are_taken_as_they_are(ph
     with pytest.raises(ValueError, match="gone.jpg is neither a photograph nor a folder"):
         find_images((photographs, photographs / "gone.jpg"))
     (photographs / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no photographs in .*empty; they end in \.jpg"):
+    with pytest.raises(ValueError, match=r"no photographs in .*empty; they end in \.apng, .*\.jpg"):
         find_images((photographs / "empty",))
+
+
+def test_folders_are_walked_as_the_index_walks_them(tmp_path: Path) -> None:
+    names = ["a.JPG", "a.dib", "a.heic", "a.jfif", "a.jpe", "a.ppm"]
+    for name in (*names, "._a.jpg", "__MACOSX/b.jpg", "@eaDir/a.jpg/c.jpg"):
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "p" / name).touch()
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/b.jpg").touch()
+    (tmp_path / "p/link").symlink_to(tmp_path / "more")
+    assert [path.name for path in find_images((tmp_path / "p",))] == [*names, "b.jpg"]
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ValueError, match="neither a photograph nor a folder"):
+        find_images((tmp_path / "pipe.jpg",))
 
 
 def test_names_come_with_probabilities_best_first_and_embeddings_are_the_models(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -212,3 +214,55 @@ def test_labels_that_do_not_fit_are_named(tmp_path: Path, index: FaceIndex, line
 def test_the_least_confidence_is_a_fraction(tmp_path: Path, index: FaceIndex) -> None:
     with pytest.raises(ValueError, match="least confidence"):
         read_labels(index, label(tmp_path), 2)
+
+
+FORMULAS = [
+    "=cmd|' /C calc'!A0",
+    "+1",
+    "-1",
+    "@SUM(1)",
+    "\t=1",
+    "\r=1",
+    "'=1",
+    "''+1",
+    "'quoted'",
+    "\uff1d1",
+    "plain",
+    "a=b",
+]
+
+
+def test_cells_are_no_formulas_and_come_back_unchanged(tmp_path: Path) -> None:
+    path = write(tmp_path, *(wrong(text, text) for text in FORMULAS))
+    assert [line.path for _, line in read_corrections(path)] == FORMULAS
+    with open(path, newline="") as file:
+        cells = [cell for line in list(csv.reader(file))[1:] for cell in line[1:3]]
+    assert not any(cell[:1] in ("=", "+", "-", "@", "\t", "\r", "\uff1d") for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("path,identity,confidence\n9.jpg,ann,inf\n", "line 2: confidence is 'inf'"),
+        ("path,identity,confidence\n9.jpg,ann,1_0\n", "line 2: confidence is '1_0'"),
+        ("path,identity,confidence\n9,5.jpg,ann,1\n", "line 2: it has more cells than the 3 columns"),
+        ("path,path,identity,confidence\n9.jpg,8.jpg,ann,1\n", "has the column path twice"),
+        ("path;identity;confidence\n9.jpg;ann;1\n", "no column .*separated by commas"),
+        (
+            "path,identity,confidence\n9.jpg,\x1b[31m,1\n",
+            "line 2: the identity .* holds a line end or a terminal's code",
+        ),
+        ("path,identity,confidence\n9.jpg,caf\udce9,1\n", "line 2, is no CSV file in UTF-8"),
+        ("path,identity,confidence\n" + "x" * 200_000, "is no CSV .*field larger"),
+    ],
+)
+def test_lines_that_may_be_wrong_are_refused(tmp_path: Path, index: FaceIndex, content: str, message: str) -> None:
+    (tmp_path / "labels.csv").write_text(content, errors="surrogateescape")
+    with pytest.raises(ValueError, match=message):
+        read_labels(index, tmp_path / "labels.csv")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path, index: FaceIndex) -> None:
+    os.mkfifo(tmp_path / "labels.csv")
+    with pytest.raises(ValueError, match="no regular file"):
+        read_labels(index, tmp_path / "labels.csv")

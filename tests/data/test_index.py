@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +253,90 @@ def test_every_layout_is_recognised_or_the_error_says_what_was_seen(tmp_path: Pa
         read_index(tmp_path / "text/readme.txt")
     with pytest.raises(ValueError, match="'lmdb' is not known; use auto, celeba"):
         read_index(tmp_path, "lmdb")
+
+
+def tar_of(path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+
+
+def test_one_container_beside_folders_of_photographs_decides_nothing(tmp_path: Path) -> None:
+    write(tmp_path, people())
+    (tmp_path / "train.rec").write_bytes(b"x")
+    with pytest.raises(ValueError, match="may be recordio or folder: .*--data.format"):
+        read_index(tmp_path)
+    (tmp_path / "train.rec").unlink()
+    tar_of(tmp_path / "a/backup.tar")
+    with pytest.raises(ValueError, match="may be webdataset or folder"):
+        read_index(tmp_path)
+    assert len(read_index(tmp_path, "folder")) == 6
+
+
+def test_a_stranger_without_pictures_leaves_shards_alone(tmp_path: Path) -> None:
+    tar_of(tmp_path / "0.tar")
+    write(tmp_path, {"logs/run.txt": b"", "__MACOSX/._0.tar": b"x", "README.png": b"x"})
+    assert len(read_index(tmp_path)) == 1
+
+
+def test_loose_pictures_are_told_what_to_do(tmp_path: Path) -> None:
+    write(tmp_path, {"1.jpg": jpeg()})
+    with pytest.raises(
+        ValueError, match="put each person's pictures into a folder of their own, .*--data.format, folder"
+    ):
+        read_index(tmp_path)
+
+
+def test_celebas_folder_without_its_lists_is_nobody(tmp_path: Path) -> None:
+    write(tmp_path, {"img_align_celeba/1.jpg": jpeg()})
+    with pytest.raises(ValueError, match="one of the lists identity_CelebA"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("labels", np.array([0, 9], np.int32)),
+        ("labels", np.array([0], np.int32)),
+        ("labels", np.array([0.5, 1])),
+        ("faults", np.array([0, 255], np.uint8)),
+        ("splits", np.array([0, 7], np.uint8)),
+        ("hashes", np.zeros(2, np.uint64)),
+        ("landmarks", np.zeros((2, 4, 2), np.float32)),
+        ("class_names", np.array(["a", "a"])),
+        ("paths", np.array(["a.jpg", "b.jpg"])),
+    ],
+)
+def test_a_saved_index_with_other_columns_is_refused(tmp_path: Path, column: str, value: np.ndarray) -> None:
+    index_of([0, 1]).save(tmp_path / "index.npz")
+    with np.load(tmp_path / "index.npz") as file:
+        stored = dict(file) | {column: value}
+    np.savez(tmp_path / "other.npz", **stored)
+    with pytest.raises(ValueError, match="is no saved index"):
+        read_index(tmp_path / "other.npz")
+
+
+def test_a_folder_or_a_damaged_archive_is_no_saved_index(tmp_path: Path) -> None:
+    (tmp_path / "folder.npz").mkdir()
+    index_of([0, 1]).save(tmp_path / "index.npz")
+    content = (tmp_path / "index.npz").read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        at, new = int(random.integers(len(content))), int(random.integers(256))
+        (tmp_path / "index.npz").write_bytes(content[:at] + bytes([new]) + content[at + 1 :])
+        with contextlib.suppress(ValueError):
+            read_index(tmp_path / "index.npz")
+    with pytest.raises(ValueError, match="is no saved index"):
+        read_index(tmp_path / "folder.npz")
+
+
+def test_nothing_but_bad_pictures_exits_65_whatever_the_budget(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, {"a/1.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)})
+    code, table, err = run(capsys, tmp_path, "--max-bad-fraction", 1)
+    assert code == 65
+    assert "unsupported: HEIC (convert it to JPEG or PNG): a/1.heic" in table
+    assert "so that none is left (first: a/1.heic, unsupported: HEIC)" in err
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

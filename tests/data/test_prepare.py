@@ -10,7 +10,7 @@ import pytest
 
 from facefast.data import FaceIndex, read_index
 from facefast.data.index import FAULTS
-from facefast.data.prepare import check_budget, divide, photographs_of
+from facefast.data.prepare import check_budget, divide, photographs_of, read_photographs
 from facefast.recipe import (
     AttributeSpec,
     BinaryConfig,
@@ -19,6 +19,7 @@ from facefast.recipe import (
     EvalConfig,
     LossConfig,
     Phase,
+    Photographs,
     Reading,
     Recipe,
     TaskConfig,
@@ -208,3 +209,16 @@ def test_one_bad_file_more_stops_the_run_and_names_ten() -> None:
 
 def make_bad(bad: int) -> FaceIndex:
     return make_index("/people", [f"{row}.jpg" for row in range(20)], faults=(np.arange(20) < bad).astype(np.uint8))
+
+
+def test_photographs_of_which_none_can_be_read_are_refused_whatever_the_budget(tmp_path: Path) -> None:
+    (tmp_path / "ann").mkdir()
+    (tmp_path / "ann/1.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"none of the 1 pictures .* can be used \(first: ann/1.jpg, not a picture\)"):
+        read_photographs(Photographs(str(tmp_path)), Reading(1, max_bad_fraction=1.0))
+
+
+def test_pictures_without_names_are_told_how_to_get_them(tmp_path: Path) -> None:
+    recipe = Recipe(phases=(Phase(start="scratch"),))
+    with pytest.raises(ValueError, match=r"none of the 3 pictures .* has a name to learn; .*key\.cls"):
+        divide(FaceIndex.build(tmp_path, [b"1", b"2", b"3"], None, ()), recipe, recipe.phases[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,6 +109,23 @@ def test_a_scan_reports_exactly_the_faults_that_were_injected(tmp_path: Path) ->
     assert [_scan.FAULTS[fault] for fault in found["fault"]] == list(truth.values())
     hashed = found["hash"].any(axis=1)
     assert np.array_equal(hashed, found["fault"] == 0), "exactly the sound pictures have a hash"
+
+
+def test_a_pipe_is_reported_without_being_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    woken = threading.Event()
+
+    def write() -> None:
+        with open(tmp_path / "pipe.jpg", "wb"):  # waits until somebody opens the other end
+            woken.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    found = scan(tmp_path, ["pipe.jpg"] * 200)
+    assert {_scan.FAULTS[fault] for fault in found["fault"]} == {"not a regular file"}
+    assert not woken.is_set()
+    with open(tmp_path / "pipe.jpg", "rb"):
+        writer.join()
 
 
 def test_the_type_comes_from_the_content(tmp_path: Path) -> None:

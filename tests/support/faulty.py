@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from tests.support.pictures import encode, exif, odd_pictures, smooth_picture
+from tests.support.pictures import encode, exif, odd_pictures, pnm, smooth_picture, tiff
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -95,7 +95,11 @@ def faulty_pictures() -> dict[str, tuple[bytes, str]]:
     """name -> (bytes, reason)."""
     photo = jpeg()
     picture = Image.fromarray(smooth_picture(90, 120))
-    png, webp, tiff = encode(picture, "PNG"), encode(picture, "WEBP"), encode(picture, "TIFF")
+    png, webp, rgb_tiff = encode(picture, "PNG"), encode(picture, "WEBP"), encode(picture, "TIFF")
+    rgb, grey = np.asarray(picture), np.asarray(picture.convert("L"))
+    cmyk = np.asarray(picture.convert("CMYK"))
+    deep, rgba = rgb.astype(np.uint16) * 257, np.dstack([rgb, grey])
+    cmyk_jpeg = encode(picture.convert("CMYK"))
     progressive = encode(picture, progressive=True)
     sof, sos, idat = frame(photo), photo.index(b"\xff\xda"), png.index(b"IDAT")
     dqt, dht = photo.index(b"\xff\xdb"), photo.index(b"\xff\xc4")
@@ -107,7 +111,8 @@ def faulty_pictures() -> dict[str, tuple[bytes, str]]:
     plte = palette.index(b"PLTE")
     after = plte + 8 + struct.unpack(">I", palette[plte - 4 : plte])[0]
     damaged, truncated, nothing = "damaged header", "truncated", "no picture data"
-    variant = "unsupported: variant of its format"
+    variant, colors = "unsupported: variant of its format", "unsupported: colour layout"
+    levels = "unsupported: greatest value of PNM other than 255 and 65535"
     return {
         "zero bytes": (b"", "empty file"),
         "garbage": (np.random.default_rng(0).bytes(5000), "not a picture"),
@@ -184,10 +189,30 @@ def faulty_pictures() -> dict[str, tuple[bytes, str]]:
         "bmp half": (encode(picture, "BMP")[:5000], truncated),
         "bmp run lengths": (bmp(8, 1, b"\x08\x10\0\0" * 8 + b"\0\1"), variant),
         "bmp width 0": (bmp(24, 0, bytes(192), width=0), "zero width or height"),
-        "tiff half": (tiff[: len(tiff) // 2], truncated),
+        "tiff half": (rgb_tiff[: len(rgb_tiff) // 2], truncated),
         "tiff of floats": (encode(picture.convert("F"), "TIFF"), variant),
         "tiff of bits": (encode(picture.convert("1"), "TIFF"), variant),
         "big tiff": (encode(picture, "TIFF", big_tiff=True), "unsupported: other format"),
+        "tiff that begins with a thumbnail": (tiff(rgb, 2, subfile=1), variant),
+        "lab tiff": (tiff(rgb, 8), colors),
+        "icc lab tiff": (tiff(rgb, 9), colors),
+        "ycbcr tiff": (tiff(rgb, 6), colors),
+        "tiff of a camera's sensor": (tiff(grey[..., None], 32803), colors),
+        "inverted 16-bit grey tiff": (tiff(deep[..., :1], 0), colors),
+        "grey tiff with alpha": (tiff(rgba[..., :2], 1, extra=2), colors),
+        "16-bit palette tiff": (tiff(deep[..., :1], 3), colors),
+        "16-bit cmyk tiff": (tiff(cmyk.astype(np.uint16) * 257, 5), colors),
+        "tiff with premultiplied alpha": (tiff(rgba, 2, extra=1), colors),
+        "tiff of five samples": (tiff(np.dstack([rgba, grey]), 2), colors),
+        "tiff with alpha in planes": (tiff(rgba, 2, extra=2, planar=True), colors),
+        "16-bit tiff in planes": (tiff(deep, 2, planar=True), colors),
+        "cmyk jpeg without Adobe's mark": (without(cmyk_jpeg, b"\xff\xee"), colors),
+        "bmp of other masks": (
+            patched(bmp(32, 3, struct.pack("<III", 0xFF, 0xFF00, 0xFF0000) + bytes(256)), 10, b"\x42"),
+            colors,
+        ),
+        **{f"pgm of {greatest}": (pnm(grey, greatest), levels) for greatest in (1, 15, 254, 256, 1023, 65534)},
+        "ppm of 100": (pnm(rgb, 100), levels),
         "pgm short": (b"P5\n4 4\n255\n" + bytes(15), truncated),
         "pgm of words": (b"P5\nfour 4\n255\n" + bytes(16), damaged),
         "gif": (encode(picture, "GIF"), "unsupported: GIF"),
@@ -230,19 +255,16 @@ def sound_pictures() -> dict[str, tuple[bytes, str, int, int, int]]:
             "webp",
             1,
         ),
-        "tiff": (encode(picture, "TIFF"), "tiff", 1),
         "tiff turned": (encode(picture, "TIFF", tiffinfo={274: 6}), "tiff", 6),
-        "tiff lzw": (encode(picture, "TIFF", compression="tiff_lzw"), "tiff", 1),
-        "pgm": (encode(picture.convert("L"), "PPM"), "pnm", 1),
-        "ppm": (encode(picture, "PPM"), "pnm", 1),
-        "pbm": (encode(picture.convert("1"), "PPM"), "pnm", 1),
     }
     return odd | {name: (data, kind, 120, 90, turn) for name, (data, kind, turn) in more.items()}
 
 
 def name_kind(name: str) -> str:
     """The format that a name of `odd_pictures` speaks of."""
-    return next(kind for kind in ("jpeg", "png", "webp", "bmp") if kind in name)
+    kinds = {"tiff": "tiff", "jpeg": "jpeg", "png": "png", "webp": "webp", "bmp": "bmp"}
+    kinds |= dict.fromkeys(("pgm", "ppm", "pbm"), "pnm")
+    return next(kind for word, kind in kinds.items() if word in name)
 
 
 def _with_thumbnail(thumbnail: bytes) -> bytes:

@@ -77,6 +77,47 @@ def png16(values: NDArray[np.uint16]) -> bytes:
     )
 
 
+def pnm(values: NDArray[np.uint8], greatest: int = 255) -> bytes:
+    """A PGM of [H, W] or a PPM of [H, W, 3] values of 255, rewritten for another greatest value."""
+    scaled = np.rint(values / 255 * greatest).astype(">u2" if greatest > 255 else "u1")
+    kind = 6 if values.ndim == 3 else 5
+    return b"P%d\n%d %d\n%d\n" % (kind, values.shape[1], values.shape[0], greatest) + scaled.tobytes()
+
+
+def tiff(
+    samples: NDArray[np.uint8] | NDArray[np.uint16],
+    photometric: int,
+    *,
+    extra: int | None = None,
+    planar: bool = False,
+    subfile: int = 0,
+) -> bytes:
+    """An uncompressed little-endian TIFF of [H, W, C] samples that are said to mean `photometric`."""
+    height, width, channels = samples.shape
+    strips = channels if planar else 1
+    data = (samples.transpose(2, 0, 1) if planar else samples).astype(samples.dtype.newbyteorder("<")).tobytes()
+    short, long = "H", "I"
+    tags: dict[int, tuple[str, list[int]]] = {
+        254: (long, [subfile]), 256: (long, [width]), 257: (long, [height]),
+        258: (short, [8 * samples.itemsize] * channels), 259: (short, [1]), 262: (short, [photometric]),
+        273: (long, [0] * strips), 277: (short, [channels]), 278: (long, [height]),
+        279: (long, [len(data) // strips] * strips), 284: (short, [2 if planar else 1]),
+    }  # fmt: skip
+    if extra is not None:
+        tags[338] = (short, [extra])
+    values_at = 8 + 2 + 12 * len(tags) + 4
+    lengths = {tag: struct.calcsize(f"<{len(values)}{kind}") for tag, (kind, values) in tags.items()}
+    data_at = values_at + sum(length for length in lengths.values() if length > 4)
+    tags[273] = (long, [data_at + k * len(data) // strips for k in range(strips)])
+    directory = outside = b""
+    for tag, (kind, values) in sorted(tags.items()):
+        packed = struct.pack(f"<{len(values)}{kind}", *values)
+        place = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", values_at + len(outside))
+        outside += packed if len(packed) > 4 else b""
+        directory += struct.pack("<HHI", tag, 3 if kind == short else 4, len(values)) + place
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + directory + bytes(4) + outside + data
+
+
 def exif(orientation: int) -> bytes:
     """An EXIF block that holds nothing but an orientation."""
     tags = Image.Exif()
@@ -92,6 +133,8 @@ def odd_pictures() -> dict[str, bytes]:
     rgba = Image.fromarray(np.dstack([rgb, alpha]))
     deep = rgb.astype(np.uint16) * 257 - np.uint16(100) * (rgb > 0)
     palette = picture.quantize(64)
+    grey = np.asarray(picture.convert("L"))
+    cmyk = np.asarray(picture.convert("CMYK"))
     kinds = {
         "jpeg": encode(rgb),
         "progressive jpeg": encode(rgb, progressive=True),
@@ -114,6 +157,24 @@ def odd_pictures() -> dict[str, bytes]:
         "webp with alpha": encode(rgba, "WEBP"),
         "bmp": encode(rgb, "BMP"),
         "palette bmp": encode(palette, "BMP"),
+        "pgm": pnm(grey),
+        "ppm": pnm(rgb),
+        "16-bit pgm": pnm(grey, 65535),
+        "16-bit ppm": pnm(rgb, 65535),
+        "pbm": encode(picture.convert("1"), "PPM"),
+        "tiff": encode(rgb, "TIFF"),
+        "lzw tiff": encode(rgb, "TIFF", compression="tiff_lzw"),
+        "jpeg in tiff": encode(rgb, "TIFF", compression="jpeg"),
+        "grey tiff": tiff(grey[..., None], 1),
+        "inverted grey tiff": tiff(grey[..., None], 0),
+        "16-bit grey tiff": tiff(deep[..., :1], 1),
+        "palette tiff": encode(palette, "TIFF"),
+        "16-bit tiff": tiff(deep, 2),
+        "tiff with alpha": tiff(np.array(rgba), 2, extra=2),
+        "16-bit tiff with alpha": tiff(np.dstack([deep, alpha]), 2, extra=2),
+        "tiff in planes": tiff(rgb, 2, planar=True),
+        "cmyk tiff": tiff(cmyk, 5),
+        "cmyk tiff in planes": tiff(cmyk, 5, planar=True),
         "png with exif 6": encode(rgb, "PNG", exif=exif(6)),
         "webp with exif 6": encode(rgb, "WEBP", exif=exif(6)),
     }

@@ -6,25 +6,32 @@ File formats: the README of CelebA (Liu et al., "Deep Learning Face Attributes i
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from facefast.data.formats.folder import list_pictures
-from facefast.data.index import SPLITS, FaceIndex, number_classes
+from facefast.data.formats.celeba_lists import Table, read_table, require_agreement, stem
+from facefast.data.index import SPLITS, FaceIndex, number_classes, printable
+from facefast.data.walk import is_folder, list_pictures, top_entries
 from facefast.runtime.exits import DataError
 
 ALIGNED, WILD = "img_align_celeba", "img_celeba"
 IDENTITY, PARTITION, ATTRIBUTES = "identity_CelebA", "list_eval_partition", "list_attr_celeba"
 LANDMARKS = {ALIGNED: "list_landmarks_align_celeba", WILD: "list_landmarks_celeba"}
 BOXES = "list_bbox_celeba"
-WIDTHS = {IDENTITY: 1, PARTITION: 1, BOXES: 4} | dict.fromkeys(LANDMARKS.values(), 10)
-"""Numbers on a line of each list; the attributes are as many as their header names."""
+POINTS = tuple(f"{part}_{axis}" for part in ("lefteye", "righteye", "nose", "leftmouth", "rightmouth") for axis in "xy")
+COLUMNS = {
+    IDENTITY: ("identity",),
+    PARTITION: ("partition",),
+    BOXES: ("x_1", "y_1", "width", "height"),
+} | dict.fromkeys(LANDMARKS.values(), POINTS)
+"""Numbers on a line of each list; the attributes are those that their header names."""
+FARTHEST = 1 << 20
+"""Of a landmark or a corner from the picture's, in pixels."""
 FOLDERS = ("", "Anno", "Eval", "Img")
 """The official download is sorted into these."""
 
@@ -48,27 +55,41 @@ def read_celeba(root: str | os.PathLike[str]) -> FaceIndex:
     if layout is None:
         raise ValueError(
             f"{os.fspath(root)} is not CelebA: it needs {ALIGNED} or {WILD}, and one of the lists "
-            f"{IDENTITY}, {PARTITION} or {ATTRIBUTES} (.txt or .csv) beside it"
+            f"{IDENTITY}, {PARTITION} or {ATTRIBUTES} (.txt or .csv) beside it. If its folders are people, read them "
+            "with --data.format folder"
         )
-    tables = {name: _read_table(path, WIDTHS.get(name)) for name, path in layout.lists.items()}
+    tables: dict[str, Table] = {}
+    for name, copies in layout.lists.items():
+        tables[name], *others = (read_table(path, COLUMNS.get(name), whole=name == IDENTITY) for path in copies)
+        for other in others:
+            require_agreement(tables[name], other)
     if IDENTITY in tables:
-        tables[IDENTITY].require(lambda v: v == np.rint(v), "a whole number")
+        tables[IDENTITY].require(lambda v: v >= -1, "a whole number, and at least -1, which is nobody")
     if PARTITION in tables:
         tables[PARTITION].require(lambda v: np.isin(v, range(len(SPLITS))), "0, 1 or 2")
     if BOXES in tables:
         tables[BOXES].require(lambda v: v[:, 2:] > 0, "a box with a width and a height above 0")
+    for name in (BOXES, *LANDMARKS.values()):
+        if name in tables:
+            tables[name].require(lambda v: np.isnan(v) | (abs(v) <= FARTHEST), f"pixels, from 0 to {FARTHEST} each way")
+    if ATTRIBUTES in tables:
+        tables[ATTRIBUTES].require(
+            lambda v: np.isnan(v) | (v != np.rint(v)) | (v.astype(np.float32) == v),
+            "a number that 32-bit floats can tell from its neighbours; leave the column out",
+        )
 
     names = _names(layout.pictures, list(tables.values()))
+    twins = {name for name, count in Counter(map(stem, names)).items() if count > 1}
 
     def column(name: str, neutral: str) -> NDArray[np.float32] | None:
-        return tables[name].column(names, neutral) if name in tables else None
+        return tables[name].column(names, twins, neutral).astype(np.float32) if name in tables else None
 
-    identities = column(IDENTITY, "their label is -1")
+    identities = tables[IDENTITY].column(names, twins, "their label is -1") if IDENTITY in tables else None
     splits = column(PARTITION, "they count as train")
     attributes = column(ATTRIBUTES, "their attributes are NaN")
     landmarks = column(LANDMARKS[layout.edition], "their landmarks are NaN")
     labels, class_names = number_classes(
-        [""] * len(names) if identities is None else [str(int(n)) if n >= 0 else "" for n in identities[:, 0].tolist()],
+        [""] * len(names) if identities is None else [str(n) if n >= 0 else "" for n in identities[:, 0].tolist()],
         by_value=True,
     )
     folder = layout.pictures.relative_to(layout.base)
@@ -86,15 +107,20 @@ def read_celeba(root: str | os.PathLike[str]) -> FaceIndex:
 
 
 def recognises_celeba(root: Path) -> bool:
-    """Whether `root` holds CelebA's pictures and one of its lists."""
-    return _find(root) is not None
+    """Whether `root` holds CelebA's pictures and one of its lists, or its folder of pictures alone: then the reader
+    says what is missing, for that folder is nobody's."""
+    if not root.is_dir():
+        return False
+    alone = any(is_folder(entry) and os.fsdecode(entry.name) in LANDMARKS for entry in top_entries(root))
+    return alone or _find(root) is not None
 
 
 class _Layout(NamedTuple):
     base: Path
     pictures: Path
     edition: str
-    lists: dict[str, Path]
+    lists: dict[str, list[Path]]
+    """Every copy of each list that is there, the official .txt first."""
 
 
 def _find(root: Path) -> _Layout | None:
@@ -116,22 +142,30 @@ def _find(root: Path) -> _Layout | None:
     return None
 
 
-def _lists(base: Path, names: Sequence[str]) -> dict[str, Path]:
-    return {
-        name: base / folder / (name + extension)
-        for name in names
-        for folder in FOLDERS
-        for extension in (".csv", ".txt")  # the official .txt has the last word
-        if (base / folder / (name + extension)).is_file()
-    }
+def _lists(base: Path, names: Sequence[str]) -> dict[str, list[Path]]:
+    found = {}
+    for name in names:
+        places = [base / folder / (name + extension) for extension in (".txt", ".csv") for folder in FOLDERS]
+        if there := [place for place in places if place.is_file()]:
+            found[name] = there
+    return found
 
 
-def _names(pictures: Path, tables: Sequence[_Table]) -> list[str]:
+def _names(pictures: Path, tables: Sequence[Table]) -> list[str]:
     """Sorted names of the pictures on disk and of those that every list names."""
-    names = [os.fsdecode(path) for path in list_pictures(os.fsencode(pictures))]
-    agreed = set.intersection(*(set(table.rows) for table in tables))
-    absent = agreed.difference(map(_stem, names))
-    return sorted([*names, *(tables[0].files[tables[0].rows[stem]] for stem in absent)])
+    names = [os.fsdecode(path) for path in list_pictures(pictures)]
+    there = set(map(stem, names))
+    for table in tables:
+        table.require_text(there)
+    absent = set.intersection(*(set(table.rows) for table in tables)) - there
+    missed = [tables[0].files[tables[0].rows[name]] for name in absent]
+    outside = [name for name in missed if name.startswith("/") or ".." in name.split("/")]
+    if outside:
+        raise DataError(
+            f"{tables[0].path} names {printable(os.fsencode(outside[0]))}, which leads out of {pictures}; lists name "
+            "the pictures in that folder"
+        )
+    return sorted([*names, *missed])
 
 
 def _zero_and_one(attributes: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -140,107 +174,3 @@ def _zero_and_one(attributes: NDArray[np.float32]) -> NDArray[np.float32]:
     signed = signs.all(axis=0) & (attributes == -1).any(axis=0)
     unknown = np.where(attributes == 0, np.float32(np.nan), attributes)
     return np.where(signed, (unknown + 1) / 2, attributes)
-
-
-@dataclass(frozen=True)
-class _Table:
-    """One list: a line per picture, found by the stem of its name (PNG editions keep the names)."""
-
-    path: Path
-    header: tuple[str, ...]
-    files: list[str]
-    rows: dict[str, int]
-    values: NDArray[np.float32]  # [lines, numbers]
-
-    def column(self, names: Sequence[str], neutral: str) -> NDArray[np.float32]:
-        """[N, numbers] of `names`; NaN where there is no line, and a warning of what follows."""
-        rows = np.fromiter((self.rows.get(_stem(name), -1) for name in names), np.int64, len(names))
-        absent = np.flatnonzero(rows < 0)
-        if len(absent) == len(names):
-            raise DataError(
-                f"{self.path} names none of the {len(names)} pictures (first: {names[0]}); its first line is for "
-                f"{self.files[0] if self.files else 'nothing'}, and {self.values.shape[1]} numbers"
-            )
-        if len(absent) > 0:
-            warnings.warn(
-                f"{self.path} has no line for {len(absent)} of {len(names)} pictures "
-                f"(first: {names[absent[0]]}); {neutral}",
-                stacklevel=4,
-            )
-        values = self.values[rows]
-        values[absent] = np.nan
-        return values
-
-    def require(self, valid: Callable[[NDArray[np.float32]], NDArray[np.bool_]], what: str) -> None:
-        """Raises DataError unless every line is valid."""
-        bad = np.flatnonzero(~valid(self.values).all(axis=1))
-        if len(bad) > 0:
-            raise DataError(
-                f"{self.path}: {len(bad)} of {len(self.files)} lines are no good (first: "
-                f"{self.files[bad[0]]} {_text(self.values[bad[0]])}); it must be {what}"
-            )
-
-
-def _read_table(path: Path, width: int | None) -> _Table:
-    """Lines of a file name and `width` numbers, or as many as the header names.
-
-    File names may hold spaces. The count of pictures on the first line is not used: it is wrong in
-    edited copies.
-    """
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if lines and "," in lines[-1]:
-        lines = [line.replace(",", " ") for line in lines]
-    if lines and lines[0].isdecimal():
-        del lines[0]
-    header: tuple[str, ...] = ()
-    if lines and not _is_number(lines[0].split()[-1]):
-        header = tuple(name for name in lines.pop(0).split() if name != "image_id")
-    width = width or len(header)
-    if width == 0:
-        raise DataError(f"{path} has no header line to name its columns")
-
-    # From the right: what is left of the numbers is the name, with whatever spaces it has.
-    parts = [line.rsplit(None, width) for line in lines]
-    try:
-        complete = all(len(part) == width + 1 for part in parts)
-        numbers = [float(value) for part in parts for value in part[1:]]
-    except ValueError:
-        complete = False
-    if not complete:
-        bad = [p for p in parts if len(p) <= width or not all(map(_is_number, p[1:]))]
-        raise DataError(
-            f"{path}: {len(bad)} of {len(lines)} lines are not a file name and {width} numbers "
-            f"(first: {' '.join(bad[0])[:80]!r})"
-        )
-    values = np.array(numbers, np.float32).reshape(-1, width)
-    files = [part[0] for part in parts]
-    rows = {_stem(name): row for row, name in enumerate(files)}
-    if len(rows) < len(files):  # named twice: allowed where both lines say the same
-        last = np.array([rows[_stem(name)] for name in files])
-        clash = np.flatnonzero((values != values[last]).any(axis=1))
-        if len(clash) > 0:
-            one, other = clash[0], last[clash[0]]
-            raise DataError(
-                f"{path} says different things of {len(clash)} pictures (first: {files[one]}, "
-                f"{_text(values[one])} and {_text(values[other])}); keep one line for each"
-            )
-    return _Table(path, header, files, rows, values)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _stem(name: str) -> str:
-    """A name without its extension; "1.jpg 0", from a line with more numbers than its header has names, has none."""
-    stem, extension = os.path.splitext(name)
-    return name if " " in extension else stem
-
-
-def _text(values: NDArray[np.float32]) -> str:
-    return " ".join(f"{value:g}" for value in values[:10].tolist())

@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import pickletools
+import stat
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from facefast.data.index import FaceIndex, PairSet
+from facefast.data.lists import read_whole
+from facefast.data.walk import top_entries
 from facefast.runtime.exits import DataError
 
 MAGIC = 0xCED7230A
 FRAME = 8  # bytes of magic and length
 HEADER = 24  # bytes of flag, label and two ids
+EXACT = 1 << 24  # 32-bit floats tell all whole numbers below apart
 RECORD = np.dtype(
     [
         ("magic", "<u4"),
@@ -49,7 +53,7 @@ def read_recordio(root: str | os.PathLike[str]) -> FaceIndex:
     """
     file = _find(Path(root))
     # Mapped, not read: only headers are looked at, and a file of millions of pictures does not fit into memory.
-    data = np.memmap(file, np.uint8, "r")
+    data = _bytes_of(file)
     keys, offsets = _keys(file, data)
     records, inside = _records(data, offsets)
     strange = np.flatnonzero(inside & (records["magic"] != MAGIC))
@@ -69,13 +73,22 @@ def read_recordio(root: str | os.PathLike[str]) -> FaceIndex:
 
     wanted = np.ones(len(keys), bool)
     if keys[0] == 0 and records["flag"][0] > 0 and lengths[0] == 0:  # InsightFace's header record
-        end = int(labels[0])
+        is_identity = (records["flag"] > 0) & (lengths == 0) & inside
+        end = _end(file, float(labels[0]), keys, is_identity)
         wanted = (keys >= 1) & (keys < end)
         if np.count_nonzero(wanted) != end - 1:
             raise DataError(
                 f"{file} announces {end - 1} pictures and its .idx lists "
                 f"{np.count_nonzero(wanted)}; take whole copies of both"
             )
+        beyond = np.flatnonzero((keys >= end) & inside & ~is_identity)
+        if len(beyond) > 0:
+            raise DataError(
+                f"{file} announces {end - 1} pictures and holds {len(beyond)} more behind them (first: key "
+                f"{keys[beyond[0]]}); are these two files in one? Write them apart, or anew"
+            )
+    last = min([len(data), *offsets[~inside].tolist()])
+    _warn_of_unlisted(file, offsets[inside], records[inside], part[inside], last)
     # The bytes of a split record are not contiguous: its data holds the mark by chance, once in
     # a million pictures.
     split = np.flatnonzero(wanted & (part != 0))
@@ -86,12 +99,13 @@ def read_recordio(root: str | os.PathLike[str]) -> FaceIndex:
             stacklevel=2,
         )
         wanted[split] = False
-    countable = np.isfinite(labels) & (labels == np.rint(labels)) & (labels >= -1)
+    countable = np.isfinite(labels) & (labels == np.rint(labels)) & (labels >= -1) & (labels < EXACT)
     bad = np.flatnonzero(wanted & ~countable)
     if len(bad) > 0:
         raise DataError(
             f"{len(bad)} of {np.count_nonzero(wanted)} labels of {file} are no class numbers "
-            f"(first: {labels[bad[0]]} of key {keys[bad[0]]}); they must be whole and at least -1"
+            f"(first: {labels[bad[0]]} of key {keys[bad[0]]}); they must be whole, at least -1, which is nobody, and "
+            f"below {EXACT}, from where on the format's 32-bit floats take two people for one; number them anew from 0"
         )
     values, numbers = np.unique(labels[wanted].astype(np.int64), return_inverse=True)
     unlabelled = np.count_nonzero(values < 0)
@@ -107,7 +121,7 @@ def read_recordio(root: str | os.PathLike[str]) -> FaceIndex:
 
 def recognises_recordio(root: Path) -> bool:
     """Whether `root` is a .rec file or holds one."""
-    return root.suffix == ".rec" or (root.is_dir() and any(root.glob("*.rec")))
+    return bool(_rec_files(root)) if root.is_dir() else root.suffix.lower() == ".rec"
 
 
 def read_bin(path: str | os.PathLike[str]) -> tuple[FaceIndex, PairSet]:
@@ -119,12 +133,12 @@ def read_bin(path: str | os.PathLike[str]) -> tuple[FaceIndex, PairSet]:
     Raises:
         DataError: the file is damaged, holds anything else, or its pictures are not stored raw.
     """
-    content = Path(path).read_bytes()
+    content = read_whole(path)
     try:
         bins, same = _Unpickler(io.BytesIO(content), encoding="bytes").load()
         # The unpickler gives contents; where they lie in the file is found by the pickle's opcodes.
         pictures = [bytes(picture) for picture in bins]
-        flags = np.array([bool(flag) for flag in same])
+        flags = np.array([_flag(flag) for flag in same], bool)
         places = _raw_strings(content)
     except Exception as error:  # a damaged pickle raises nearly anything
         raise DataError(
@@ -153,10 +167,63 @@ def read_bin(path: str | os.PathLike[str]) -> tuple[FaceIndex, PairSet]:
     return index, PairSet.of(rows[0::2], rows[1::2], flags)
 
 
+def _flag(value: Any) -> bool:
+    if isinstance(value, bytes | str) or value not in (0, 1):
+        raise ValueError(f"a pair is the same person or not, 1 or 0; one is {value!r:.80}")
+    return bool(value)
+
+
+def _rec_files(root: Path) -> list[Path]:
+    return [root / os.fsdecode(entry.name) for entry in top_entries(root) if entry.name.lower().endswith(b".rec")]
+
+
+def _bytes_of(file: Path) -> NDArray[np.uint8]:
+    """The file, mapped."""
+    try:
+        status = os.stat(file)
+        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+            what = "empty" if stat.S_ISREG(status.st_mode) else "no regular file"
+            raise DataError(f"{file} is {what}; take a whole copy")
+        return np.memmap(file, np.uint8, "r")
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); give its readers permission") from error
+
+
+def _end(file: Path, announced: float, keys: NDArray[np.int64], is_identity: NDArray[np.bool_]) -> int:
+    """The first key that is no picture's. The header record has it as a 32-bit float, which is off by a few in sets of
+    17 million pictures: there the first identity record decides."""
+    if not (np.isfinite(announced) and announced == np.rint(announced) and announced >= 1):
+        raise DataError(f"{file} announces {announced - 1:g} pictures in its first record; it is damaged")
+    if announced < EXACT:
+        return int(announced)
+    after = keys[is_identity & (keys >= 1)]
+    end = int(after.min() if len(after) else keys.max() + 1)
+    return end if abs(end - announced) <= np.spacing(np.float32(announced)) else int(announced)
+
+
+def _warn_of_unlisted(
+    file: Path, offsets: NDArray[np.int64], records: NDArray[np.void], part: NDArray[Any], size: int
+) -> None:
+    """Says how many bytes no line of the .idx accounts for: pictures, if it was cut or belongs to an older file."""
+    order = np.argsort(offsets)
+    begins = offsets[order]
+    ends = begins + FRAME + ((records["length"][order] & 0x1FFFFFFF).astype(np.int64) + 3) // 4 * 4
+    gaps = np.append(begins[1:], size) - ends
+    gaps[part[order] != 0] = 0  # the other parts follow, unlisted
+    first = np.flatnonzero(gaps > 0)
+    if len(offsets) and len(first):
+        lost = int(gaps[first].sum())
+        warnings.warn(
+            f"{lost} of {size} bytes of {file} are in no record that its .idx lists (first: byte {ends[first[0]]}); "
+            "their pictures are left out. If that is not meant, remove the .idx, and the .rec is read alone",
+            stacklevel=3,
+        )
+
+
 def _find(root: Path) -> Path:
     if root.is_file():
         return root
-    files = sorted(root.glob("*.rec"))
+    files = _rec_files(root)
     train = [file for file in files if file.name == "train.rec"] or files
     if len(train) != 1:
         names = ", ".join(file.name for file in files) or "none"
@@ -177,6 +244,10 @@ def _keys(file: Path, data: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArr
         raise DataError(f"{listing} must have a key and an offset on each line: {error}") from error
     if table.shape[1:] != (2,) or len(table) == 0 or table.min() < 0:
         raise DataError(f"{listing} must have a key and an offset on each line; it is {table.shape}")
+    for column, what in enumerate(("key", "offset")):
+        values, counts = np.unique(table[:, column], return_counts=True)
+        if (counts > 1).any():
+            raise DataError(f"{listing} has {what} {values[counts > 1][0]} more than once; it is damaged")
     table = table[np.argsort(table[:, 0], kind="stable")]  # key 0, InsightFace's header, comes first
     return table[:, 0], table[:, 1]
 

@@ -44,3 +44,17 @@ def test_other_folders_are_refused_with_their_count_and_the_first(tmp_path: Path
 def test_people_named_by_numbers_are_not_taken_for_ages(tmp_path: Path) -> None:
     touch(tmp_path, "18/1.jpg", "19/1.jpg")
     assert read_index(tmp_path).class_names == ("18", "19")
+
+
+@pytest.mark.parametrize("stranger", ["__MACOSX/._15", "30/readme.txt", "logs/run.txt", "readme.txt", "@eaDir/x.jpg"])
+def test_strangers_do_not_make_people_of_ages(tmp_path: Path, stranger: str) -> None:
+    index = read_index(touch(tmp_path, "15/111/a.jpg", "20/112/b.jpg", stranger))
+    assert index.attribute_names == ("age", "male")
+    assert index.num_classes == 0
+
+
+@pytest.mark.parametrize("stranger", ["samples/1.jpg", "ann/1.jpg", "pairs/x/1.jpg", "500/111/1.jpg"])
+def test_pictures_that_have_no_age_are_refused(tmp_path: Path, stranger: str) -> None:
+    touch(tmp_path, "15/111/a.jpg", "20/112/b.jpg", stranger, "pairs.txt")
+    with pytest.raises(ValueError, match=f"first: {stranger}.*--data.format folder"):
+        read_index(tmp_path)

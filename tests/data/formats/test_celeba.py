@@ -10,6 +10,7 @@ import pytest
 
 from facefast.data import FAULTS, FaceIndex, read_index
 from facefast.data.formats.celeba import read_celeba
+from facefast.runtime.exits import DataError
 from tests.support.faulty import jpeg
 
 IDENTITIES = "000001.jpg 2880\n000002.jpg 12\n000003.jpg 2880\n000004.jpg 7\n"
@@ -218,6 +219,91 @@ def test_a_damaged_list_is_refused_with_its_count_and_first_line(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read_celeba(write(tmp_path, **lists))
+
+
+def test_large_identities_stay_apart(tmp_path: Path) -> None:
+    ids = [16777216, 16777217, 700000001, 900719925474099311]
+    lines = "".join(f"{name} {who}\n" for name, who in zip(NAMES, ids, strict=True))
+    index = read_celeba(write(tmp_path, identity_CelebA=lines))
+    assert [index.class_names[label] for label in index.labels] == [str(who) for who in ids]
+
+
+@pytest.mark.parametrize("value", ["inf", "1e400", "nan", "-2", "1e3", "1_000", "2.5", "\u0663", "9" * 19, "0x10", ""])
+def test_an_identity_that_is_no_whole_number_is_refused_with_its_line(tmp_path: Path, value: str) -> None:
+    write(tmp_path, identity_CelebA=IDENTITIES.replace(" 12\n", f" {value}\n"))
+    with pytest.raises(DataError, match=r"identity_CelebA\.txt: 1 of 4 lines .*000002\.jpg.* in line 2"):
+        read_celeba(tmp_path)
+
+
+def test_nobody_is_minus_one_and_a_float_without_fraction_is_whole(tmp_path: Path) -> None:
+    write(tmp_path, identity_CelebA=IDENTITIES.replace(" 12\n", " -1\n").replace(" 7\n", " 7.0\n"))
+    assert read_celeba(tmp_path).labels.tolist() == [1, -1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"list_eval_partition": PARTITION.replace(" 2", " 1.00000001")}, "000004.jpg 1.0000000099999999 in line 4"),
+        ({"list_eval_partition": PARTITION.replace(" 2", " inf")}, "'000004.jpg inf' in line 4"),
+        ({"list_attr_celeba": ATTRIBUTES.replace("-1  1 1", "-1 1e400 1")}, "'000001.jpg -1 1e400 1' in line 3"),
+        ({"list_attr_celeba": ATTRIBUTES.replace("-1  1 1", "-1 16777217 1")}, "32-bit floats can tell"),
+        ({"list_attr_celeba": ATTRIBUTES.replace("Young", "smiling")}, "the column 'smiling' twice"),
+        ({"list_landmarks_align_celeba": landmarks(NAMES).replace("82\n", "1e30\n")}, "must be pixels"),
+        ({"list_landmarks_align_celeba": landmarks(NAMES).replace("righteye_y ", "")}, "has the columns lefteye_x"),
+        ({"identity_CelebA": IDENTITIES + "caf\udce9.jpg 5\n"}, "line 5: byte 0xe9 is no UTF-8"),
+        ({"identity_CelebA": "\0".join(IDENTITIES)}, "line 1: it holds a byte 0"),
+    ],
+)
+def test_numbers_and_bytes_of_other_kinds_are_refused(tmp_path: Path, lists: dict[str, str], message: str) -> None:
+    write(tmp_path)
+    for name, text in lists.items():
+        (tmp_path / f"{name}.txt").write_text(text, errors="surrogateescape")
+    with pytest.raises(DataError, match=message):
+        read_celeba(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_lists_with_a_mark_are_read(tmp_path: Path, encoding: str) -> None:
+    write(tmp_path)
+    (tmp_path / "identity_CelebA.txt").write_text("# by hand\n" + IDENTITIES.replace("\n", "\r"), encoding, newline="")
+    check(read_celeba(tmp_path))
+
+
+def test_columns_go_by_their_names(tmp_path: Path) -> None:
+    names = HEADER.split()[::-1]
+    lines = [line.split() for line in landmarks(NAMES).strip().split("\n")[2:]]
+    turned = [",".join(["image_id", *names]), *(",".join([name, *numbers[::-1]]) for name, *numbers in lines)]
+    write(tmp_path, list_landmarks_align_celeba=None)
+    (tmp_path / "list_landmarks_align_celeba.csv").write_text("\n".join(turned))
+    check(read_celeba(tmp_path))
+
+
+def test_copies_of_a_list_must_agree(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "identity_CelebA.csv").write_text("image_id,identity\n" + IDENTITIES.replace(" ", ","))
+    check(read_celeba(tmp_path))
+    (tmp_path / "identity_CelebA.csv").write_text("image_id,identity\n000001.jpg,5\n")
+    with pytest.raises(
+        DataError, match=r"identity_CelebA.txt and .*identity_CelebA.csv say different things of 000001"
+    ):
+        read_celeba(tmp_path)
+
+
+def test_a_line_belongs_to_the_file_of_its_name(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "img_align_celeba/000002.png").write_bytes(jpeg())  # a mask, perhaps
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        index = read_celeba(tmp_path)
+    assert index.labels.tolist() == [2, 1, -1, 2, 0]
+
+
+def test_a_name_that_leads_out_is_refused(tmp_path: Path) -> None:
+    everything = {"identity_CelebA": IDENTITIES, "list_eval_partition": PARTITION, "list_attr_celeba": ATTRIBUTES}
+    odd = {name: text.replace("000004.jpg", "../../4.jpg") for name, text in everything.items()}
+    write(tmp_path, list_landmarks_align_celeba=None, **odd)
+    with pytest.raises(DataError, match="leads out of"):
+        read_celeba(tmp_path)
 
 
 def test_repeated_lines_that_agree_are_one(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from facefast.data import FaceIndex, read_index
 from facefast.data.formats.folder import read_folder
+from facefast.runtime.exits import DataError
 from tests.support.faulty import jpeg
 from tests.support.pictures import encode, smooth_picture
 
@@ -68,7 +69,8 @@ def test_folders_named_train_and_test_are_splits_of_one_set_of_people(tmp_path: 
     }  # fmt: skip
     assert index.splits.tolist() == [2, 2, 0, 0, 1]
     touch(tmp_path, "someone/1.jpg")
-    assert "train" in read_folder(tmp_path).class_names, "a person called Train among others"
+    with pytest.raises(DataError, match="test, train, val, which look like a part .* and someone beside"):
+        read_folder(tmp_path)
 
 
 def test_links_are_followed_but_never_in_a_circle(tmp_path: Path) -> None:
@@ -117,3 +119,70 @@ def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "a/readme.md")
     with pytest.raises(ValueError, match=f"no picture in {tmp_path}"):
         read_folder(tmp_path)
+
+
+PARTS = ("train/ann/1.jpg", "train/bob/1.jpg", "val/ann/2.jpg")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        PARTS,
+        (*PARTS, "__MACOSX/train/ann/._1.jpg"),
+        (*PARTS, "logs/readme.txt"),
+        (*PARTS, "@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg"),
+        (*PARTS, ".cache/x.jpg", "notes.txt"),
+        [name.replace("train", "Train").replace("val", "VALIDATION") for name in PARTS],
+        [name.replace("train", "test") for name in PARTS],
+    ],
+)
+def test_strangers_do_not_make_people_of_splits(tmp_path: Path, files: list[str]) -> None:
+    index = read_index(touch(tmp_path, *files))
+    assert index.class_names == ("ann", "bob")
+    assert len(set(index.splits.tolist())) == 2
+
+
+@pytest.mark.parametrize("stranger", ["samples/1.jpg", "plots/deep/curve.png"])
+def test_pictures_beside_splits_are_refused(tmp_path: Path, stranger: str) -> None:
+    with pytest.raises(DataError, match="look like a part of a divided data set"):
+        read_index(touch(tmp_path, *PARTS, stranger))
+
+
+def test_loose_pictures_beside_splits_belong_to_nobody(tmp_path: Path) -> None:
+    index = read_index(touch(tmp_path, *PARTS, "cover.jpg"))
+    assert rows(index)["cover.jpg"] is None
+    assert len(index) == 4
+
+
+def test_a_person_may_be_called_like_a_split(tmp_path: Path) -> None:
+    assert read_index(touch(tmp_path, "Val/1.jpg", "ann/1.jpg")).class_names == ("Val", "ann")
+
+
+def test_a_folder_one_level_too_high_is_told(tmp_path: Path) -> None:
+    touch(tmp_path / "set", *PARTS)
+    touch(tmp_path, "__MACOSX/set/._x")
+    with pytest.raises(DataError, match=r"all pictures of .* are in set, which holds train, val; give .*/set instead"):
+        read_index(tmp_path)
+    touch(tmp_path / "other", "faces/ann/1.jpg", "faces/bob/1.jpg")
+    with pytest.warns(UserWarning, match=r"people are taken to be faces, .*\(ann, bob\)"):
+        read_index(tmp_path / "other")
+
+
+def test_different_names_never_become_one_person(tmp_path: Path) -> None:
+    names = [
+        b"an\nn",
+        b"an\\nn",
+        b"caf\xe9",
+        b"caf\\xe9",
+        "caf\u0085".encode(),
+        b"caf\x85",
+        b"\x1b[31mred",
+        "\u202egnp".encode(),
+    ]
+    for name in names:
+        os.mkdir(os.path.join(os.fsencode(tmp_path), name))
+        open(os.path.join(os.fsencode(tmp_path), name, b"1.jpg"), "wb").close()
+    index = read_index(tmp_path)
+    assert index.num_classes == len(names)
+    assert all(name.isprintable() for name in index.class_names)
+    assert "an\\nn" in index.class_names and "\\x1b[31mred" in index.class_names

@@ -9,6 +9,7 @@ import pytest
 
 from facefast.data import FaceIndex, read_index, read_lfw, read_pairs
 from facefast.data.formats.folder import read_folder
+from facefast.runtime.exits import DataError
 
 PAIRS = "2\t2\nAnn_Lee\t1\t2\nBo\t1\t3\nAnn_Lee\t1\tBo\t2\nBo\t3\tCy\t1\n"
 PAIRS += "Ann_Lee\t2\t3\nBo\t2\t3\nAnn_Lee\t3\tCy\t1\nBo\t1\tCy\t1\n"
@@ -79,6 +80,49 @@ def test_damaged_pairs_are_refused(tmp_path: Path, text: str, message: str) -> N
     (tmp_path / "bad.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_pairs(read_folder(tmp_path), tmp_path / "bad.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Bo\t1\tBo\t2\n", "of two different people"),
+        ("Bo\t1\t\u0662\n", "are no pairs .* in line 1"),
+        ("Bo\t1\t99999999999\n", "are no pairs"),
+        ("40000\t1\nBo\t1\t2\n", "are no pairs"),
+        ("5\nBo\t1\t2\n", "announces 2 x 5 pairs and has 1"),
+        ("caf\udce9\t1\t2\n", "line 1: byte 0xe9 is no UTF-8"),
+    ],
+)
+def test_pairs_that_may_be_wrong_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    people(tmp_path)
+    (tmp_path / "bad.txt").write_text(text, errors="surrogateescape")
+    with pytest.raises(DataError, match=message):
+        read_pairs(read_folder(tmp_path), tmp_path / "bad.txt")
+
+
+def test_comments_and_utf_16_are_read(tmp_path: Path) -> None:
+    people(tmp_path)
+    (tmp_path / "pairs.txt").write_text("# ours\r\n" + PAIRS, "utf-16")
+    assert len(read_lfw(tmp_path)[1]) == 8
+
+
+def test_of_two_pictures_of_a_name_the_persons_own_counts(tmp_path: Path) -> None:
+    people(tmp_path)
+    (tmp_path / "Ann_Lee" / "Bo_0001.png").touch()
+    (tmp_path / "pairs.txt").write_text(PAIRS)
+    index, pairs = read_lfw(tmp_path)
+    assert index.name(int(pairs.left[1])) == "Bo/Bo_0001.jpg"
+    (tmp_path / "Bo/Bo_0001.png").touch()
+    with pytest.raises(DataError, match=r"line 3: Bo_0001 may be .*Bo_0001"):
+        read_lfw(tmp_path)
+
+
+def test_pictures_beside_the_folder_of_lfw_are_refused(tmp_path: Path) -> None:
+    people(tmp_path / "lfw")
+    people(tmp_path / "more")
+    (tmp_path / "pairs.txt").write_text(PAIRS)
+    with pytest.raises(DataError, match="holds pictures in lfw and in 1 other folders"):
+        read_lfw(tmp_path)
 
 
 def test_a_folder_without_pairs_says_what_to_do(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from facefast.data import FAULTS, FaceIndex, read_bin, read_index
 from facefast.data.formats.recordio import read_recordio
+from facefast.runtime.exits import DataError
 from tests.support.pictures import encode, smooth_picture
 
 MARK = struct.pack("<I", 0xCED7230A)
@@ -152,6 +153,57 @@ def test_a_label_that_is_no_class_number_is_refused(tmp_path: Path, label: float
     insightface(tmp_path, [0.0, label, 1.0])
     with pytest.raises(ValueError, match="1 of 3 labels of .* are no class numbers .* of key 2"):
         read_recordio(tmp_path)
+
+
+def test_labels_that_32_bit_floats_mix_up_are_refused(tmp_path: Path) -> None:
+    insightface(tmp_path, [0.0, 16777217.0, 16777216.0])
+    with pytest.raises(DataError, match="2 of 3 labels .* below 16777216"):
+        read_recordio(tmp_path)
+
+
+@pytest.mark.parametrize("end", [float("inf"), float("nan"), 0.5, -3.0])
+def test_an_announcement_that_is_no_number_is_refused(tmp_path: Path, end: float) -> None:
+    write(tmp_path, [(0, packed([end, end], b"")), (1, packed(1.0, pictures(1)[0]))])
+    with pytest.raises(DataError, match="announces .* pictures in its first record; it is damaged"):
+        read_recordio(tmp_path)
+
+
+def test_two_files_in_one_are_refused(tmp_path: Path) -> None:
+    insightface(tmp_path, [0.0, 1.0], index=False)
+    content = (tmp_path / "train.rec").read_bytes()
+    (tmp_path / "train.rec").write_bytes(content + content)
+    with pytest.raises(DataError, match="announces 2 pictures and holds 2 more behind them"):
+        read_recordio(tmp_path)
+
+
+def test_pictures_that_the_listing_leaves_out_are_said(tmp_path: Path) -> None:
+    write(tmp_path, [(k, packed(float(k), picture)) for k, picture in enumerate(pictures(4))])
+    lines = (tmp_path / "train.idx").read_text().splitlines()
+    for kept in (lines[:3], lines[:1] + lines[2:]):
+        (tmp_path / "train.idx").write_text("\n".join(kept))
+        with pytest.warns(UserWarning, match="bytes of .* are in no record that its .idx lists"):
+            assert len(read_recordio(tmp_path)) == 3
+    for twice, what in ((lines[1], "key 1"), ("9\t" + lines[1].split("\t")[1], "offset")):
+        (tmp_path / "train.idx").write_text("\n".join([*lines, twice]))
+        with pytest.raises(DataError, match=f"has {what}.* more than once"):
+            read_recordio(tmp_path)
+
+
+def test_an_empty_file_and_a_pipe_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.rec").touch()
+    with pytest.raises(DataError, match=r"train\.rec is empty"):
+        read_index(tmp_path)
+    (tmp_path / "train.rec").unlink()
+    os.mkfifo(tmp_path / "train.rec")
+    with pytest.raises(DataError, match=r"train\.rec is no regular file"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("flag", [2, "False", b"0", float("nan"), None])
+def test_a_pair_is_the_same_person_or_not(tmp_path: Path, flag: Any) -> None:
+    (tmp_path / "set.bin").write_bytes(pickle.dumps((pictures(4), [True, flag]), 4))
+    with pytest.raises(DataError, match="a pair is the same person or not"):
+        read_bin(tmp_path / "set.bin")
 
 
 def test_one_of_several_files_must_be_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from facefast.data import FaceIndex, read_index
 from facefast.data.formats.webdataset import read_webdataset
+from facefast.runtime.exits import DataError
 from tests.support.pictures import encode, smooth_picture
 
 
@@ -129,3 +130,80 @@ def test_shards_without_pictures_are_refused(tmp_path: Path) -> None:
     shard(tmp_path / "0.tar", {"a.cls": b"1"})
     with pytest.raises(ValueError, match="no picture in"):
         read_webdataset(tmp_path)
+
+
+def labels(path: Path, members: dict[str, bytes]) -> list[str | None]:
+    """Identities of the pictures of one shard."""
+    return identities(read_webdataset(shard(path, members)))
+
+
+def test_keys_with_dots_keep_their_own_labels(tmp_path: Path) -> None:
+    members = {f"22.{k:02}.{kind}": data for k in range(4) for kind, data in (("jpg", picture(k)), ("cls", b"%d" % k))}
+    assert labels(tmp_path / "0.tar", members) == ["0", "1", "2", "3"]
+    assert labels(tmp_path / "1.tar", {"x.left.jpg": picture(0), "x.right.jpg": picture(1), "x.cls": b"5"}) == [
+        "5",
+        "5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.b.jpg": b"", "a.b.cls": b"1", "a.cls": b"2"}, "says 1 of a.b and 2 of a"),
+        ({"a.jpg": b"", "a.cls": b"1", "a.json": b'{"label": 2}'}, "says 1 in a.cls and 2 in a.json"),
+        ({"a.jpg": b"", "a.json": b'{"label": 1, "label": 2}'}, "it has 'label' twice"),
+        ({"a.jpg": b"", "a.json": b'{"label": ' + b"[" * 100_000}, "is no JSON"),
+        ({"a.jpg": b"", "a.png": b""}, "has two pictures of one sample, a.jpg and a.png"),
+        ({"a.jpg": b"", "a.cls": b"caf\xe9"}, "a.cls is not in UTF-8"),
+        ({"a.jpg": b"", "a.cls": b"1\n2"}, "must be one line"),
+        ({"a.jpg": b"", "a.cls": b"\x1b[31m"}, "must be one line"),
+        ({"a.jpg": b"", "a.cls": b"3", "b.jpg": b"", "b.cls": b"3.0"}, "class '3.0' is also written '3'"),
+        ({"a.jpg": b"", "a.cls": b"3", "b.jpg": b"", "b.cls": b"nan"}, "class 'nan' is no class number"),
+        ({"a.jpg": b"", "a.cls": b"3", "b.jpg": b"", "b.cls": b"-2"}, "class '-2' is no class number"),
+    ],
+)
+def test_labels_that_may_be_wrong_are_refused(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_webdataset(shard(tmp_path / "0.tar", members))
+
+
+def test_a_mark_of_windows_is_no_part_of_a_class(tmp_path: Path) -> None:
+    assert (
+        labels(tmp_path / "0.tar", {"a.jpg": b"", "a.cls": b"\xef\xbb\xbf7\r\n", "b.jpg": b"", "b.cls": b"7"})
+        == ["7"] * 2
+    )
+
+
+def test_further_fields_and_the_systems_files_are_no_pictures(tmp_path: Path) -> None:
+    members = {"1.jpg": picture(1), "1.seg.png": picture(2), "1.depth.png": picture(3), "1.cls": b"4"}
+    hidden = {"._1.jpg": b"x", "__MACOSX/._1.jpg": b"x", "._1.cls": b"x", "2.thumb.jpg": b"x"}
+    with pytest.warns(UserWarning, match=r"3 pictures are further fields .*first: 1\.seg\.png"):
+        assert labels(tmp_path / "0.tar", members | hidden) == ["4"]
+
+
+def test_a_label_without_picture_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="1 labels belong to no picture .first: that of 2"):
+        assert labels(tmp_path / "0.tar", {"1.jpg": b"", "1.cls": b"1", "2.cls": b"2"}) == ["1"]
+
+
+def test_a_name_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("face.jpg", "./face.jpg"):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(DataError, match="holds 'face.jpg' twice"):
+        read_webdataset(path)
+
+
+def test_compressed_shards_among_others_are_refused(tmp_path: Path) -> None:
+    shard(tmp_path / "0.tar", {"a.jpg": picture(0)})
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / "deep/er/1.tar.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"1 compressed shards \(first: deep/er/1.tar.gz\)"):
+        read_index(tmp_path)
+
+
+def test_shards_lie_at_any_depth_and_in_any_case(tmp_path: Path) -> None:
+    shard(tmp_path / "0.TAR", {"a.jpg": picture(0)})
+    shard(tmp_path / "a/b/c/1.tar", {"a.jpg": picture(0)})
+    assert len(read_index(tmp_path)) == 2
