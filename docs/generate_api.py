@@ -71,7 +71,9 @@ PARTS = (
                 model = facefast.load("runs/mine")  # or a checkpoint, a package, a weights file
                 print(model.image.shape, model.embedding_size, model.class_names)""",
             ),
-            Name("facefast.models.FaceModel", members=("embed", "predict", "preprocess", "encode", "classify"), made=True),
+            Name(
+                "facefast.models.FaceModel", members=("embed", "predict", "preprocess", "encode", "classify"), made=True
+            ),
             Name("facefast.models.Prediction"),
             Name(
                 "facefast.models.build_model",
