@@ -25,6 +25,7 @@ from facefast.recipe.named import STRONG
 HERE = Path(__file__).parent
 PEOPLE, SIZE, GAP = 8, 112, 4
 EPOCH = 53
+"""One that shows each kind of augmentation: mirror images, turns, crops, colours, grey, erased rectangles."""
 WINDOW = (960, 700)
 """Width and height of the report's part that is shown: the table and the first curve."""
 
