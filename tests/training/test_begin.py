@@ -337,7 +337,7 @@ def test_the_source_itself_may_teach_and_does_not_learn(index: FaceIndex, source
     assert teacher.cache is not None and teacher.cache[small.BROKEN].isnan().all()  # pictures that never change
     varied = dataclasses.replace(phase, augment=AugmentSpec(flip=0.5))
     teacher = side_inputs(varied, PhaseData(index, NOBODY), source_run, teacher="source").teacher
-    assert teacher is not None and teacher.cache is None
+    assert teacher is not None and teacher.cache is None and not teacher.model.training
 
 
 # Beginning.
@@ -445,6 +445,21 @@ def test_pictures_without_a_name_get_that_of_whom_they_look_like_but_for_unreada
     ]
     lines = (tmp_path / "names.csv").read_text().splitlines()
     assert len(lines) == 1 + 5  # neither the known ones nor the unreadable one
+
+
+def test_what_stands_for_an_unreadable_picture_of_a_known_person_gives_nobody_a_name(
+    index: FaceIndex, loose: PhaseData, source_run: Path, tmp_path: Path
+) -> None:
+    labels = np.where(np.arange(9) == 1, 0, loose.train.labels).astype(np.int32)
+    data = dataclasses.replace(loose, train=dataclasses.replace(loose.train, labels=labels))
+    state, seen = make_state(PSEUDO, data=(data,), source=source_run), torch.arange(9) != 1
+    tables = []
+    for other in (0, 8):
+        embeddings = directions(index, wrong=2)
+        embeddings[1] = embeddings[other]
+        named(state, data, tmp_path, (embeddings, seen), Said())
+        tables.append((tmp_path / "names.csv").read_text())
+    assert tables[0] == tables[1]
 
 
 def test_a_run_that_goes_on_keeps_the_names_of_its_file_whatever_the_model_would_say_now(
