@@ -33,7 +33,7 @@ from facefast.recipe import (
 from facefast.runtime.log import RunLog
 from facefast.runtime.process import Runtime, World
 from facefast.training import begin
-from facefast.training.step import TrainState
+from facefast.training.step import SideInputs, TrainState
 from tests.support import small
 
 RUN = Runtime(World(), torch.device("cpu"))
@@ -299,7 +299,7 @@ def test_a_student_starts_from_its_teachers_layers(index: FaceIndex) -> None:
 # What stands beside the batches.
 
 
-def side_inputs(phase: Phase, data: PhaseData, source_run: Path, **model: str) -> begin.SideInputs:
+def side_inputs(phase: Phase, data: PhaseData, source_run: Path, **model: str) -> SideInputs:
     state = make_state(phase, data=(data,), source=source_run, model=model)
     source = load_source(source_run)
     network = begin.starting_model(state, 0, data, source, None)
@@ -421,7 +421,7 @@ def named(state: TrainState, data: PhaseData, folder: Path, fresh: Any, said: Sa
     path = folder / "names.csv"
     found = begin.with_pseudo_labels(path, state, data, least, fresh, said.log)
     assert found.train.class_names == data.train.class_names
-    return found.train.labels.tolist()
+    return list(found.train.labels.tolist())
 
 
 def directions(index: FaceIndex, wrong: int) -> torch.Tensor:
