@@ -124,7 +124,7 @@ def losses(folder: Path, phases: tuple[Phase, ...] = PHASES) -> list[float]:
     run = Runtime(World(), torch.device("cpu"))
     drawn, out = small.draw(folder / "drawn"), folder / "run"
     source = small.save_run(folder / "source", make_source(), drawn)
-    train.open_folder(out, run)
+    out.mkdir()
     assert train.train(recipe(drawn, source, phases), out, "never", run) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line["loss"] for line in lines if line["split"] == "train"]
