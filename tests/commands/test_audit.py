@@ -17,15 +17,11 @@ from facefast.data.corrections import apply_corrections, read_corrections, write
 from facefast.evaluation.embed import embed_photographs
 from facefast.labels import sheets
 from facefast.labels.clustering import Floats, class_sums, unit_rows
-from facefast.labels.copies import copies_by_pixels
-from facefast.labels.selftest import plant_wrong_labels
-from facefast.labels.sheets import strips
-from facefast.labels.suspects import Suspects, find_suspects
 from facefast.recipe import Photographs
 from facefast.runtime import process
 from tests.support import small
 from tests.support.pictures import encode, smooth_picture
-from tests.support.points import people
+from tests.support.points import doubtful_people
 
 
 @pytest.fixture(scope="module")
@@ -137,18 +133,8 @@ def test_one_identity_cannot_be_audited(
     assert "facefast label" in capsys.readouterr().err
 
 
-def set_of_points() -> tuple[FaceIndex, Suspects, np.ndarray]:
-    """Thirty people whose pictures are not there; some labels are wrong, and one person has two names."""
-    unit, labels, _ = people([10] * 30)
-    wrong, _ = plant_wrong_labels(labels, 0.05, seed=0)
-    wrong[0:4] = 30
-    names = tuple(f"person {k}" for k in range(31))
-    index = FaceIndex.build("photos", [b"%d.jpg" % k for k in range(len(labels))], wrong, names)
-    return index, find_suspects(unit, wrong), unit
-
-
 def test_findings_fit_the_index_they_came_from(tmp_path: Path) -> None:
-    index, suspects, _ = set_of_points()
+    index, suspects, _ = doubtful_people()
     lines = audit.corrections_of(index, suspects)
     assert {line.kind for line in lines} == {"wrong_label", "merge"}
     assert {line.action for line in lines} >= {"relabel", "merge"}
@@ -157,46 +143,6 @@ def test_findings_fit_the_index_they_came_from(tmp_path: Path) -> None:
     assert changed.num_classes == 30
     with open(tmp_path / "suspects.csv", encoding="utf-8") as file:
         assert next(csv.reader(file))[:4] == ["kind", "path", "identity", "suggested"]
-
-
-def test_a_strip_shows_the_suspect_its_own_identity_and_the_suggested_one() -> None:
-    index, suspects, unit = set_of_points()
-    for strip, suspect in zip(
-        strips(index, unit, suspects, "wrong_label", 5), suspects.of("wrong_label"), strict=False
-    ):
-        first, own, suggested = strip.groups
-        assert first == [suspect.row]
-        assert set(index.labels[own].tolist()) == {suspect.label}
-        assert set(index.labels[suggested].tolist()) == {int(suspects.doubt.suggested[suspect.row])}
-        assert suspect.row not in own
-    (strip,) = strips(index, unit, suspects, "merge", 5)
-    assert "person 30 = person 0?" in strip.title
-    assert [set(index.labels[group].tolist()) for group in strip.groups] == [{30}, {0}]
-
-
-def test_sheets_are_filled_from_left_to_right_and_old_ones_go(tmp_path: Path) -> None:
-    index = FaceIndex.build("photos", [b"gone.jpg"], [0], ("ann",))
-    strips = [sheets.Strip("a title " * 40, "text", [[0, 0]])] * 120  # a file that is not there is a grey tile
-    written = sheets.write_sheets(tmp_path, "duplicate", strips, index)
-    assert len(written) > 1
-    with Image.open(written[0]) as first:
-        assert first.width == sheets.PAGE[0]
-        assert abs(first.height - sheets.PAGE[1]) <= sheets.TILE + 2 * sheets.LINE
-    assert sheets.write_sheets(tmp_path, "duplicate", strips[:1], index) == written[:1]
-    assert list(tmp_path.iterdir()) == written[:1]
-
-
-def test_thumbnails_are_means_of_what_they_cover() -> None:
-    picture = np.arange(16, dtype=np.uint8).reshape(4, 4) * 4
-    np.testing.assert_array_equal(sheets.thumbnail(picture, 2), [[10, 18], [42, 50]])
-
-
-def test_a_photograph_saved_again_is_the_same_and_another_is_not(drawn: Path) -> None:
-    index = read_index(drawn)
-    first, second = (np.flatnonzero(index.labels == label) for label in (0, 1))
-    same = copies_by_pixels(index)
-    assert same(int(first[0]), int(second[0]))
-    assert not same(int(first[1]), int(second[1]))
 
 
 def accuracy_of_means(index: FaceIndex, embeddings: Floats) -> float:

@@ -53,8 +53,8 @@ def quoted(path: Path) -> list[str]:
 
 
 def shown(path: Path) -> list[str]:
-    """Lines of code, whether in a block, indented or between backticks."""
-    text = path.read_text()
+    """What is typed at a terminal, whether in a block, indented or between backticks; Python blocks are left out."""
+    text = re.sub(r"^```python\n.*?^```", "", path.read_text(), flags=re.M | re.S)
     blocks = [line for block in FENCED.findall(text) for line in block.split("\n")]
     return [*blocks, *re.findall(r"^    (\S.*)$", text, re.M), *quoted(path)]
 

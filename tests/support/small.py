@@ -10,6 +10,7 @@ import torch
 from facefast.data.drawn import synthetic
 from facefast.models import FaceModel, build_model, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, ImageSpec, ModelConfig, Phase, Recipe, to_json
+from tests.support.pictures import encode, garbled_png, smooth_picture
 
 NAMES = ("1", "2", "3", "4")
 """The people of `draw`, as the CelebA reader names them."""
@@ -62,3 +63,21 @@ def save_run(folder: Path, model: FaceModel, root: Path) -> Path:
         keep=1,
     )
     return folder
+
+
+PEOPLE = ("ann", "bo", "cy")
+"""The people of `photographs`."""
+BROKEN = 4
+"""The row of `photographs` that cannot be decoded, bo's second picture; its header is sound."""
+
+
+def photographs(root: Path) -> Path:
+    """Three people with three pictures each of the models' own size, a folder a person and named as in LFW, without
+    loss."""
+    for who, name in enumerate(PEOPLE):
+        (root / name).mkdir(parents=True)
+        for number in (1, 2, 3):
+            row = 3 * who + number - 1
+            picture = encode(smooth_picture(SIZE, SIZE, 10 * who + number), "PNG")
+            (root / name / f"{name}_{number:04}.png").write_bytes(garbled_png() if row == BROKEN else picture)
+    return root

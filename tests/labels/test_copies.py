@@ -1,0 +1,85 @@
+"""Two files of one photograph are told from two photographs by their pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from facefast.data import FaceIndex, oracle
+from facefast.labels.copies import copies_by_pixels
+from tests.support.pictures import encode, garbled_png, smooth_picture
+
+FIRST = Image.fromarray(smooth_picture(120, 90, 1))
+
+
+def index_of(folder: Path, files: list[bytes]) -> FaceIndex:
+    names = [b"%d.img" % number for number in range(len(files))]
+    for name, content in zip(names, files, strict=True):
+        (folder / name.decode()).write_bytes(content)
+    return FaceIndex.build(folder, names, None, ())
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        encode(FIRST, "JPEG", quality=30),
+        encode(FIRST.resize((45, 60)), "PNG"),
+        encode(FIRST.resize((360, 480)), "WEBP"),
+        encode(ImageEnhance.Brightness(FIRST).enhance(0.7), "PNG"),
+        encode(ImageEnhance.Contrast(FIRST).enhance(0.8), "PNG"),
+    ],
+    ids=["compressed", "smaller", "larger", "darker", "paler"],
+)
+def test_a_photograph_saved_again_is_the_same(tmp_path: Path, again: bytes) -> None:
+    same = copies_by_pixels(index_of(tmp_path, [encode(FIRST, "PNG"), again]))
+    assert same(0, 1) and same(1, 0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        encode(smooth_picture(120, 90, 2), "PNG"),
+        encode(Image.blend(FIRST, Image.fromarray(smooth_picture(120, 90, 2)), 0.4), "PNG"),
+        encode(FIRST.transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"),
+        encode(FIRST.crop((0, 0, 60, 80)), "PNG"),
+        encode(Image.eval(FIRST, lambda value: 255 - value), "PNG"),
+    ],
+    ids=["another", "half of it", "mirror image", "part", "negative"],
+)
+def test_another_photograph_is_another(tmp_path: Path, other: bytes) -> None:
+    assert not copies_by_pixels(index_of(tmp_path, [encode(FIRST, "PNG"), other]))(0, 1)
+
+
+def test_pictures_that_cannot_be_read_are_nobodys_copies(tmp_path: Path) -> None:
+    index = index_of(tmp_path, [encode(FIRST, "PNG"), garbled_png(), b"", garbled_png()])
+    same = copies_by_pixels(index)
+    assert not same(0, 1)
+    assert not same(1, 3)  # equal bytes, of which nothing is known
+    (tmp_path / "2.img").unlink()
+    assert not same(2, 0)
+
+
+def test_walls_of_one_colour_are_not_all_one_photograph(tmp_path: Path) -> None:
+    grey = encode(np.full((40, 40, 3), 128, np.uint8), "PNG")
+    white = encode(np.full((50, 40, 3), 255, np.uint8), "PNG")
+    same = copies_by_pixels(index_of(tmp_path, [grey, white, encode(FIRST, "PNG")]))
+    assert not same(0, 1) and not same(0, 2)
+
+
+def test_each_file_is_read_once_however_often_it_is_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = index_of(tmp_path, [encode(FIRST, "PNG"), encode(FIRST, "JPEG"), garbled_png()])
+    read, asked = oracle.read_bytes, []
+
+    def counted(index: FaceIndex, row: int) -> bytes:
+        asked.append(row)
+        return read(index, row)
+
+    monkeypatch.setattr(oracle, "read_bytes", counted)
+    same = copies_by_pixels(index)
+    assert [same(0, 1), same(1, 0), same(0, 2), same(2, 1)] == [True, True, False, False]
+    assert sorted(asked) == [0, 1, 2]

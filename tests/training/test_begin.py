@@ -1,0 +1,549 @@
+"""How a phase begins: what the recipe left open, the weights and heads it starts from, whom it gives names to, and what
+a run that goes on takes from its folder instead."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from facefast.data import FaceIndex, read_index
+from facefast.data.corrections import read_labels
+from facefast.data.prepare import EvaluationSet, PhaseData
+from facefast.evaluation.baselines import class_means
+from facefast.models import FaceModel, Source, checkpoint, load_source
+from facefast.recipe import (
+    AttributeSpec,
+    AugmentSpec,
+    DataConfig,
+    DistillConfig,
+    EvalConfig,
+    ImageSpec,
+    LossConfig,
+    ModelConfig,
+    Phase,
+    Recipe,
+    resolve,
+)
+from facefast.runtime.log import RunLog
+from facefast.runtime.process import Runtime, World
+from facefast.training import begin
+from facefast.training.step import SideInputs, TrainState
+from tests.support import small
+
+RUN = Runtime(World(), torch.device("cpu"))
+NOBODY = EvaluationSet(test=None, verification=None, pairs=None, held_out=False)
+SCRATCH = Phase(name="scratch", start="scratch", batch_size=4)
+
+
+class Said(list[str]):
+    """A log that only listens."""
+
+    def say(self, text: str) -> None:
+        self.append(text)
+
+    @property
+    def log(self) -> RunLog:
+        """Itself, as a phase takes it."""
+        return cast(RunLog, self)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.photographs(tmp_path_factory.mktemp("data") / "people")
+
+
+@pytest.fixture(scope="module")
+def index(root: Path) -> FaceIndex:
+    return read_index(root, "folder").scanned()
+
+
+@pytest.fixture(scope="module")
+def source_run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = small.make_model(classes=small.PEOPLE, template="none")
+    return small.save_run(tmp_path_factory.mktemp("runs") / "source", model, root)
+
+
+def make_state(*phases: Phase, data: Sequence[PhaseData], source: Path | None = None, **fields: Any) -> TrainState:
+    """A state at the start of a run of these phases; every picture may be bad."""
+    model = ModelConfig(
+        backbone="mobilefacenet", embedding=16, source=str(source) if source else "none", **fields.pop("model", {})
+    )
+    recipe = Recipe(
+        data=DataConfig(root="people", max_bad_fraction=1.0),
+        image=ImageSpec(size=small.SIZE, template="none"),
+        model=model,
+        phases=phases,
+        precision="fp32",
+        seed=7,
+        **fields,
+    )
+    return TrainState(recipe, resolve(recipe, tuple(each.facts() for each in data), 1), RUN)
+
+
+def same(one: FaceModel, other: FaceModel, part: str = "backbone.") -> bool:
+    """Whether the parameters of a part are equal, bit for bit."""
+    theirs = dict(other.named_parameters())
+    return all(torch.equal(value, theirs[name]) for name, value in one.named_parameters() if name.startswith(part))
+
+
+# What the recipe left open.
+
+
+def faces(landmarks: bool) -> PhaseData:
+    points = np.zeros((2, 5, 2), np.float32) if landmarks else None
+    return PhaseData(FaceIndex.build("x", [b"a", b"b"], [0, 1], ("ann", "bo"), landmarks=points), NOBODY)
+
+
+def source_of(backbone: str = "resnet18", **image: Any) -> Source:
+    return Source("weights.pt", backbone, 64, ImageSpec(**image), frozenset({"size", "width", "mean"}), {})
+
+
+@pytest.mark.parametrize(
+    ("landmarks", "template"), [((True, True), "arcface"), ((True, False), "none"), ((False, False), "none")]
+)
+def test_faces_are_aligned_where_every_phase_knows_where_they_are(landmarks: tuple[bool, ...], template: str) -> None:
+    recipe = Recipe(phases=(SCRATCH, Phase(name="second")))
+    settled = begin.settle(recipe, None, None, tuple(map(faces, landmarks)))
+    assert settled.image == ImageSpec(size=112, template=template)
+    assert (settled.model.backbone, settled.model.embedding) == ("mobilefacenet", 0)
+    typed = dataclasses.replace(recipe, image=ImageSpec(size=64, template="celeba"))
+    assert begin.settle(typed, None, None, tuple(map(faces, landmarks))).image.template == "celeba"
+
+
+def test_what_was_left_open_is_the_sources_and_what_was_typed_stays() -> None:
+    recipe = Recipe(model=ModelConfig(source="weights.pt"), phases=(Phase(start="source"),))
+    source = source_of(size=160, width=128, template="celeba", mean=(1.0, 2.0, 3.0))
+    settled = begin.settle(recipe, source, None, (faces(True),))
+    assert settled.image == source.image
+    assert (settled.model.backbone, settled.model.embedding) == ("resnet18", 64)
+    typed = dataclasses.replace(
+        recipe,
+        image=ImageSpec(template="none"),
+        model=ModelConfig(source="weights.pt", backbone="resnet34", embedding=32),
+    )
+    settled = begin.settle(typed, source, None, (faces(True),))
+    assert settled.image == dataclasses.replace(source.image, template="none")
+    assert (settled.model.backbone, settled.model.embedding) == ("resnet34", 32)
+    with pytest.raises(ValueError, match="image.size is 112, but the source model was trained with 160"):
+        begin.settle(dataclasses.replace(recipe, image=ImageSpec(size=112)), source, None, (faces(True),))
+
+
+def test_weights_that_do_not_tell_their_architecture_are_taken_for_the_usual_one() -> None:
+    recipe = Recipe(model=ModelConfig(source="weights.pt"), phases=(Phase(start="source"),))
+    assert begin.settle(recipe, source_of("", size=112), None, (faces(True),)).model.backbone == "mobilefacenet"
+
+
+def test_a_student_is_the_next_shallower_network_and_sees_what_its_teacher_sees() -> None:
+    phase = Phase(start="scratch", distill=DistillConfig(embeddings=1.0))
+    recipe = Recipe(model=ModelConfig(teacher="run"), phases=(phase,))
+    teacher = FaceModel(ModelConfig("mobilefacenet"), 0, ImageSpec(size=64, template="celeba"))
+    settled = begin.settle(recipe, None, teacher, (faces(False),))
+    assert settled.image == teacher.image
+    assert (settled.model.backbone, settled.model.embedding) == ("mobilefacenet_short", 0)
+    with torch.device("meta"):
+        shallow = FaceModel(ModelConfig("resnet18"), 0, ImageSpec(size=64))
+    assert begin.settle(recipe, None, shallow, (faces(True),)).model.backbone == "mobilefacenet"  # nothing is shallower
+    with pytest.raises(ValueError, match="image.template is none"):
+        begin.settle(dataclasses.replace(recipe, image=ImageSpec(template="none")), None, teacher, (faces(True),))
+
+
+# The source and the teacher.
+
+
+def test_a_run_without_source_and_teacher_reads_neither(source_run: Path) -> None:
+    recipe = Recipe(phases=(SCRATCH,))
+    assert begin.find_source(recipe) is None
+    assert begin.find_teacher(recipe, None, RUN.device) is None
+    own = Phase(start="source", distill=DistillConfig(embeddings=1.0))
+    recipe = Recipe(model=ModelConfig(source=str(source_run), teacher="source"), phases=(own,))
+    assert begin.find_teacher(recipe, begin.find_source(recipe), RUN.device) is None
+
+
+def test_a_teacher_is_asked_as_it_is_and_one_that_is_not_there_is_named(source_run: Path, tmp_path: Path) -> None:
+    phase = Phase(start="scratch", distill=DistillConfig(embeddings=1.0))
+    recipe = Recipe(model=ModelConfig(teacher=str(source_run)), phases=(phase,))
+    teacher = begin.find_teacher(recipe, None, RUN.device)
+    assert teacher is not None and not teacher.training
+    assert same(teacher, small.make_model(template="none"))
+    gone = dataclasses.replace(recipe, model=ModelConfig(teacher=str(tmp_path / "gone")))
+    with pytest.raises(ValueError, match="gone does not exist; give a run, checkpoint or package folder, or weights"):
+        begin.find_teacher(gone, None, RUN.device)
+
+
+def test_a_student_that_cannot_start_from_its_teacher_is_refused_before_any_photograph(
+    source_run: Path,
+) -> None:
+    def recipe(backbone: str) -> Recipe:
+        return Recipe(
+            model=ModelConfig(backbone=backbone, teacher=str(source_run)),
+            phases=(Phase(start="teacher", distill=DistillConfig(embeddings=1.0)),),
+        )
+
+    assert begin.find_teacher(recipe("auto"), None, RUN.device) is not None
+    with pytest.raises(ValueError, match="resnet18 has the stages .*, the teacher mobilefacenet"):
+        begin.find_teacher(recipe("resnet18"), None, RUN.device)
+
+
+# The weights that a phase starts from.
+
+
+def test_random_weights_are_those_of_the_phases_own_seed_and_draw_from_nobody_elses(index: FaceIndex) -> None:
+    data = PhaseData(index, NOBODY)
+    state = make_state(SCRATCH, dataclasses.replace(SCRATCH, name="again"), data=(data, data))
+    before = torch.get_rng_state()
+    one, two, other = (begin.starting_model(state, number, data, None, None) for number in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same(one, two, "")
+    assert not same(one, other)
+    torch.manual_seed(99)
+    assert same(one, begin.starting_model(state, 0, data, None, None), "")
+
+
+def test_a_source_gives_everything_but_the_head(index: FaceIndex, source_run: Path) -> None:
+    data = PhaseData(index, NOBODY)
+    state = make_state(
+        Phase(start="source", batch_size=4, loss=LossConfig(scale=16.0)), data=(data,), source=source_run
+    )
+    found = begin.starting_model(state, 0, data, load_source(source_run), None)
+    theirs = checkpoint.load_model(source_run)
+    assert same(found, theirs)
+    assert found.class_names == theirs.class_names == small.PEOPLE
+    assert found.head is not None and theirs.head is not None
+    assert not torch.equal(found.head.weight, theirs.head.weight)
+    assert found.scale == 16.0
+
+
+def test_without_a_loss_on_names_there_is_no_head(index: FaceIndex) -> None:
+    data = PhaseData(index, NOBODY)
+    phase = dataclasses.replace(
+        SCRATCH, sampler="pk", pictures_per_identity=2, loss=LossConfig(weight=0.0, triplet=1.0)
+    )
+    found = begin.starting_model(make_state(phase, data=(data,)), 0, data, None, None)
+    assert (found.head, found.num_classes, found.class_names) == (None, 0, ())
+
+
+@pytest.fixture
+def first_done(index: FaceIndex) -> TrainState:
+    """The end of a first phase; the averaged weights are what is handed on."""
+    data = PhaseData(index, NOBODY)
+    second = Phase(name="second", head_start="previous", batch_size=4)
+    state = make_state(SCRATCH, second, data=(data, data), ema=0.5)
+    state.enter(0, begin.starting_model(state, 0, data, None, None))
+    with torch.no_grad():
+        for parameter in state.evaluated.parameters():
+            parameter.add_(1.0)
+    return state
+
+
+def test_the_next_phase_starts_from_the_averaged_weights_of_the_one_before(
+    first_done: TrainState, index: FaceIndex
+) -> None:
+    found = begin.starting_model(first_done, 1, PhaseData(index, NOBODY), None, None)
+    assert same(found, first_done.evaluated, "")
+    assert not same(found, first_done.model)
+
+
+def test_a_run_that_goes_on_in_a_phase_does_not_start_it_from_the_phase_before_again(
+    first_done: TrainState, index: FaceIndex
+) -> None:
+    first_done.phase_number = 1  # as `find_saved` leaves it: what is in the state is no phase's end
+    assert not same(begin.starting_model(first_done, 1, PhaseData(index, NOBODY), None, None), first_done.evaluated)
+
+
+@pytest.mark.parametrize("change", ["wanted", "other people", "not wanted"])
+def test_a_head_is_taken_over_only_where_it_stands_for_the_same_people_and_is_wanted(
+    first_done: TrainState, index: FaceIndex, change: str
+) -> None:
+    if change == "other people":
+        index = dataclasses.replace(index, class_names=("ann", "bo", "dan"))
+    if change == "not wanted":
+        phases = (SCRATCH, dataclasses.replace(first_done.recipe.phases[1], head_start="random"))
+        first_done.recipe = dataclasses.replace(first_done.recipe, phases=phases)
+    found = begin.starting_model(first_done, 1, PhaseData(index, NOBODY), None, None)
+    assert same(found, first_done.evaluated)
+    assert same(found, first_done.evaluated, "head.") == (change == "wanted")
+    assert found.class_names == index.class_names
+
+
+@pytest.mark.parametrize("same_attributes", [True, False])
+def test_attribute_heads_are_taken_over_where_they_tell_the_same(index: FaceIndex, same_attributes: bool) -> None:
+    values = np.tile(np.array([[0.0], [1.0], [1.0]], np.float32), (3, 1))
+    index = dataclasses.replace(index, attributes=values, attribute_names=("smile",))
+    data = PhaseData(index, NOBODY, (AttributeSpec("smile"),))
+    state = make_state(SCRATCH, Phase(name="second", batch_size=4), data=(data, data))
+    state.enter(0, begin.starting_model(state, 0, data, None, None))
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter.add_(1.0)
+    if not same_attributes:
+        index = dataclasses.replace(index, attribute_names=("beard",))
+        data = PhaseData(index, NOBODY, (AttributeSpec("beard"),))
+    found = begin.starting_model(state, 1, data, None, None)
+    assert same(found, state.model)
+    assert same(found, state.model, "attribute_heads.") == same_attributes
+
+
+def test_a_student_starts_from_its_teachers_layers(index: FaceIndex) -> None:
+    data, teacher = PhaseData(index, NOBODY), small.make_model(template="none")
+    phase = Phase(start="teacher", batch_size=4, distill=DistillConfig(embeddings=1.0))
+    state = make_state(phase, data=(data,), model={"teacher": "run"})
+    assert same(begin.starting_model(state, 0, data, None, teacher), teacher)
+
+
+# What stands beside the batches.
+
+
+def side_inputs(phase: Phase, data: PhaseData, source_run: Path, **model: str) -> SideInputs:
+    state = make_state(phase, data=(data,), source=source_run, model=model)
+    source = load_source(source_run)
+    network = begin.starting_model(state, 0, data, source, None)
+    return begin.side_inputs(state, 0, network, data, source, None, torch.tensor([3, 3, 3]))
+
+
+def test_a_plain_phase_learns_from_its_batches_alone(index: FaceIndex, source_run: Path) -> None:
+    found = side_inputs(Phase(start="source", batch_size=4), PhaseData(index, NOBODY), source_run)
+    assert (found.embeddings, found.teacher, found.source) == (None, None, None)
+    assert found.values is not None and found.values.shape == (9, 0)
+    pulled = side_inputs(Phase(start="source", batch_size=4, l2sp=0.1), PhaseData(index, NOBODY), source_run)
+    assert pulled.source is not None and "backbone.conv1.conv.weight" in pulled.source
+
+
+def test_a_frozen_backbone_sees_each_picture_once_and_unreadable_ones_are_no_number(
+    index: FaceIndex, source_run: Path
+) -> None:
+    phase = Phase(start="source", batch_size=4, trainable=("head",))
+    found = side_inputs(phase, PhaseData(index, NOBODY), source_run).embeddings
+    assert found is not None
+    assert [row for row in range(9) if found[row].isnan().all()] == [small.BROKEN]
+    rows = [row for row in range(9) if row != small.BROKEN]
+    unit = torch.nn.functional.normalize(found[rows])
+    assert unit.isfinite().all()
+    assert float((unit @ unit.T - torch.eye(8)).max()) < 0.99  # each its own
+    varied = dataclasses.replace(phase, augment=AugmentSpec(flip=0.5))
+    assert side_inputs(varied, PhaseData(index, NOBODY), source_run).embeddings is None
+
+
+def test_the_source_itself_may_teach_and_does_not_learn(index: FaceIndex, source_run: Path) -> None:
+    phase = Phase(start="source", batch_size=4, distill=DistillConfig(embeddings=1.0))
+    teacher = side_inputs(phase, PhaseData(index, NOBODY), source_run, teacher="source").teacher
+    assert teacher is not None and not teacher.model.training
+    assert same(teacher.model, checkpoint.load_model(source_run))
+    assert teacher.cache is not None and teacher.cache[small.BROKEN].isnan().all()  # pictures that never change
+    varied = dataclasses.replace(phase, augment=AugmentSpec(flip=0.5))
+    teacher = side_inputs(varied, PhaseData(index, NOBODY), source_run, teacher="source").teacher
+    assert teacher is not None and teacher.cache is None and not teacher.model.training
+
+
+# Beginning.
+
+
+def test_a_phase_begins_with_class_means_and_knows_what_the_source_does_untrained(
+    index: FaceIndex, source_run: Path, tmp_path: Path
+) -> None:
+    data, said = PhaseData(index, NOBODY), Said()
+    phase = Phase(name="tune", start="source", head_start="class_mean", batch_size=4, steps=5)
+    state = make_state(phase, data=(data,), source=source_run)
+    found = begin.begin(tmp_path, state, 0, data, load_source(source_run), None, None, said.log)
+    assert said[0] == "phase tune: 9 pictures of 3 identities, 5 steps of 4, starts from source"
+    assert found.known is not None
+    assert found.known.labels.tolist() == [0, 0, 0, 1, -1, 1, 2, 2, 2]  # bo's second picture counts for nothing
+    means = class_means(found.known.embeddings, found.known.labels, 3)
+    assert state.model.head is not None
+    rows = torch.nn.functional.normalize(state.model.head.weight.detach())
+    torch.testing.assert_close(rows, means, rtol=0, atol=1e-5)
+    assert state.side_inputs.counts is not None and state.side_inputs.counts.tolist() == [3, 3, 3]
+    assert state.model.training
+
+
+def test_the_source_is_measured_untrained_only_where_that_is_wanted(
+    index: FaceIndex, source_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = PhaseData(index, NOBODY)
+    monkeypatch.setattr(begin, "embed_training_rows", lambda *_, **__: pytest.fail("nobody wants embeddings"))
+    state = make_state(
+        Phase(start="source", batch_size=4), data=(data,), source=source_run, eval=EvalConfig(baselines=False)
+    )
+    assert begin.begin(tmp_path, state, 0, data, load_source(source_run), None, None, Said().log).known is None
+
+
+def test_a_phase_that_is_taken_up_has_its_checkpoints_weights_and_embeds_nothing(
+    index: FaceIndex, source_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, said = PhaseData(index, NOBODY), Said()
+    phase = Phase(name="tune", start="source", head_start="class_mean", batch_size=4, steps=5)
+    state = make_state(phase, data=(data,), source=source_run)
+    begin.begin(tmp_path, state, 0, data, load_source(source_run), None, None, said.log)
+    state.step = state.phase_step = 3
+    state.best, state.results = 0.5, {"tune": {"top1": 0.5}}
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter.add_(1.0)
+    saved = checkpoint.save(tmp_path, 3, tensors=state.tensors(), documents=state.documents(), best=True, keep=1)
+    monkeypatch.setattr(begin, "embed_training_rows", lambda *_, **__: pytest.fail("what it knew is in the checkpoint"))
+    resumed = make_state(phase, data=(data,), source=source_run)
+    found = begin.begin(tmp_path, resumed, 0, data, load_source(source_run), None, saved, said.log)
+    assert found.known is None
+    assert same(resumed.model, state.model, "")
+    assert (resumed.step, resumed.phase_step, resumed.best, resumed.results) == (3, 3, 0.5, {"tune": {"top1": 0.5}})
+    assert said[-1].endswith("5 steps of 4, goes on")
+
+
+def test_a_class_without_a_readable_picture_has_no_mean(index: FaceIndex, source_run: Path, tmp_path: Path) -> None:
+    rows = [0, 1, 2, small.BROKEN, 6, 7, 8]  # bo has only the picture that cannot be read
+    data = PhaseData(index.select(rows), NOBODY)
+    phase = Phase(start="source", head_start="class_mean", batch_size=4)
+    state = make_state(phase, data=(data,), source=source_run)
+    with pytest.raises(ValueError, match="1 of 3 classes have no readable picture"):
+        begin.begin(tmp_path, state, 0, data, load_source(source_run), None, None, Said().log)
+
+
+# Names for pictures without one.
+
+
+PSEUDO = Phase(name="loose", start="source", labels="pseudo", pseudo_confidence=0.0, batch_size=4, steps=2)
+
+
+@pytest.fixture
+def loose(index: FaceIndex) -> PhaseData:
+    """One picture of each person has a name."""
+    labels = np.where(np.arange(9) % 3 == 0, index.labels, -1).astype(np.int32)
+    return PhaseData(dataclasses.replace(index, labels=labels), NOBODY)
+
+
+def named(state: TrainState, data: PhaseData, folder: Path, fresh: Any, said: Said, least: float = 0.0) -> list[int]:
+    """Labels after `with_pseudo_labels`."""
+    path = folder / "names.csv"
+    found = begin.with_pseudo_labels(path, state, data, least, fresh, said.log)
+    assert found.train.class_names == data.train.class_names
+    return list(found.train.labels.tolist())
+
+
+def directions(index: FaceIndex, wrong: int) -> torch.Tensor:
+    """[9, 64] embeddings by which everybody is told apart, but for row `wrong`, which looks like another person."""
+    generator = np.random.default_rng(0)
+    centres = np.eye(3, 64, dtype=np.float32)
+    who = index.labels.copy()
+    who[wrong] = (who[wrong] + 1) % 3
+    return torch.from_numpy(centres[who] + 0.01 * generator.standard_normal((9, 64)).astype(np.float32))
+
+
+def test_pictures_without_a_name_get_that_of_whom_they_look_like_but_for_unreadable_ones(
+    index: FaceIndex, loose: PhaseData, source_run: Path, tmp_path: Path
+) -> None:
+    state, said = make_state(PSEUDO, data=(loose,), source=source_run), Said()
+    seen = torch.arange(9) != small.BROKEN
+    labels = named(state, loose, tmp_path, (directions(index, wrong=2), seen), said)
+    assert labels == [0, 0, 1, 1, -1, 1, 2, 2, 2]
+    assert said == [
+        f"5 of 6 pictures without a name got one with a confidence of 0.0 or more: {tmp_path / 'names.csv'}"
+    ]
+    lines = (tmp_path / "names.csv").read_text().splitlines()
+    assert len(lines) == 1 + 5  # neither the known ones nor the unreadable one
+
+
+def test_what_stands_for_an_unreadable_picture_of_a_known_person_gives_nobody_a_name(
+    index: FaceIndex, loose: PhaseData, source_run: Path, tmp_path: Path
+) -> None:
+    labels = np.where(np.arange(9) == 1, 0, loose.train.labels).astype(np.int32)
+    data = dataclasses.replace(loose, train=dataclasses.replace(loose.train, labels=labels))
+    state, seen = make_state(PSEUDO, data=(data,), source=source_run), torch.arange(9) != 1
+    tables = []
+    for other in (0, 8):
+        embeddings = directions(index, wrong=2)
+        embeddings[1] = embeddings[other]
+        named(state, data, tmp_path, (embeddings, seen), Said())
+        tables.append((tmp_path / "names.csv").read_text())
+    assert tables[0] == tables[1]
+
+
+def test_a_run_that_goes_on_keeps_the_names_of_its_file_whatever_the_model_would_say_now(
+    index: FaceIndex, loose: PhaseData, source_run: Path, tmp_path: Path
+) -> None:
+    state, seen = make_state(PSEUDO, data=(loose,), source=source_run), torch.ones(9, dtype=torch.bool)
+    first = named(state, loose, tmp_path, (directions(index, wrong=2), seen), Said())
+    assert named(state, loose, tmp_path, None, Said()) == first
+    path = tmp_path / "names.csv"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "cy_0003" not in line))
+    assert named(state, loose, tmp_path, None, Said()) == [*first[:8], -1]
+    path.unlink()
+    with pytest.raises(ValueError, match="cannot read .*names.csv"):
+        named(state, loose, tmp_path, None, Said())
+
+
+def test_names_that_are_not_sure_enough_are_written_down_and_not_trained_on(
+    loose: PhaseData, source_run: Path, tmp_path: Path
+) -> None:
+    state, seen = make_state(PSEUDO, data=(loose,), source=source_run), torch.ones(9, dtype=torch.bool)
+    embeddings = torch.from_numpy(np.random.default_rng(1).standard_normal((9, 64)).astype(np.float32))  # of nobody
+    everybody = named(state, loose, tmp_path, (embeddings, seen), Said())
+    lines = [line.rpartition(",") for line in (tmp_path / "names.csv").read_text().splitlines()[1:]]
+    confidences = sorted(float(confidence) for _, _, confidence in lines)
+    least = (confidences[0] + confidences[-1]) / 2
+    assert confidences[0] < least < confidences[-1]
+    fewer = named(state, loose, tmp_path, (embeddings, seen), Said(), least)
+    assert fewer.count(-1) == sum(confidence < least for confidence in confidences) > everybody.count(-1) == 0
+    assert len((tmp_path / "names.csv").read_text().splitlines()) == 1 + 6
+
+
+def test_a_phase_with_pseudo_labels_counts_the_names_that_it_gave(
+    loose: PhaseData, source_run: Path, tmp_path: Path
+) -> None:
+    state = make_state(PSEUDO, data=(loose,), source=source_run)
+    found = begin.begin(tmp_path, state, 0, loose, load_source(source_run), None, None, Said().log)
+    labels = found.data.train.labels
+    assert labels[small.BROKEN] == -1 and np.count_nonzero(labels >= 0) == 8
+    assert labels[::3].tolist() == [0, 1, 2]  # who was known stays who they are
+    given = read_labels(loose.train, tmp_path / "pseudo-labels-loose.csv")
+    np.testing.assert_array_equal(given.labels, labels)
+    assert state.side_inputs.counts is not None
+    assert state.side_inputs.counts.tolist() == np.bincount(labels[labels >= 0], minlength=3).tolist()
+    assert found.known is not None and found.known.labels.tolist() == labels.tolist()
+
+
+def test_a_student_gives_names_by_its_teacher_whose_layers_fit_each_other(
+    loose: PhaseData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, embed = small.make_model(template="none"), begin.embed_training_rows
+    asked: list[FaceModel] = []
+
+    def listen(state: TrainState, model: FaceModel, *rest: Any, **more: Any) -> Any:
+        asked.append(model)
+        return embed(state, model, *rest, **more)
+
+    monkeypatch.setattr(begin, "embed_training_rows", listen)
+    phase = dataclasses.replace(PSEUDO, start="teacher", distill=DistillConfig(logits=0.0, features=1.0))
+    state = make_state(phase, data=(loose,), model={"teacher": "run"})
+    begin.begin(tmp_path, state, 0, loose, None, teacher, None, Said().log)
+    assert asked == [teacher]
+
+
+# Advice.
+
+
+PHASE = Phase(name="finetune", start="scratch")
+
+
+def test_advice_comes_where_it_is_needed() -> None:
+    assert list(begin.advice(torch.tensor([10, 12, 9]), PHASE)) == []
+    assert list(begin.advice(torch.tensor([10, 2, 1]), PHASE)) == [
+        "2 of 3 identities have one or two pictures: their accuracy says little"
+    ]
+    (text,) = begin.advice(torch.tensor([90, 4]), PHASE)
+    assert "largest identity has 90 pictures, the smallest 4: consider --phases.finetune.sampler balanced" in text
+    assert list(begin.advice(torch.zeros(0, dtype=torch.long), PHASE)) == []
+
+
+def test_a_margin_that_no_model_could_satisfy_is_pointed_out_before_it_is_trained() -> None:
+    arc = dataclasses.replace(PHASE, loss=LossConfig(margin="arc", margin_size=0.5, scale=4.0))
+    (text,) = begin.advice(torch.full((1000,), 10), arc)
+    assert text.startswith("loss.margin arc 0.5 at loss.scale 4.0 is too much for 1000 identities")
+    assert "would be 3% sure" in text
+    assert list(begin.advice(torch.full((1000,), 10), dataclasses.replace(arc, loss=LossConfig()))) == []
+    enough = dataclasses.replace(arc, loss=LossConfig(margin="arc", margin_size=0.5, scale=64.0))
+    assert list(begin.advice(torch.full((1000,), 10), enough)) == []
