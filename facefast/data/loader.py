@@ -19,13 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from facefast import _scan
 from facefast.data import oracle
-from facefast.data.augment import draw
 from facefast.data.dali import Encoded, build_pipeline, decode_probe
 from facefast.data.index import FAULTS, FaceIndex
 from facefast.data.sampler import EpochSampler, Sampler
-from facefast.data.work import Work
+from facefast.data.work import Reader, Work, candidates
 from facefast.recipe import AugmentSpec, ImageSpec, Reading
 from facefast.runtime.exits import DataError
 
@@ -34,6 +32,8 @@ AHEAD = 4
 """Batches that are read before the decoder asks for them."""
 PREFETCH = 2
 """Batches that are decoded before the caller asks for them."""
+SPARES = 8
+"""Candidates for empty slots beyond those that are empty, for pictures that turn out bad."""
 FEWEST_BAD = 10
 """Bad pictures below this number pass any budget but 0: one in a small set must not end a run."""
 
@@ -41,8 +41,8 @@ FEWEST_BAD = 10
 class Batch(NamedTuple):
     """What one forward pass takes; everything else about a picture is a gather from the index by row.
 
-    images: [B, 3, H, W] on the device, normalised. The picture of a slot whose row is -1 is another one of the batch,
-        so that BatchNorm never sees a blank.
+    images: [B, 3, H, W] on the device, normalised. The picture of a slot whose row is -1 is another one of the data, so
+        that BatchNorm sees neither a blank nor copies.
     labels: int64 [B], -100 where the row is -1 or has no identity.
     rows: int64 [B], -1 where the batch is padded or the file unreadable.
     """
@@ -129,7 +129,7 @@ class Loader:
         self._device, self._dtype, self._channels_last = device, dtype, channels_last
         self._reading = reading
         self._decoder_kind = decoder
-        self._prefix = os.path.join(os.fsencode(index.root), b"")
+        self._reader_of_rows = Reader(index, image, augment, seed, reading)
         self._seen = self._lost = 0
 
         self._epoch = self._start_step = 0
@@ -206,37 +206,23 @@ class Loader:
 
     def _prepare(self, epoch: int, step: int) -> Work:
         asked = self.sampler.local(epoch, step, self._rank, self._world)
-        slots = np.flatnonzero(asked >= 0)
-        rows = asked[slots]
-        if not rows.size:  # all padding: a picture of the other ranks fills it
-            batch = self.sampler.batch(epoch, step)
-            rows = batch[batch >= 0][:1]
         # Known from the scan, or found by the decoder since: read again, it would fail the decoder again.
-        bad = {int(row): reason for row in rows if (reason := self._known_fault(int(row)))}
-        readable = np.array([int(row) not in bad for row in rows], bool)
-        rows, slots = rows[readable], slots[readable[: len(slots)]]
+        known = {int(row): reason for row in asked[asked >= 0] if (reason := self._known_fault(int(row)))}
+        work = self._reader_of_rows.begin(epoch, step, asked, known)
+        self._fill(work)
+        return work
 
-        index = self.index
-        data, faults, widths, heights, orientations = _scan.read(
-            np.char.add(self._prefix, index.paths[rows]),
-            index.offsets[rows],
-            index.lengths[rows],
-            self._reading.threads,
-            self._reading.max_pixels,
-        )
-        bad.update({int(rows[i]): FAULTS[faults[i]] for i in np.flatnonzero(faults)})
-        sound = np.flatnonzero(faults == 0)
-        # Slots of padding and of unreadable files stay -1; a picture that was read to fill them has no slot of its own.
-        own = np.full(len(asked), -1, np.int64)
-        if slots.size:
-            own[slots[sound]] = np.arange(len(sound))
-        rows = rows[sound]
-        # Sizes as the file has them now, not as the index saw them: landmarks and matrices are upright (orientations
-        # from 5 on lie on their side).
-        sizes = np.stack([widths, heights], 1)[sound]
-        sizes = np.where(orientations[sound, None] >= 5, sizes[:, ::-1], sizes)
-        numbers = draw(index, rows, self.image, self._augment, self._seed, epoch, sizes)
-        return Work(asked, own, rows, [data[i] for i in sound], numbers, sizes, bad)
+    def _fill(self, work: Work) -> None:
+        """Fills empty slots with other pictures of the data: a copy of the batch's own would leave BatchNorm with less
+        variance than the data has, and of a batch of one picture with none."""
+        if not work.lacking():
+            return
+        key = (self._seed, work.epoch, work.step, self._rank)
+        rows = candidates(self.sampler.rows, work.asked, key, len(work.asked) + SPARES)
+        taken = set(work.rows.tolist())
+        # Rows that are known to be bad are passed over, as one that turns out so is: the order stays the same.
+        fresh = [row for row in rows.tolist() if row not in taken and not self._known_fault(row)]
+        self._reader_of_rows.fill(work, np.array(fresh, np.int64))
 
     def _known_fault(self, row: int) -> str | None:
         if self.index.faults[row]:
@@ -316,6 +302,7 @@ class Loader:
                 reason = decode_probe(work.data[place], tuple(work.sizes[place].tolist()))
                 work.spoil(place, reason or "the decoder fails on it")
                 found += 1
+                self._fill(work)
         if decoder is not None:
             decoder.close()
         return found

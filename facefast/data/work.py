@@ -2,53 +2,159 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from facefast.data.augment import Draw
+from facefast import _scan
+from facefast.data.augment import Draw, draw
 from facefast.data.dali import Encoded
+from facefast.data.index import FAULTS, FaceIndex
 from facefast.data.sampler import Rows
+from facefast.recipe import AugmentSpec, ImageSpec, Reading
+
+MANY = 1 << 14
+"""Rows from which candidates for filling are drawn one by one: to shuffle all of them would take longer."""
 
 
 @dataclass
 class Work:
     """One batch on its way: the rows it should hold, what was read of them, and what fills the slots that are empty."""
 
+    epoch: int
+    step: int
     asked: Rows  # [B], -1 where the sampler pads
     own: Rows  # [B], each slot's place among the pictures read, -1 where it has none
     rows: Rows  # [n] of the pictures read
     data: list[NDArray[np.uint8]]
     numbers: Draw
     sizes: NDArray[np.int32]  # [n, 2] (width, height), upright
-    bad: dict[int, str]  # row -> reason
+    bad: dict[int, str]  # row -> reason, of the rows asked for
+    spares: list[int] = field(default_factory=list)  # places of the pictures that fill empty slots, in this order
+    broken: set[int] = field(default_factory=set)  # places of the pictures that the decoder breaks on
 
     def spoil(self, place: int, reason: str) -> None:
         """Takes a picture out that the decoder breaks on."""
         # Its bytes stay in `data`, so that the places of the others stay too; no slot refers to it any more.
-        self.bad[int(self.rows[place])] = reason
-        self.own[self.own == place] = -1
+        self.broken.add(place)
+        if place not in self.spares:  # a filler is nobody's loss
+            self.bad[int(self.rows[place])] = reason
+            self.own[self.own == place] = -1
 
     def sound(self) -> Rows:
         """Places of the pictures that no decoder has broken on yet."""
-        return np.flatnonzero([int(row) not in self.bad for row in self.rows])
+        return np.array([place for place in range(len(self.rows)) if place not in self.broken], np.int64)
+
+    def fillers(self) -> list[int]:
+        """Places of the sound pictures that fill empty slots."""
+        return [place for place in self.spares if place not in self.broken]
+
+    def lacking(self) -> int:
+        """Empty slots that nothing fills yet."""
+        return max(0, int((self.own < 0).sum()) - len(self.fillers()))
 
     def valid_rows(self) -> Rows:
         """[B], -1 where a slot has no picture of its own."""
         return np.where(self.own >= 0, self.asked, -1)
 
     def encoded(self) -> Encoded:
-        """The batch as the decoder takes it, with empty slots filled in turn by the sound pictures."""
-        # The fillers take turns, so that no picture stands in every empty slot and weighs on BatchNorm's statistics.
-        sound = self.own[self.own >= 0]
-        if not sound.size:  # pictures that were read for filling only
-            sound = self.sound()
-        if not sound.size:
+        """The batch as the decoder takes it, with empty slots filled."""
+        # Where the data has no further pictures those that there are take turns.
+        places, empty, spares = self.own.copy(), np.flatnonzero(self.own < 0), self.fillers()
+        if len(spares) < len(empty):
+            spares += self.own[self.own >= 0].tolist()
+        if not spares and len(empty):
             return blank(len(self.asked))
-        places, empty = self.own.copy(), np.flatnonzero(self.own < 0)
-        places[empty] = np.resize(sound, len(empty))
+        if len(empty):
+            places[empty] = np.resize(spares, len(empty))
         return Encoded([self.data[place] for place in places], self.numbers.take(places), self.sizes[places])
+
+
+class Reader:
+    """Reads rows of an index and draws their numbers."""
+
+    def __init__(
+        self, index: FaceIndex, image: ImageSpec, augment: AugmentSpec | None, seed: int, reading: Reading
+    ) -> None:
+        self.index, self.image, self.augment, self.seed, self.reading = index, image, augment, seed, reading
+        self._prefix = os.path.join(os.fsencode(index.root), b"")
+
+    def begin(self, epoch: int, step: int, asked: Rows, known: dict[int, str]) -> Work:
+        """A batch with the pictures of its own rows that can be read.
+
+        Args:
+            asked: [B] rows, -1 where the sampler pads.
+            known: row -> reason, of those that are not read again: they would fail again.
+        """
+        slots = np.flatnonzero(asked >= 0)
+        bad = {int(row): known[int(row)] for row in asked[slots] if int(row) in known}
+        slots = slots[[int(row) not in bad for row in asked[slots]]]
+        own, none = np.full(len(asked), -1, np.int64), np.zeros(0, np.int64)
+        work = Work(epoch, step, asked, own, none, [], self._draw(none, epoch), _sizes(), bad)
+        # Slots of padding and of unreadable files stay -1.
+        own[slots], faults = self._add(work, asked[slots])
+        work.bad |= {int(row): FAULTS[fault] for row, fault in zip(asked[slots], faults, strict=True) if fault}
+        return work
+
+    def fill(self, work: Work, candidates: Rows) -> None:
+        """Reads pictures for the empty slots, in the order of `candidates`, as far as they go."""
+        done = 0
+        while (lacking := work.lacking()) and done < len(candidates):
+            places, _ = self._add(work, candidates[done : done + lacking])
+            work.spares += places[places >= 0].tolist()
+            done += lacking
+
+    def _add(self, work: Work, rows: Rows) -> tuple[Rows, NDArray[np.uint8]]:
+        """Places of the pictures of some rows, read into the batch, -1 of those that cannot be; and their faults."""
+        index = self.index
+        data, faults, widths, heights, orientations = _scan.read(
+            np.char.add(self._prefix, index.paths[rows]),
+            index.offsets[rows],
+            index.lengths[rows],
+            self.reading.threads,
+            self.reading.max_pixels,
+        )
+        sound = np.flatnonzero(faults == 0)
+        places = np.full(len(rows), -1, np.int64)
+        places[sound] = len(work.rows) + np.arange(len(sound))
+        # Sizes as the file has them now, not as the index saw them: landmarks and matrices are upright (orientations
+        # from 5 on lie on their side).
+        sizes = np.stack([widths, heights], 1)[sound]
+        sizes = np.where(orientations[sound, None] >= 5, sizes[:, ::-1], sizes)
+        numbers = draw(index, rows[sound], self.image, self.augment, self.seed, work.epoch, sizes)
+        work.rows = np.concatenate([work.rows, rows[sound]])
+        work.data += [data[i] for i in sound]
+        work.numbers = Draw(*(np.concatenate(pair) for pair in zip(work.numbers, numbers, strict=True)))
+        work.sizes = np.concatenate([work.sizes, sizes])
+        return places, faults
+
+    def _draw(self, rows: Rows, epoch: int) -> Draw:
+        return draw(self.index, rows, self.image, self.augment, self.seed, epoch, _sizes())
+
+
+def _sizes() -> NDArray[np.int32]:
+    return np.zeros((0, 2), np.int32)
+
+
+def candidates(rows: Rows, asked: Rows, key: tuple[int, ...], number: int) -> Rows:
+    """Rows whose pictures may fill a batch's empty slots: others of the same data, in an order that the key alone
+    fixes, so that a resumed run fills them alike.
+
+    Args:
+        rows: [N] of the data.
+        asked: [B] of the batch, which are left out.
+        key: of the order, for instance (seed, epoch, step, rank).
+        number: how many are wanted at least, where the data has them.
+    """
+    generator = np.random.Generator(np.random.PCG64(list(key)))
+    if len(rows) <= max(MANY, 8 * number):
+        order = generator.permutation(rows)
+    else:
+        drawn = rows[generator.integers(len(rows), size=4 * number + len(asked))]
+        order = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+    return order[~np.isin(order, asked)]
 
 
 # What a batch without any sound picture is made of: 8 x 8 grey pixels.

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from facefast.data import loader as loader_module
+from facefast.data import work as work_module
 from facefast.data.augment import draw
 from facefast.data.index import FAULTS, FaceIndex
 from facefast.data.loader import BadDataError, Batch, Loader, make_loader
@@ -114,19 +114,38 @@ def test_a_rows_pixels_do_not_depend_on_its_slot_or_its_neighbours(photographs: 
     assert all(torch.equal(usual[row], other[row]) for row in usual)
 
 
-def test_empty_slots_carry_pictures_of_the_same_batch_in_turn(photographs: FaceIndex) -> None:
+def rows_of(images: torch.Tensor, index: FaceIndex) -> list[int]:
+    """Which rows of the epoch pictures are."""
+    known = by_row(epoch_of(index))
+    return [row for image in images for row, other in known.items() if torch.equal(image, other)]
+
+
+def test_empty_slots_carry_pictures_of_other_batches_no_two_the_same(photographs: FaceIndex) -> None:
     last = epoch_of(photographs)[-1]
     assert last.rows.tolist()[5:] == [-1, -1, -1]
-    assert torch.equal(last.images[5:], last.images[:3])
+    fillers = rows_of(last.images[5:], photographs)
+    assert len(set(fillers)) == 3 and not set(fillers) & set(last.rows.tolist())
 
 
-def test_a_rank_without_any_row_in_the_last_batch_borrows_a_picture(photographs: FaceIndex) -> None:
+def test_a_last_batch_of_one_picture_is_as_varied_as_any(photographs: FaceIndex) -> None:
+    index = photographs.select(np.arange(9))
+    last = epoch_of(index)[-1]
+    assert (last.rows >= 0).sum() == 1
+    assert len(set(rows_of(last.images, index))) == 8
+
+
+def test_a_rank_without_any_row_in_the_last_batch_borrows_pictures(photographs: FaceIndex) -> None:
     index = photographs.select(np.arange(9))
     first, last = epoch_of(index, rank=3, world=4)
     assert first.rows.min() >= 0 and last.rows.tolist() == [-1, -1]
-    row = shuffled(index).batch(2, 1)[0]
-    borrowed = by_row(epoch_of(index))[int(row)]
-    assert torch.equal(last.images[0], borrowed) and torch.equal(last.images[1], borrowed)
+    assert len(set(rows_of(last.images, index))) == 2
+
+
+def test_data_with_fewer_pictures_than_slots_takes_turns(photographs: FaceIndex) -> None:
+    index = photographs.select(np.arange(3))
+    (batch,) = epoch_of(index)
+    assert batch.rows.tolist().count(-1) == 5
+    assert set(rows_of(batch.images, index)) == {0, 1, 2}
 
 
 def test_resuming_at_any_step_gives_the_tail_of_the_epoch(photographs: FaceIndex) -> None:
@@ -269,28 +288,32 @@ def test_a_file_that_goes_bad_costs_its_row_alone(
     assert set(loader.bad) == set(victims)
     assert all(reason in found and found for found in loader.bad.values())
     assert_same(again, first)
+    pictures = {row: image for batch in clean for row, image in zip(batch.rows.tolist(), batch.images, strict=True)}
     for batch, whole in zip(first, clean, strict=True):
         lost = torch.tensor([row in victims for row in whole.rows.tolist()])
         assert torch.equal(batch.rows, whole.rows.masked_fill(lost, -1))
         assert torch.equal(batch.labels, whole.labels.masked_fill(lost, -100))
         sound = batch.rows >= 0
         assert torch.equal(batch.images[sound], whole.images[sound])
-        fillers = whole.images[sound]
-        for slot, image in enumerate(batch.images[~sound]):
-            assert torch.equal(image, fillers[slot % len(fillers)])
+        # Empty slots hold pictures of other batches, each another one.
+        others = {row: image for row, image in pictures.items() if row not in whole.rows.tolist()}
+        fillers = [
+            [row for row, other in others.items() if torch.equal(image, other)] for image in batch.images[~sound]
+        ]
+        assert all(len(rows) == 1 for rows in fillers) and len({rows[0] for rows in fillers}) == len(fillers)
     capfd.readouterr()  # libjpeg's and libpng's own complaints
 
 
 @pytest.mark.parametrize("kind", ["removed", "garbled jpeg"])
 @pytest.mark.parametrize("decoder", ["dali", "oracle"])
-def test_a_batch_without_any_sound_picture_is_grey_and_counts_for_nothing(
+def test_a_batch_without_any_sound_picture_counts_for_nothing(
     copied: FaceIndex, kind: str, decoder: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     clean = epoch_of(copied, decoder=decoder)
     damage(copied, clean[1].rows.tolist(), DAMAGE[kind][0])
     found = epoch_of(copied, decoder=decoder)
     assert (found[1].rows == -1).all() and (found[1].labels == -100).all()
-    assert not found[1].images.any()
+    assert len({tuple(image.flatten().tolist()) for image in found[1].images}) == 8  # other pictures, no two the same
     assert_same([found[0], *found[2:]], [clean[0], *clean[2:]])
     capfd.readouterr()
 
@@ -362,7 +385,7 @@ def test_an_error_of_the_reading_thread_reaches_the_caller(
             raise error
         return draw(index, rows, *rest)
 
-    monkeypatch.setattr(loader_module, "draw", failing)
+    monkeypatch.setattr(work_module, "draw", failing)
     for error in (MemoryError("no memory left"), RuntimeError("a thread cannot start")):
         with make_loader(photographs, IMAGE, batch_size=8, threads=1) as loader:
             with pytest.raises(type(error), match=str(error)):
