@@ -52,6 +52,7 @@ def read(
     lengths: npt.NDArray[np.integer] | Sequence[int],
     threads: int,
     max_pixels: int,
+    hashes: npt.NDArray[np.uint64] | None = None,
 ) -> tuple[
     list[npt.NDArray[np.uint8]],
     npt.NDArray[np.uint8],
@@ -63,13 +64,15 @@ def read(
 
     Args:
         paths: [B] absolute ones; `offsets`, `lengths`, `threads` and `max_pixels` as for `scan`.
+        hashes: [B, 2] as `scan` found them; a picture with another one has the fault "changed since it was indexed". 0
+            is not known.
 
     Returns:
         (data, fault, width, height, orientation): the encoded bytes of each picture, empty where its fault is not 0,
         and columns [B] as those of `scan`.
 
     Raises:
-        ValueError: the columns differ in length, or `paths` are not bytes.
+        ValueError: the columns differ in length, `paths` are not bytes, or `hashes` have another shape.
     """
 
 def inspect(data: bytes, max_pixels: int) -> tuple[int, int, int, int, int]:

@@ -36,6 +36,7 @@ enum class Fault : uint8_t {
   kWebpExif,
   kColors,
   kLevels,
+  kChanged,
 };
 
 inline constexpr const char* kFaultNames[] = {
@@ -66,8 +67,9 @@ inline constexpr const char* kFaultNames[] = {
     "unsupported: EXIF layout of WebP",
     "unsupported: colour layout",
     "unsupported: greatest value of PNM other than 255 and 65535",
+    "changed since it was indexed",
 };
-static_assert(sizeof(kFaultNames) / sizeof(*kFaultNames) == static_cast<size_t>(Fault::kLevels) + 1);
+static_assert(sizeof(kFaultNames) / sizeof(*kFaultNames) == static_cast<size_t>(Fault::kChanged) + 1);
 
 enum class Kind : uint8_t { kUnknown, kJpeg, kPng, kWebp, kBmp, kTiff, kPnm };
 

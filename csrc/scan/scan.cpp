@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <sched.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -15,6 +16,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -285,10 +287,16 @@ struct Loaded {
   Picture picture;
 };
 
+using Hashes = py::array_t<uint64_t, py::array::c_style>;
+
 py::tuple read_rows(const py::object& paths, const py::object& offsets, const py::object& lengths, int threads,
-                    uint64_t max_pixels) {
+                    uint64_t max_pixels, const std::optional<Hashes>& hashes) {
   const Rows rows(paths, offsets, lengths);
   const int64_t count = rows.count();
+  if (hashes && (hashes->ndim() != 2 || hashes->shape(0) != count || hashes->shape(1) != 2)) {
+    throw py::value_error("hashes must be uint64 [B, 2], one row for each of the " + std::to_string(count) + " paths");
+  }
+  const uint64_t* const known = hashes ? hashes->data() : nullptr;
   std::vector<Loaded> batch(count);
   {
     const py::gil_scoped_release release;
@@ -313,6 +321,13 @@ py::tuple read_rows(const py::object& paths, const py::object& offsets, const py
         loaded.picture.fault = fault;
         if (fault == Fault::kNone) {
           loaded.picture = inspect(loaded.bytes.get(), loaded.size, max_pixels);
+        }
+        // 0 is a picture that was never hashed.
+        if (known && loaded.picture.fault == Fault::kNone && (known[2 * row] || known[2 * row + 1])) {
+          const Hash128 content = murmur3(loaded.bytes.get(), loaded.size);
+          if (content.low != known[2 * row] || content.high != known[2 * row + 1]) {
+            loaded.picture.fault = Fault::kChanged;
+          }
         }
       }
     };
@@ -366,10 +381,11 @@ PYBIND11_MODULE(_scan, module) {
              "Inspects N pictures below `root` and returns columns: fault, kind, orientation uint8 "
              "[N], width, height int32 [N], size int64 [N], hash uint64 [N, 2] (0 where there is a "
              "fault). `progress` is called with the rows done so far, ten times a second.");
-  module.def("read", &read_rows, py::arg("paths"), py::arg("offsets"), py::arg("lengths"), py::arg("threads"),
-             py::arg("max_pixels"),
-             "Reads B pictures at absolute paths and returns (data, fault, width, height, "
-             "orientation): a list of uint8 arrays, empty where fault is not 0, and columns [B].");
+  module.def(
+      "read", &read_rows, py::arg("paths"), py::arg("offsets"), py::arg("lengths"), py::arg("threads"),
+      py::arg("max_pixels"), py::arg("hashes") = py::none(),
+      "Reads B pictures at absolute paths, compares them with their hashes, and returns (data, fault, width, height, "
+      "orientation): a list of uint8 arrays, empty where fault is not 0, and columns [B].");
   module.def(
       "inspect",
       [](const py::bytes& data, uint64_t max_pixels) {

@@ -115,6 +115,7 @@ class Reader:
             index.lengths[rows],
             self.reading.threads,
             self.reading.max_pixels,
+            index.hashes[rows],  # a picture that is another one than was looked at may show anybody
         )
         sound = np.flatnonzero(faults == 0)
         places = np.full(len(rows), -1, np.int64)

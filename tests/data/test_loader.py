@@ -332,6 +332,17 @@ def test_a_repeated_row_that_breaks_the_decoder_is_lost_in_every_slot(
     capfd.readouterr()
 
 
+def test_a_picture_that_changed_after_it_was_indexed_is_no_longer_its_row(copied: FaceIndex) -> None:
+    index = copied.scanned()
+    clean = by_row(epoch_of(index))
+    Path(index.path(7)).write_bytes(encode(smooth_picture(40, 48, 99)))  # sound, and another one
+    with make_loader(index, IMAGE, batch_size=8, sampler=shuffled(index), augment=AUGMENT, seed=5, epoch=2) as loader:
+        found = by_row(loader)
+    assert loader.bad == {7: "changed since it was indexed"}
+    assert set(found) == set(range(NUMBER)) - {7}
+    assert all(torch.equal(found[row], clean[row]) for row in found)
+
+
 def test_a_bad_row_is_not_read_again(copied: FaceIndex, capfd: pytest.CaptureFixture[str]) -> None:
     damage(copied, [4], garbled_jpeg())
     with make_loader(copied, IMAGE, batch_size=8, threads=1) as loader:
