@@ -105,6 +105,27 @@ def test_no_more_layers_stay_in_float_than_the_cosine_asks_for(plain: onnx.Model
     assert some.cosine >= (none.cosine + most.cosine) / 2
 
 
+def test_the_layer_that_harms_most_is_the_first_to_stay_in_float_and_the_only_one_where_that_is_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onnx_graph, "equalise", lambda *_: None)  # it would mend this
+    graph = onnx_graph.Graph(face_network())
+    bad = next(node for node in graph.model.graph.node if node.op_type == "Conv" and node.name == "conv9")
+    before = next(node for node in graph.model.graph.node if node.name == "conv7")  # depthwise
+    weight, own, bias = graph.constant(bad, 1), graph.constant(before, 1), graph.constant(before, 2)
+    assert weight is not None and own is not None and bias is not None
+    dead = (np.arange(16) != 0).astype(np.float32)
+    graph.replace_constant(before, 1, own * dead.reshape(-1, 1, 1, 1))
+    graph.replace_constant(before, 2, bias * dead)
+    # A channel that is always 0, with weights that leave the others' hardly a step of the scale.
+    graph.replace_constant(bad, 1, np.where(np.arange(16).reshape(1, -1, 1, 1) == 0, 100, weight))
+    none, most = quantise(graph.model, PICTURES, -1), quantise(graph.model, PICTURES, 2.0)
+    one = quantise(graph.model, PICTURES, (none.cosine + most.cosine) / 2)
+    assert one.in_float[0] == "conv9"
+    assert set(one.in_float) == set(int8.layers_of(_rewritten(graph.model))["conv9"])
+    assert len(one.in_float) < len(most.in_float)
+
+
 def _rewritten(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph as it is quantised."""
     graph = onnx_graph.Graph(onnx_graph.copied(model))
@@ -141,7 +162,8 @@ def test_ranges_are_the_extremes_of_all_pictures_or_what_is_left_without_the_out
     (whole,) = onnx_graph.observe(plain, names, PICTURES, batch_size=len(PICTURES))
     for name, values in zip(names, whole, strict=True):
         lowest, highest = ranges["minmax"][name]
-        assert (lowest, highest) == (pytest.approx(values.min()), pytest.approx(values.max()))
+        assert float(lowest) == pytest.approx(float(values.min()))
+        assert float(highest) == pytest.approx(float(values.max()))
     for name, (lowest, highest) in ranges["percentile"].items():
         extreme = ranges["minmax"][name]
         assert extreme[0] <= lowest <= highest <= extreme[1]
@@ -176,7 +198,7 @@ def test_equalising_makes_int8_better_where_channels_differ(
     for link in list(uneven.links()):
         channels = uneven.channels(link.first.output[0])
         factor = np.geomspace(0.05, 20, channels).astype(np.float32)
-        uneven.scale_link(link, factor, 1 / factor)
+        uneven.scale_link(link, factor, np.float32(1) / factor)
     equalised = quantise(uneven.model, PICTURES, -1)
     monkeypatch.setattr(onnx_graph, "equalise", lambda *_: None)
     assert equalised.cosine > 0.99

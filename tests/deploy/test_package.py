@@ -38,9 +38,8 @@ def recipe_of(**fields: Any) -> dict[str, Any]:
     model = ModelConfig(source=f"{HERE}/weights.pt", teacher=f"{HERE}/teacher.pt")
     phase = Phase(start="source", align="coral")
     distilled = dataclasses.replace(phase, distill=dataclasses.replace(phase.distill, embeddings=1.0))
-    document = to_json(Recipe(**{"data": data, "model": model, "phases": (distilled,)} | fields))
-    assert isinstance(document, dict)
-    return document
+    chosen: dict[str, Any] = {"data": data, "model": model, "phases": (distilled,)} | fields
+    return dict(to_json(Recipe(**chosen)))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,7 +30,7 @@ class Builder:
         self._constants.append(numpy_helper.from_array(np.asarray(value, np.float32), name))
         return name
 
-    def node(self, kind: str, *given: str, channels: int = 0, **attributes: object) -> str:
+    def node(self, kind: str, *given: str, channels: int = 0, **attributes: Any) -> str:
         """Any node; it keeps the channels of its first input where nothing else is said."""
         name = f"{kind.lower()}{len(self._nodes)}"
         self._nodes.append(helper.make_node(kind, given, [name], name=name, **attributes))
