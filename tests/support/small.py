@@ -39,6 +39,18 @@ def make_model(
     return model.eval()
 
 
+def make_uneven_model() -> FaceModel:
+    """A model none of whose PReLUs are alike, and some of whose slopes are above 1, as training leaves them."""
+    model = make_model()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.PReLU):
+                module.weight.copy_(0.25 + 0.1 * torch.randn(module.weight.shape, generator=generator))
+                module.weight[3] = 1.5
+    return model.eval()
+
+
 def make_recipe(root: Path, model: FaceModel) -> Recipe:
     """As if `model` had been trained on two of four pictures of each person."""
     return Recipe(

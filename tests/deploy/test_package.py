@@ -1,0 +1,167 @@
+"""What leaves the project: the files of a package, what they tell of its owner, and exports that are not the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import facefast
+from facefast.deploy import package as packages
+from facefast.models import FaceModel
+from facefast.recipe import BinaryConfig, DataConfig, LossConfig, ModelConfig, Phase, Recipe, TaskConfig, to_json
+from facefast.runtime import files, manifest
+from facefast.runtime.exits import StorageError
+from tests.support import small
+
+HERE = "/home/ann/secret"
+
+
+def pictures(batch: int) -> torch.Tensor:
+    """Normalised pictures, none like those that `export` itself compares with."""
+    return torch.randn(batch, 3, small.SIZE, small.SIZE, generator=torch.Generator().manual_seed(batch))
+
+
+def recipe_of(**fields: Any) -> dict[str, Any]:
+    """The JSON form of a recipe whose owner keeps everything in one folder."""
+    data = DataConfig(
+        root=f"{HERE}/photographs",
+        more=(f"{HERE}/others", f"{HERE}/more"),
+        corrections=f"{HERE}/suspects.csv",
+        max_bad_fraction=0.25,
+    )
+    model = ModelConfig(source=f"{HERE}/weights.pt", teacher=f"{HERE}/teacher.pt")
+    phase = Phase(start="source", align="coral")
+    distilled = dataclasses.replace(phase, distill=dataclasses.replace(phase.distill, embeddings=1.0))
+    chosen: dict[str, Any] = {"data": data, "model": model, "phases": (distilled,)} | fields
+    return dict(to_json(Recipe(**chosen)))
+
+
+@pytest.fixture(scope="module")
+def model() -> FaceModel:
+    return small.make_model()
+
+
+@pytest.fixture(scope="module")
+def package(model: FaceModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exports") / "new" / "package"
+    packages.export(model, "safetensors", out, recipe_of())
+    return out
+
+
+def test_an_embedder_gives_directions_of_the_picture_alone(model: FaceModel) -> None:
+    images = pictures(3)
+    with torch.inference_mode():
+        found = packages.Embedder(model)(images)
+    torch.testing.assert_close(found, model.embed(images, mirror=False))
+    assert not torch.allclose(found, model.embed(images, mirror=True), atol=1e-3)
+
+
+def test_a_package_is_its_four_files_and_they_fit_their_manifest(package: Path, model: FaceModel) -> None:
+    assert sorted(file.name for file in package.iterdir()) == sorted(packages.PACKAGE)
+    manifest.verify(package)
+    assert files.read_json(package / "model.json") == json.loads(json.dumps(model.to_config()))
+    images = torch.randint(0, 256, (2, 3, small.SIZE, small.SIZE), dtype=torch.uint8)
+    assert torch.equal(facefast.load(package).embed(images), model.embed(images))
+
+
+def test_a_damaged_package_is_no_model(package: Path, tmp_path: Path) -> None:
+    for name in ("model.safetensors", "model.json", "recipe.json"):
+        out = tmp_path / name
+        shutil.copytree(package, out)
+        content = bytearray((out / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (out / name).write_bytes(content)
+        with pytest.raises(StorageError, match=f"{name} does not match the hash"):
+            facefast.load(out)
+
+
+def test_a_package_tells_nothing_of_where_its_owners_files_lie(package: Path) -> None:
+    assert HERE not in (package / "recipe.json").read_text()
+    found = files.read_json(package / "recipe.json")
+    assert (found["data"]["root"], found["data"]["more"], found["data"]["corrections"]) == ("", [], "")
+    assert (found["model"]["source"], found["model"]["teacher"]) == ("weights.pt", "teacher.pt")
+    assert found["data"]["max_bad_fraction"] == 0.25  # what is no path stays
+
+
+def test_no_kind_of_recipe_tells_where_its_owners_files_lie(model: FaceModel, tmp_path: Path) -> None:
+    plain, nameless = ModelConfig(), LossConfig(weight=0.0)
+    phases = (Phase(start="scratch", loss=nameless),)
+    scratch = {"model": plain, "phases": (Phase(start="scratch"),)}
+    kinds = {
+        "labels": scratch | {"data": DataConfig(root=HERE, labels=f"{HERE}/labels.csv")},
+        "negatives": scratch
+        | {"data": DataConfig(root=HERE), "phases": phases, "binary": BinaryConfig(negatives=f"{HERE}/walls")},
+        "people": scratch | {"data": DataConfig(root=HERE), "phases": phases, "binary": BinaryConfig(people=("ann",))},
+        "tasks": scratch | {"data": DataConfig(root=HERE), "tasks": TaskConfig(attributes=("Male",))},
+    }
+    for name, fields in kinds.items():
+        packages.export(model, "safetensors", tmp_path / name, recipe_of(**fields))
+        assert HERE not in (tmp_path / name / "recipe.json").read_text(), name
+    assert files.read_json(tmp_path / "negatives" / "recipe.json")["binary"]["negatives"] == "walls"
+    assert files.read_json(tmp_path / "people" / "recipe.json")["binary"]["people"] == ["ann"]
+
+
+def test_recipes_of_older_runs_without_some_fields_are_packed_too(model: FaceModel, tmp_path: Path) -> None:
+    document = recipe_of()
+    for section, name in (("data", "more"), ("data", "labels"), ("model", "teacher")):
+        del document[section][name]
+    del document["binary"]
+    packages.export(model, "safetensors", tmp_path / "package", document)
+    found = files.read_json(tmp_path / "package" / "recipe.json")
+    assert "more" not in found["data"] and "teacher" not in found["model"] and "binary" not in found
+    assert document["data"]["root"] == f"{HERE}/photographs"  # the caller's is as it was
+
+
+def test_a_package_may_replace_a_package_and_leaves_nothing_of_it(package: Path, tmp_path: Path) -> None:
+    out = tmp_path / "package"
+    shutil.copytree(package, out)
+    packages.export(small.make_model(classes=("ann", "bo")), "safetensors", out)
+    assert facefast.load(out).class_names == ("ann", "bo")
+    assert not (out / "recipe.json").exists()
+    manifest.verify(out)
+
+
+def test_an_export_that_gives_other_embeddings_is_refused(
+    model: FaceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = small.make_model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    write = packages.write_package
+    monkeypatch.setattr(packages, "write_package", lambda _, out, recipe: write(other, out, recipe))
+    with pytest.raises(ValueError, match="other embeddings than the model: cosine .*, at least 0.9999"):
+        packages.export(model, "safetensors", tmp_path / "out")
+
+
+def test_an_export_that_gives_no_number_is_refused(tmp_path: Path) -> None:
+    broken = small.make_model()
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="other embeddings than the model: cosine nan"):
+        packages.export(broken, "safetensors", tmp_path / "out")
+
+
+def test_a_kind_of_export_that_there_is_not_is_refused_before_anything_is_written(
+    model: FaceModel, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="no export to 'pt'; it must be onnx, torch or safetensors"):
+        packages.export(model, "pt", tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch about its own loader
+def test_a_torch_program_gives_the_models_embeddings_at_any_batch_size(tmp_path: Path) -> None:
+    model = small.make_model("resnet18")
+    out = tmp_path / "model.pt2"
+    packages.export(model, "torch", out)
+    program = torch.export.load(out).module()
+    for batch in (1, 2, 5):
+        images = pictures(batch)
+        torch.testing.assert_close(program(images), model.embed(images, mirror=False), rtol=0, atol=1e-4)
