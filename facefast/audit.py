@@ -35,7 +35,7 @@ from facefast.labels.sheets import strips, write_sheets
 from facefast.labels.suspects import KINDS, Suspects, find_suspects
 from facefast.recipe import Photographs
 from facefast.recipe.options import parse
-from facefast.runtime import exits, process
+from facefast.runtime import exits, files, process
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
                 result = dataclasses.asdict(planted(given, index, embeddings))
                 width = max(map(len, result))
                 if given.json:
-                    print(json.dumps(result))
+                    print(json.dumps(files.strict(result)))
                 else:
                     print(*(f"{name:{width}}  {value:.4g}" for name, value in result.items()), sep="\n")
             elif run.is_main and given.out is not None:

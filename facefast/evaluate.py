@@ -17,7 +17,7 @@ from facefast.evaluation.sets import find_evaluation_set, given_pairs
 from facefast.models import checkpoint
 from facefast.recipe import DataConfig, EvalConfig
 from facefast.recipe.options import parse
-from facefast.runtime import exits, process
+from facefast.runtime import exits, files, process
 from facefast.runtime.process import decode_threads
 
 
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             precision = checkpoint.precision_of(given.model, model)
             results = evaluate(model, evaluation_set, given.eval, run, precision, reading)
             if run.is_main and given.json:
-                print(json.dumps(results))
+                print(json.dumps(files.strict(results)))
             elif run.is_main:
                 width = max(map(len, results))
                 print(*(f"{name:{width}}  {value:.6g}" for name, value in results.items()), sep="\n")

@@ -103,7 +103,7 @@ def _remove_old(folder: Path, keep: int) -> None:
 
 def _steps(folder: Path) -> list[Path]:
     """step-N folders, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def newest(run_folder: Path) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ EXIT_DATA = 65
 EXIT_NUMERICS = 70
 EXIT_STORAGE = 74
 EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+"""Ctrl-C, as shells have it; training saves and leaves with `EXIT_PREEMPTED` instead."""
 
 
 class DataError(ValueError):
@@ -55,7 +58,12 @@ def exit_codes(on_failure: Callable[[int, str], None] = lambda code, text: None)
     try:
         yield outcome
     except SystemExit as error:  # the argument parser's: 2 is its usage error
-        outcome.code = EXIT_USAGE if error.code == 2 else int(error.code or 0)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr, flush=True)
+        outcome.code = EXIT_USAGE if error.code == 2 or isinstance(error.code, str) else int(error.code or 0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        outcome.code = EXIT_INTERRUPTED
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _output_is_gone():
             error = StorageError("nobody reads the output any more")

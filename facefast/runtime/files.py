@@ -8,10 +8,11 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def strict(value: Any) -> Any:
+    """A JSON value with null for numbers that JSON does not have: NaN and the infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: strict(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON aside, syncs it and renames it into place."""
     # A reader sees the old file or the new one, never a part: a rename replaces a file in one step. The process number
     # keeps two writers apart.
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(aside, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
+        json.dump(strict(value), file, indent=2, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
+from facefast.runtime import files
 from facefast.runtime.exits import NumericsError
 
 HEADLINES = ("loss", "top1", "verification_accuracy", "tar@1e-2", "known_verification_accuracy")
@@ -174,7 +175,7 @@ class RunLog:
         """One JSON object in metrics.jsonl and its scalars in TensorBoard."""
         if not self._enabled:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in fields.items()}  # JSON has no NaN
+        finite = files.strict(fields)
         record = {"step": at.step, "phase": at.phase, "epoch": round(at.epoch, 4), "split": split}
         self._file.write(json.dumps(record | finite) + "\n")
         self._file.flush()  # a run that is killed leaves every line but a torn last one

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,8 +208,12 @@ class TrainState:
         if self.average is not None:
             self.evaluated.load_state_dict(read_tensors(path, "ema"))
             self.average.n_averaged.fill_(document["averaged"])
-        for name in ("step", "phase_step", "best", "results"):
+        for name in ("step", "phase_step", "best"):
             setattr(self, name, document[name])
+        self.results = {
+            phase: {name: math.nan if value is None else value for name, value in results.items()}  # JSON has no NaN
+            for phase, results in document["results"].items()
+        }
 
 
 def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCounts) -> Tensor:

@@ -51,12 +51,10 @@ def test_the_parsers_own_exits_become_ours(left_with: int | None, code: int) -> 
     assert outcome.code == code
 
 
-def test_a_command_that_says_nothing_is_done_and_an_interruption_is_not_swallowed() -> None:
+def test_a_command_that_says_nothing_is_done() -> None:
     with exits.exit_codes() as outcome:
         pass
     assert outcome.code == 0
-    with pytest.raises(KeyboardInterrupt), exits.exit_codes():
-        raise KeyboardInterrupt
 
 
 def test_a_reader_who_leaves_ends_the_process_with_74_and_no_traceback() -> None:
@@ -218,3 +216,16 @@ def test_every_command_explains_itself(
 ) -> None:
     assert left_with([command, "--help"], monkeypatch) == 0
     assert re.match(rf"usage: facefast[. ]{command} ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [(KeyboardInterrupt(), 130, "interrupted"), (SystemExit("no more"), 64, "no more"), (SystemExit(2), 64, "")],
+)
+def test_ends_that_are_no_errors_of_ours_have_codes_and_no_traceback(
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with exits.exit_codes() as outcome:
+        raise error
+    assert outcome.code == code
+    assert capsys.readouterr().err.strip() == message

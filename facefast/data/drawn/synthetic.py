@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code (0, or 64 for a wrong argument)."""
     default = DrawnSpec()
     parser = argparse.ArgumentParser(
-        prog="python -m facefast.data.synthetic", description="Draw faces in CelebA's official layout."
+        prog="python -m facefast.data.drawn.synthetic", description="Draw faces in CelebA's official layout."
     )
     parser.add_argument("root", help="folder to create")
     parser.add_argument(
