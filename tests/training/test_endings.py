@@ -51,9 +51,9 @@ def open_log(folder: Path, state: TrainState, enabled: bool = True) -> RunLog:
     for name, value in (("recipe", to_json(state.recipe)), ("plan", to_json(state.plan)), ("environment", {})):
         files.write_json(folder / f"{name}.json", value)
     log = RunLog(folder, enabled=enabled, total_steps=4, first_step=None, every=1)
-    log.step(Position(4, "scratch", 1.0, 0.1, True), torch.tensor([8.0, 4, 8, 0, 8, 8]), 8, 0.0)
+    log.step(Position(4, "scratch", 1.0, 0.1, True), torch.tensor([8.0, 4, 8, 0, 8, 8, 8, 0]), 8, 0.0)
     log.speeds[:] = [Speed(updates=1, pictures=8, seconds=2.0, waited=0.5)]
-    assert len(STATS) == 5
+    assert len(STATS) == 6
     return log
 
 
@@ -198,10 +198,13 @@ def test_what_the_evaluation_could_not_tell_is_a_dash_in_the_summary() -> None:
 
 
 def test_a_bad_number_never_chooses_the_best_checkpoint_by_its_order() -> None:
-    """NaN first, NaN last and a metric of the second choice that is NaN: each is refused and none is passed over."""
+    """Where the metric is left to us another number chooses; one that was asked for is refused."""
     nan = float("nan")
-    for results in ({"top1": nan, "verification_accuracy": 0.9}, {"verification_accuracy": nan}, {"known_tasks": nan}):
-        with pytest.raises(ValueError, match="has too few pairs"):
+    assert finish.named_metric(EvalConfig(), {"top1": nan, "verification_accuracy": 0.9})[1] == "verification_accuracy"
+    for results in ({"verification_accuracy": nan}, {"known_tasks": nan}):
+        with pytest.raises(ValueError, match="the evaluation gives only nothing"):
             finish.named_metric(EvalConfig(), results)
+    with pytest.raises(ValueError, match="has too few pairs"):
+        finish.named_metric(EvalConfig(metric="top1"), {"top1": nan, "verification_accuracy": 0.9})
     assert finish.named_metric(EvalConfig(), {"top1": 0.5, "verification_accuracy": nan}) == (0.5, "top1")
     assert finish.named_metric(EvalConfig(metric="tasks"), {"tasks": 0.0}) == (0.0, "tasks")  # 0 is a number
