@@ -55,8 +55,15 @@ def test_pairs_with_a_picture_that_cannot_be_read_are_left_out_and_counted() -> 
     assert found["pairs"] == 4
     assert (found["verification_accuracy"], found["auc"]) == (1.0, 1.0)
     assert np.isnan(found["tar@1e-2"])  # two pairs of two people cannot show one in a hundred
-    with pytest.raises(ValueError, match="verification needs both"):
-        verification(embeddings, torch.tensor([True, True, False, False, False]), pairs)
+    assert verification(embeddings, torch.tensor([True, True, False, False, False]), pairs) == {"pairs": 1}
+
+
+def test_too_few_pairs_for_folds_give_what_they_can_show() -> None:
+    embeddings = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [0.1, 3.0]])
+    pairs = PairSet.of([0, 0, 1], [1, 2, 3], np.array([True, False, False]))
+    found = verification(embeddings, torch.ones(4, dtype=torch.bool), pairs)
+    assert (found["pairs"], found["auc"]) == (3, 1.0)
+    assert np.isnan(found["verification_accuracy"]) and np.isnan(found["verification_std"])
 
 
 def test_lengths_of_embeddings_say_nothing_and_what_stands_for_unreadable_ones_neither() -> None:
