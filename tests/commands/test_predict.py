@@ -23,7 +23,7 @@ from facefast.models.precision import Precision
 from facefast.predict import find_images, index_of
 from facefast.runtime import process
 from tests.support import small
-from tests.support.pictures import encode, exif, garbled_png, smooth_picture
+from tests.support.pictures import as_taken, encode, exif, garbled_png, smooth_picture
 
 RUN = process.Runtime(process.World(), torch.device("cpu"))
 FP32 = Precision.choose("fp32", "mobilefacenet", True, RUN.device)
@@ -184,12 +184,6 @@ def test_a_detector_that_would_change_nothing_is_refused(
     assert "--detect would change nothing" in capsys.readouterr().err
 
 
-def test_a_network_that_is_no_detector_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "yunet.onnx").write_bytes(b"not a network")
-    with pytest.raises(ValueError, match=r"yunet\.onnx is no YuNet detector"):
-        Detector(tmp_path / "yunet.onnx")
-
-
 # From here on: the real detector on real photographs.
 
 
@@ -201,51 +195,7 @@ def yunet(shared_weights: Path) -> Path:
 @pytest.fixture(scope="module")
 def wild(celeba: Path) -> tuple[list[Path], NDArray[np.float32]]:
     """Six photographs as they were taken, and the landmarks that another detector found on them."""
-    lines = (celeba / "list_landmarks_celeba.txt").read_text().splitlines()[2:8]
-    paths = [celeba / "img_celeba" / line.split()[0] for line in lines]
-    return paths, np.array([line.split()[1:] for line in lines], np.float32).reshape(-1, 5, 2)
-
-
-def distance(found: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
-    """Mean distance of five landmarks, in distances between the eyes."""
-    return float(np.linalg.norm(found - truth, axis=1).mean() / np.linalg.norm(truth[1] - truth[0]))
-
-
-def test_landmarks_come_in_the_pictures_own_pixels_left_before_right(
-    yunet: Path, wild: tuple[list[Path], NDArray[np.float32]]
-) -> None:
-    detector = Detector(yunet)
-    distances = []
-    for path, truth in zip(*wild, strict=True):
-        picture = oracle.decode(path)
-        found = detector.landmarks(picture)
-        distances.append(distance(found, truth))
-        large = np.array(Image.fromarray(picture).resize((picture.shape[1] * 3, picture.shape[0] * 3)))
-        if np.isfinite(found).all():  # seen smaller than it is, and still in its own pixels
-            assert distance(detector.landmarks(large) / np.float32(3), found) < 0.1
-    distances = [value for value in distances if np.isfinite(value)]
-    assert len(distances) >= 5
-    assert max(distances) < 0.25  # with left and right exchanged it would be about 1
-
-
-def test_the_largest_of_several_faces_is_taken(yunet: Path, wild: tuple[list[Path], NDArray[np.float32]]) -> None:
-    face = Image.open(wild[0][0]).convert("RGB")
-    size = (face.width // 2, face.height // 2)
-    scene = Image.new("RGB", (face.width + size[0], face.height), (128, 128, 128))
-    scene.paste(face.resize(size), (0, 0))
-    scene.paste(face, (size[0], 0))
-    detector = Detector(yunet)
-    alone = detector.landmarks(np.array(face))
-    assert distance(detector.landmarks(np.array(scene)) - (size[0], 0), alone) < 0.3  # the other one is 4 away
-    mirrored = np.array(scene)[:, ::-1]  # the large one comes first
-    expected = alone * (-1, 1) + (face.width - 1, 0)
-    assert distance(detector.landmarks(mirrored)[[1, 0, 2, 4, 3]], expected) < 0.3
-
-
-def test_a_picture_without_a_face_has_no_landmarks(yunet: Path) -> None:
-    detector = Detector(yunet)
-    for shape in ((100, 80), (1, 1), (3, 900)):
-        assert np.isnan(detector.landmarks(np.full((*shape, 3), 128, np.uint8))).all()
+    return as_taken(celeba)
 
 
 def test_detected_faces_embed_like_the_same_faces_aligned_by_hand(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from facefast.evaluation.baselines import (
     BASELINES,
     LabelledEmbeddings,
     baseline_accuracies,
+    class_means,
     linear_probe,
     nearest_neighbours,
 )
@@ -44,3 +46,12 @@ def test_the_probe_separates_what_is_linearly_separable_only_with_weights() -> N
     labels = (signs < 0).long()
     assert torch.equal(linear_probe(train, labels, train, 2), labels)
     assert not train.requires_grad
+
+
+def test_class_means_are_those_of_directions_and_skip_rows_without_label() -> None:
+    embeddings = torch.tensor([[3.0, 0.0], [0.0, 100.0], [0.0, 5.0], [7.0, 7.0], [1.0, 0.0]])
+    means = class_means(embeddings, torch.tensor([0, 0, 1, -1, 0]), 2)
+    expected = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
+    torch.testing.assert_close(means, expected / expected.norm(dim=1, keepdim=True))
+    with pytest.raises(ValueError, match="1 of 3 classes have no readable picture"):
+        class_means(embeddings, torch.tensor([0, 0, 1, -1, 0]), 3)

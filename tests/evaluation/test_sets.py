@@ -12,6 +12,7 @@ import pytest
 
 from facefast.data import read_index
 from facefast.data.corrections import Correction, write_corrections
+from facefast.data.drawn import synthetic
 from facefast.data.prepare import EvaluationSet
 from facefast.evaluation.sets import find_evaluation_set, given_pairs
 from facefast.models import FaceModel, checkpoint
@@ -175,12 +176,15 @@ def test_the_same_folder_under_another_name_is_the_same_folder(
         assert names_of(asked(path, model, DataConfig(root=root))) == expected
 
 
-def test_a_phase_that_was_trained_on_a_part_of_the_people_is_asked_about_that_part(
-    model: FaceModel, drawn: Path, tmp_path: Path
+def test_a_model_is_asked_about_the_part_of_the_people_that_its_last_phase_was_trained_on(
+    model: FaceModel, tmp_path: Path
 ) -> None:
+    spec = synthetic.DrawnSpec(identities=(4, 2, 0), pictures=4, seed=3)
+    root = synthetic.write(tmp_path / "both", spec, processes=1, progress=False)
     phases = (Phase(name="first", start="scratch", split="val"), Phase(name="last", split="train", trainable=("head",)))
-    path = save_with(tmp_path / "run", model, drawn, phases=phases)
-    assert len(names_of(asked(path, model, DataConfig(root=str(drawn))))) == 8
+    found = asked(save_with(tmp_path / "run", model, root, phases=phases), model, DataConfig(root=str(root)))
+    assert found.test is not None and found.test.class_names == small.NAMES
+    assert len(found.test) == 8
 
 
 # Strangers, and people half known.

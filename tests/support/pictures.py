@@ -197,3 +197,11 @@ def garbled_png() -> bytes:
     length: int = struct.unpack(">I", data[at - 4 : at])[0]
     body = b"IDAT" + b"\x78\x9c" + b"\xff" * (length - 2)
     return data[:at] + body + struct.pack(">I", zlib.crc32(body)) + data[at + 8 + length :]
+
+
+def as_taken(celeba: Path, count: int = 6) -> tuple[list[Path], NDArray[np.float32]]:
+    """Photographs as they were taken, from CelebA's own folder of them, and the landmarks [N, 5, 2] that another detector
+    found on them."""
+    lines = (celeba / "list_landmarks_celeba.txt").read_text().splitlines()[2 : 2 + count]
+    paths = [celeba / "img_celeba" / line.split()[0] for line in lines]
+    return paths, np.array([line.split()[1:] for line in lines], np.float32).reshape(-1, 5, 2)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from facefast.data import Batch
 from facefast.models import FaceModel, build_model, checkpoint
-from facefast.models.precision import Precision
 from facefast.recipe import (
     ImageSpec,
     IndexFacts,
@@ -201,13 +200,6 @@ def test_a_state_taken_up_from_its_checkpoint_goes_on_bit_for_bit(tmp_path: Path
     assert resumed.step == 6
     assert_same(weights(straight), weights(resumed))
     assert_same(straight.evaluated.state_dict(), resumed.evaluated.state_dict())
-
-
-def test_auto_precision_is_the_fast_one_of_this_machine() -> None:
-    native = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    for backbone, gains in (("resnet18", True), ("mobilefacenet", False), ("mobilefacenet_short", False)):
-        chosen = Precision.choose("auto", backbone, True, torch.device("cpu"))
-        assert chosen.name == ("bf16" if native and gains else "fp32")
 
 
 @pytest.mark.gpu

@@ -1,22 +1,16 @@
-"""What moves and how fast: frozen stages and statistics, layer-wise rates, class means, advice, the feature cache."""
+"""What moves and how fast: frozen stages and statistics, layer-wise rates, the feature cache."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
-import numpy as np
 import pytest
 import torch
 
 from facefast.data import Batch
-from facefast.data.cached import CachedLoader
-from facefast.data.sampler import EpochSampler
-from facefast.evaluation.baselines import class_means
 from facefast.models import FaceModel
 from facefast.recipe import AugmentSpec, IndexFacts, Phase, Recipe, resolve
 from facefast.runtime.process import Runtime, World
-from facefast.training.begin import advice
 from facefast.training.objective import RowCounts
 from facefast.training.step import SideInputs, TrainState, train_step
 from facefast.training.transfer import (
@@ -116,47 +110,6 @@ def test_features_are_computed_once_where_they_cannot_change(
     trainable: tuple[str, ...], augment: AugmentSpec, cached: bool
 ) -> None:
     assert caches_features(dataclasses.replace(PHASE, trainable=trainable, augment=augment)) is cached
-
-
-def test_class_means_are_those_of_directions_and_skip_rows_without_label() -> None:
-    embeddings = torch.tensor([[3.0, 0.0], [0.0, 100.0], [0.0, 5.0], [7.0, 7.0], [1.0, 0.0]])
-    means = class_means(embeddings, torch.tensor([0, 0, 1, -1, 0]), 2)
-    expected = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
-    torch.testing.assert_close(means, expected / expected.norm(dim=1, keepdim=True))
-    with pytest.raises(ValueError, match="1 of 3 classes have no readable picture"):
-        class_means(embeddings, torch.tensor([0, 0, 1, -1, 0]), 3)
-
-
-def test_advice_comes_where_it_is_needed() -> None:
-    assert list(advice(torch.tensor([10, 12, 9]), PHASE)) == []
-    assert list(advice(torch.tensor([10, 2, 1]), PHASE)) == [
-        "2 of 3 identities have one or two pictures: their accuracy says little"
-    ]
-    (text,) = advice(torch.tensor([90, 4]), PHASE)
-    assert "largest identity has 90 pictures, the smallest 4: consider --phases.finetune.sampler balanced" in text
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_cached_batches_are_the_samplers_rows_on_every_rank_and_from_any_step(world: int) -> None:
-    embeddings, labels = torch.randn(10, 4), np.arange(10, dtype=np.int32) % 3
-    embeddings[7] = torch.nan  # its picture could not be read: it counts for nothing, like padding
-    sampler = EpochSampler(np.arange(10), 4, seed=5)
-    runs = [Runtime(World(rank, world, rank, world), torch.device("cpu")) for rank in range(world)]
-    for run in runs:
-        with CachedLoader(embeddings, labels, sampler, run) as loader:
-            loader.set_epoch(2, 1)
-            batches = list(loader)
-            assert list(itertools.islice(loader, 1))[0].rows.tolist() == batches[0].rows.tolist()  # again from there
-        assert len(batches) == 2
-        for step, batch in enumerate(batches, start=1):
-            rows = sampler.local(2, step, run.world.rank, world)
-            rows = np.where(rows == 7, -1, rows)
-            assert batch.rows.tolist() == rows.tolist()
-            assert batch.images.isfinite().all()
-            for place, row in enumerate(rows.tolist()):
-                assert batch.labels[place] == (-100 if row < 0 else labels[row])
-                assert row < 0 or torch.equal(batch.images[place], embeddings[row])
-    assert (batches[-1].rows < 0).any()  # ten rows do not fill three batches of four
 
 
 def test_a_head_learns_the_same_from_cached_features_as_from_the_pictures() -> None:
