@@ -200,8 +200,8 @@ def garbled_png() -> bytes:
 
 
 def as_taken(celeba: Path, count: int = 6) -> tuple[list[Path], NDArray[np.float32]]:
-    """Photographs as they were taken, from CelebA's own folder of them, and the landmarks [N, 5, 2] that another detector
-    found on them."""
+    """Photographs as they were taken, from CelebA's own folder of them, and the landmarks [N, 5, 2] that another
+    detector found on them."""
     lines = (celeba / "list_landmarks_celeba.txt").read_text().splitlines()[2 : 2 + count]
     paths = [celeba / "img_celeba" / line.split()[0] for line in lines]
     return paths, np.array([line.split()[1:] for line in lines], np.float32).reshape(-1, 5, 2)
