@@ -60,7 +60,7 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
                         row_counts.rows,
                         loader.wait_seconds,
                         state.objective.names,
-                        functools.partial(culprit, state.model, batches),
+                        functools.partial(culprit, state.model, batches, state.precision.autocast(run.device)),
                     )
                     # Measured before it is saved: the checkpoint holds the results, and `best` may point at it.
                     improved = evaluation_due(recipe.eval, state) and measure(state, data, log)
@@ -85,13 +85,19 @@ def open_folder(folder: Path, recipe: Recipe, run: Runtime) -> Iterator[None]:
         ValueError: another run writes to it.
     """
     with contextlib.ExitStack() as held:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if run.is_main:
+        problem: Exception | None = None
+        if run.is_main:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(files.locked(folder))
                 _begin_folder(folder, recipe, run)
-        except OSError as error:
-            raise StorageError(f"cannot write the run folder {folder}: {error}; choose another --out") from error
+            except ValueError as error:
+                problem = error
+            except OSError as error:
+                problem = StorageError(f"cannot write the run folder {folder}: {error}; choose another --out")
+        # Every rank ends with it: one that went on would take the folder for its own.
+        if problem := run.broadcast(problem):
+            raise problem
         yield
 
 

@@ -41,8 +41,8 @@ FEWEST_BAD = 10
 class Batch(NamedTuple):
     """What one forward pass takes; everything else about a picture is a gather from the index by row.
 
-    images: [B, 3, H, W] on the device, normalised. The picture of a slot whose row is -1 is another one of the data, so
-        that BatchNorm sees neither a blank nor copies.
+    images: [B, 3, H, W] on the device, normalised. The picture of a slot whose row is -1 is another one of the data,
+        where it has any, so that BatchNorm sees no copies.
     labels: int64 [B], -100 where the row is -1 or has no identity.
     rows: int64 [B], -1 where the batch is padded or the file unreadable.
     """

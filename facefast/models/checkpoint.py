@@ -6,6 +6,8 @@ every other file.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,12 +88,13 @@ def write_tensors(path: Path, named: dict[str, Tensor]) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Takes away what a run that was killed while it saved has left."""
-    for path in folder.glob(".*"):
-        if path.is_dir() and not path.is_symlink():
+    """Takes away what a run that was killed while it saved has left, and nothing else."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\.step-\d+\.tmp", path.name):
             shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        elif re.fullmatch(r"\.(last|best)\.\d+\.tmp", path.name):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _remove_old(folder: Path, keep: int) -> None:
@@ -103,7 +106,8 @@ def _remove_old(folder: Path, keep: int) -> None:
 
 def _steps(folder: Path) -> list[Path]:
     """step-N folders, newest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
+    steps = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def newest(run_folder: Path) -> Path | None:
@@ -152,7 +156,7 @@ def check_same_run(path: Path, recipe: Recipe, plan: Plan) -> None:
         if old["fingerprint"] != new.fingerprint:
             differs.append(
                 f"photographs of phase {new.name}: {old['num_rows']} of {old['num_classes']} identities there, "
-                f"{new.num_rows} of {new.num_classes} now"
+                f"{new.num_rows} of {new.num_classes} now; names, labels, landmarks or content differ"
             )
     if differs:
         raise ValueError(

@@ -75,7 +75,7 @@ def train_arguments(arguments: list[str]) -> tuple[Recipe, Path, str]:
         raise SystemExit(0)
     names = _Names(shape)
     # Names before values: a misspelt --tasks.attributes is no recipe that lacks its attributes.
-    words = [names.in_full(word) if word.startswith("--") else word for word in rest]
+    words = [names.in_full(word) if word.startswith("--") and not word.startswith("--tyro-") else word for word in rest]
     default = _arguments(name, early.given, early.compare_scratch)
     chosen, unused = tyro.cli(
         TrainArguments, args=words, default=default, prog=_program(name), return_unknown_args=True

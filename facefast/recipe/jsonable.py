@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -16,6 +17,18 @@ def to_json(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]
     return value
+
+
+def not_finite(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Names and values of the numbers that are not finite, which JSON does not have."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for f in dataclasses.fields(value):
+            yield from not_finite(getattr(value, f.name), f"{name}.{f.name}".lstrip("."))
+    elif isinstance(value, tuple | list):
+        for number, item in enumerate(value):
+            yield from not_finite(item, f"{name}.{number}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield name, value
 
 
 def from_json(kind: type[T], data: Mapping[str, Any]) -> T:

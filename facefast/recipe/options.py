@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -130,7 +131,7 @@ def parse(kind: type[T], arguments: list[str] | None, command: str) -> T:
     words = sys.argv[1:] if arguments is None else arguments
     known = [option for option in options(kind) if not option.positional]
     taken = {"--help", *(option.flag for option in known), *(option.negated for option in known)}
-    for word in words:
+    for word in itertools.takewhile(lambda word: word != "--", words):  # after it come no options
         flag = hyphenated(word).partition("=")[0]
         # Names before values: tyro would rather say which ones are missing, and knows no --thread=3 for --threads 3.
         if flag.startswith("--") and flag not in taken and not flag.startswith("--tyro-"):

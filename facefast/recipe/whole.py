@@ -7,6 +7,7 @@ from typing import Literal
 
 from facefast.recipe.config import BinaryConfig, DataConfig, EvalConfig, ModelConfig, TaskConfig
 from facefast.recipe.image import ImageSpec
+from facefast.recipe.jsonable import not_finite
 from facefast.recipe.phase import Phase
 
 
@@ -48,6 +49,8 @@ class Recipe:
         names = [phase.name for phase in self.phases]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"phases are named {names}; a run needs at least one and different names")
+        for name, value in not_finite(self):
+            raise ValueError(f"{name} is {value}; give a finite number (0 turns most options off)")
         if self.pictures < 0:
             raise ValueError(f"pictures is {self.pictures}; it must be at least 0")
         if self.keep < 1 or self.save_every < 0 or self.log_every < 1 or not 0 <= self.ema < 1:

@@ -80,7 +80,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def follow_umask(path: Path) -> None:
     """Gives a file the mode of one that `open` creates beside it, where a library made it private to its owner."""
-    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     probe.touch()
     path.chmod(probe.stat().st_mode & 0o777)
     probe.unlink()
@@ -117,7 +117,7 @@ def _exchange(one: Path, other: Path) -> None:
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if call is not None and call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
         return
-    between = one.with_name(f"{one.name}.old")
+    between = one.with_name(f"{one.name}.old")  # found by whoever looks for it after a crash just here
     os.rename(other, between)
     os.rename(one, other)
     os.rename(between, one)

@@ -150,9 +150,10 @@ class RunLog:
         if self._lost >= LOST_UPDATES:
             names = [name for name, count in zip(terms, broken, strict=True) if count]
             lost = f"the loss terms {', '.join(names)} are not finite" if names else "every loss term is finite"
+            why = _answer(explain)
             raise NumericsError(
                 f"the last {self._lost} updates, up to step {at.step} of phase {at.phase}, had non-finite "
-                f"gradients and were skipped: {lost}; {explain()}. The newest checkpoint is sound; lower the learning "
+                f"gradients and were skipped: {lost}; {why}. The newest checkpoint is sound; lower the learning "
                 "rate or the loss scale, or use precision fp32"
             )
 
@@ -211,6 +212,14 @@ class RunLog:
             self._board.close()
             self._file.close()
             self._enabled = False
+
+
+def _answer(explain: Callable[[], str]) -> str:
+    """What is wrong, or why that cannot be said: the run's own end must not be hidden by the search for its cause."""
+    try:
+        return explain()
+    except Exception as error:
+        return f"the search for the cause failed ({error})"
 
 
 def _open_from(path: Path, first_step: int | None) -> TextIO:

@@ -226,19 +226,20 @@ def stop_on_signals(run: Runtime) -> Iterator[None]:
     def request_stop(number: int, frame: FrameType | None) -> None:
         # Only a note: a handler runs between any two bytecodes, where nothing can be saved and no rank agrees.
         nonlocal asked
-        insists = number in INSISTING and run.stop_requested and time.monotonic() - asked > SAME_REQUEST
-        if insists:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        if not run.stop_requested:
-            asked = time.monotonic()
+        if number in INSISTING:
+            if asked and time.monotonic() - asked > SAME_REQUEST:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            asked = asked or time.monotonic()
         run.stop_requested = True
 
     # Python sets signal handlers in the main thread alone.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, request_stop) for number in STOP_SIGNALS}
+    # What nohup, or a shell for a job in the background, lets a process ignore stays ignored.
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, request_stop) for number in heard}
     try:
         yield
     finally:
@@ -259,15 +260,17 @@ def _keep_memory() -> None:
 
 
 def _end_if_orphaned() -> None:
-    """torchrun may have been killed while this worker was still importing, which nothing tells it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not os.path.isdir("/proc/self"):
+    """torchrun may have been killed while this worker was still importing, which nothing tells it: the worker is a
+    child of the first process then, which in a container may be torchrun itself."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.getppid() != 1:
         return
     try:
-        with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
+        with open("/proc/1/cmdline", "rb") as file:
             command = file.read()
-    except OSError:  # gone between the two calls
-        command = b""
-    if b"torch" not in command and b"python" not in command:
+    except OSError:  # not to be seen: it may be torchrun
+        return
+    if not any(word in command for word in (b"torch", b"python")):
+        print("torchrun is gone: this worker ends too", file=sys.stderr, flush=True)
         os._exit(EXIT_PREEMPTED)
 
 

@@ -11,27 +11,32 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from facefast.data import Batch
 from facefast.models import FaceModel
+from facefast.ops import AdaFace
 
 SHOWN = 5
 """Names in a message."""
 
 
 class StatisticsGuard:
-    """Takes BatchNorm's running statistics back where an update is lost: one batch that is not finite would spoil them
-    for good, although no weight moved. Never waits for the device.
+    """Takes running statistics, BatchNorm's and AdaFace's, back where an update is lost: one batch that is not finite
+    would spoil them for good, although no weight moved. Never waits for the device.
 
     Args:
-        model: in the modes that training uses; layers that keep their statistics need no guard.
+        network: the model and what its objective remembers, in the modes that training uses; layers that keep their
+            statistics need no guard.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, network: nn.Module) -> None:
         self._now = [
             statistic
-            for module in model.modules()
+            for module in network.modules()
             if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
             for statistic in (module.running_mean, module.running_var)
             if statistic is not None
         ]
+        for module in network.modules():
+            if isinstance(module, AdaFace):
+                self._now += [module.mean, module.std]
         self._kept = [torch.empty_like(statistic) for statistic in self._now]
 
     @torch.no_grad()
@@ -67,12 +72,14 @@ def not_finite(tensors: dict[str, dict[str, Tensor]]) -> list[str]:
 
 
 @torch.no_grad()
-def culprit(model: FaceModel, batches: Sequence[Batch]) -> str:
-    """Where numbers stop being finite on the way through the model: pictures, weights or a layer. Waits for the device.
+def culprit(model: FaceModel, batches: Sequence[Batch], autocast: torch.autocast) -> str:
+    """Where numbers stop being finite on this rank's way through the model: pictures, weights or a layer. Waits for the
+    device.
 
     Args:
         model: left in the modes that it has.
-        batches: those of the update in question.
+        batches: this rank's of the update in question.
+        autocast: the precision of training, in which a layer may overflow that is finite otherwise.
     """
     for batch in batches:
         finite = batch.images.flatten(1).isfinite().all(1)
@@ -97,7 +104,8 @@ def culprit(model: FaceModel, batches: Sequence[Batch]) -> str:
     try:
         for batch in batches:
             if batch.images.ndim == 4:  # not the cached embeddings of a frozen backbone
-                model.encode(batch.images)
+                with autocast:
+                    model.encode(batch.images)
             if first:
                 rows = batch.rows[batch.rows >= 0].tolist()
                 return f"the first layer that is not finite is {first[0]}, on rows {some(list(map(str, rows)))}"
@@ -106,7 +114,7 @@ def culprit(model: FaceModel, batches: Sequence[Batch]) -> str:
             handle.remove()
         for module, mode in modes:
             module.training = mode
-    return "the forward pass is finite: it is the gradients that overflow"
+    return "the forward pass is finite on this rank: it is the gradients that overflow, or another rank's pictures"
 
 
 def some(names: list[str]) -> str:

@@ -133,7 +133,7 @@ class TrainState:
         self.network.train()
         plan = self.phase_plan
         freeze_batchnorm(self.model, everywhere=keeps_statistics(self.phase, plan.num_rows, plan.num_classes))
-        self.guard = StatisticsGuard(self.model)
+        self.guard = StatisticsGuard(self.objective)
 
     def values_of(self, rows: Tensor) -> Tensor:
         """[B, A] attributes of training rows [B]; those of a row below 0 are another row's, and count for nothing."""

@@ -17,7 +17,6 @@ from PIL import Image
 import facefast
 from facefast import predict
 from facefast.data import oracle, read_index
-from facefast.faces.detect import Detector
 from facefast.models import precision
 from facefast.models.precision import Precision
 from facefast.predict import find_images, index_of

@@ -117,6 +117,25 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path: Pat
         checkpoint.newest(tmp_path)
 
 
+def test_folders_and_files_of_the_user_are_neither_checkpoints_nor_leftovers(tmp_path: Path) -> None:
+    first = write(tmp_path, 1)
+    shutil.copytree(first, first.with_name("step-0000001.bak"))
+    for name in (".gitignore", ".keep.tmp"):
+        (tmp_path / "checkpoints" / name).write_text("mine")
+    left = tmp_path / "checkpoints" / ".step-0000009.tmp"
+    left.mkdir()
+    newest = write(tmp_path, 2, keep=1)
+    assert checkpoint.newest(tmp_path) == newest and not left.exists()
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {".gitignore", ".keep.tmp", "last", "step-0000001.bak", "step-0000002"}
+
+
+def test_checkpoints_are_counted_not_spelt(tmp_path: Path) -> None:
+    write(tmp_path, 9_999_999)
+    write(tmp_path, 10_000_000)
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints" / "step-10000000"
+
+
 CALLS = ("mkdir", "rename", "replace", "fsync", "rmdir", "unlink", "symlink", "open")
 
 

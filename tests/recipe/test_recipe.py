@@ -192,3 +192,8 @@ def test_the_scratch_baseline_has_the_budget_of_the_phase_it_is_compared_with() 
     assert (baseline.name, baseline.start, baseline.head_start) == ("scratch", "scratch", "random")
     assert baseline.epochs == sum(phase.epochs for phase in others)
     assert {(phase.batch_size, phase.split) for phase in recipe.phases} == {(baseline.batch_size, baseline.split)}
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="phases.0.clip_grad is inf; give a finite number"):
+        Recipe(phases=(Phase(start="scratch", clip_grad=float("inf")),))

@@ -116,6 +116,23 @@ def test_who_insists_on_a_stop_ends_the_process_at_once(name: str, ends: bool) -
     assert ("went on" in done.stdout) == (not ends)
 
 
+def test_a_signal_that_was_to_be_ignored_stays_so_and_one_ahead_of_the_time_limit_is_no_insistence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process, "SAME_REQUEST", 0.0)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with process.start("cpu") as run, process.stop_on_signals(run):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not run.stop_requested
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert run.stop_requested
+            os.kill(os.getpid(), signal.SIGTERM)  # the first of its kind: there is time to save
+            assert run.stop_requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_omp_num_threads_is_respected_unless_torchrun_made_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     before = torch.get_num_threads()

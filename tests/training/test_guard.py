@@ -14,7 +14,7 @@ import torch
 from facefast import evaluate, train
 from facefast.data import Batch
 from facefast.models import build_model, checkpoint
-from facefast.recipe import ImageSpec, IndexFacts, ModelConfig, Phase, Recipe, resolve
+from facefast.recipe import ImageSpec, IndexFacts, LossConfig, ModelConfig, Phase, Recipe, resolve
 from facefast.runtime import files
 from facefast.runtime.process import Runtime, World
 from facefast.training.guard import culprit, not_finite
@@ -23,6 +23,7 @@ from facefast.training.step import TrainState, train_step
 from tests.support import small
 
 ROWS = RowCounts(8, 8)
+PLAIN = torch.autocast("cpu", enabled=False)
 
 
 def make_state(**fields: object) -> TrainState:
@@ -75,18 +76,43 @@ def test_two_batches_that_are_not_finite_cost_two_updates_and_nothing_else(
 def test_who_is_to_blame_is_named_picture_weight_or_layer() -> None:
     state = make_state()
     modes = [module.training for module in state.model.modules()]
-    assert culprit(state.model, [make_batch(0, math.nan)]) == "the pictures of rows 103 are not finite"
-    assert culprit(state.model, [make_batch(0)]) == "the forward pass is finite: it is the gradients that overflow"
+    assert culprit(state.model, [make_batch(0, math.nan)], PLAIN) == "the pictures of rows 103 are not finite"
+    assert culprit(state.model, [make_batch(0)], PLAIN).startswith(
+        "the forward pass is finite on this rank: it is the gradients that overflow"
+    )
     with torch.no_grad():
         weight = state.model.get_parameter("backbone.conv1.conv.weight")
         weight.fill_(3e38)
     assert "the first layer that is not finite is backbone.conv1.conv, on rows 100, 101" in culprit(
-        state.model, [make_batch(0)]
+        state.model, [make_batch(0)], PLAIN
     )
     with torch.no_grad():
         weight[0, 0, 0, 0] = math.nan
-    assert culprit(state.model, [make_batch(0)]) == "not finite: model backbone.conv1.conv.weight"
+    assert culprit(state.model, [make_batch(0)], PLAIN) == "not finite: model backbone.conv1.conv.weight"
     assert [module.training for module in state.model.modules()] == modes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_search_for_the_culprit_runs_in_the_precision_of_training(dtype: torch.dtype) -> None:
+    state = make_state()
+    batch = make_batch(0)
+    batch = batch._replace(images=batch.images.to(dtype))
+    autocast = torch.autocast("cpu", dtype)
+    assert culprit(state.model, [batch], autocast).startswith("the forward pass is finite")
+    with torch.no_grad():
+        state.model.get_parameter("backbone.conv1.conv.weight").fill_(3e38 if dtype == torch.bfloat16 else 6e4)
+    assert "the first layer that is not finite is backbone." in culprit(state.model, [batch], autocast)
+
+
+def test_what_adaface_remembers_survives_a_batch_that_is_not_finite() -> None:
+    state = make_state()
+    phase = dataclasses.replace(state.recipe.phases[0], loss=LossConfig(margin="ada", margin_size=0.2, scale=8))
+    model = dataclasses.replace(state.recipe.model, head="cosine")
+    state.recipe = dataclasses.replace(state.recipe, phases=(phase,), model=model)
+    state.enter(0, build_model(model, 4, state.recipe.image))
+    for spoilt in (math.nan, None):
+        train_step(state, [make_batch(0, spoilt)], ROWS)
+        assert not_finite(state.tensors()) == []
 
 
 @pytest.fixture(scope="module")

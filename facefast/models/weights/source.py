@@ -163,7 +163,7 @@ def apply_source(model: nn.Module, source: Source, *, partial: bool = False) -> 
         raise ValueError(
             f"{source.name}: {len(lacking)} of the backbone's tensors are missing ({_first(lacking)}); it is not "
             f"whole: one of several shards, or layers under other names (unused: {_first(left) or 'none'}); "
-            "give the whole file, or ask for a start with random values in their place by model.partial"
+            "give the whole file, or train with --model.partial, which begins with random values in their place"
         )
     wrong = tuple(key for key, tensor in used.items() if tensor.is_floating_point() and not tensor.isfinite().all())
     if wrong:
