@@ -39,7 +39,8 @@ class CachedLoader:
             rows = torch.from_numpy(local).to(self._run.device)
             some = rows.clamp(min=0)
             rows = rows.where(self._readable[some], -1)  # as the Loader does: padded and unreadable rows count alike
-            labels = self._labels[some].masked_fill(rows < 0, -100)
+            labels = self._labels[some]
+            labels = labels.masked_fill((rows < 0) | (labels < 0), -100)  # as a loader of pictures has them
             yield Batch(self._embeddings[some].nan_to_num(0.0), labels, rows)
 
     def __enter__(self) -> Self:

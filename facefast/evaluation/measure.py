@@ -50,7 +50,7 @@ def evaluate(
     if evaluation_set.test is not None:
         cached = embed(evaluation_set.test)
         labels = torch.tensor(evaluation_set.test.labels, dtype=torch.long).where(cached[1], -1)
-        if model.head is not None:
+        if model.head is not None and bool((labels >= 0).any()):
             results |= _closed_set(model, cached[0], labels, run.device)
         if model.attribute_heads is not None and evaluation_set.test.attribute_names == model.attribute_heads.names:
             results |= _attributes(model, *cached, torch.tensor(evaluation_set.test.attributes), run.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +53,9 @@ def write_sheets(folder: Path, name: str, strips: Sequence[Strip], index: FaceIn
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob(f"{name}_[0-9]*.jpg"):
-            old.unlink()
+        for old in folder.glob(f"{name}_*.jpg"):
+            if re.fullmatch(r"\d\d+", old.stem.removeprefix(f"{name}_")):  # nothing that is the user's
+                old.unlink()
         for number, page in enumerate(_pages(strips), 1):
             path = folder / f"{name}_{number:02d}.jpg"
             draw_sheet(page, index).save(path, quality=88)

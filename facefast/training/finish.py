@@ -104,7 +104,7 @@ def finish(folder: Path, state: TrainState, datasets: tuple[PhaseData, ...], log
         embeddings, seen = embed_rows(
             state.evaluated, test, run, state.precision, state.reading, batch_size=recipe.eval.batch_size
         )
-        names = [test.class_names[label] for label in test.labels[seen.numpy()]]
+        names = [test.class_names[label] if label >= 0 else "unknown" for label in test.labels[seen.numpy()]]
         log.embeddings(embeddings[seen], names, state.step)
     log.close()
     if run.is_main:

@@ -79,3 +79,10 @@ def test_features_are_never_waited_for_and_what_was_handed_in_stays_as_it_is() -
             batch.images.mul_(0)  # a step may do with its batch what it likes
         assert loader.wait_seconds == 0
     torch.testing.assert_close(embeddings, before, equal_nan=True)
+
+
+def test_a_picture_without_a_name_has_the_label_that_losses_leave_out() -> None:
+    sampler = EpochSampler(np.arange(4), 4, shuffle=False)
+    with CachedLoader(torch.randn(4, 2), np.array([0, -1, 1, -1], np.int32), sampler, RUN) as loader:
+        (batch,) = loader
+    assert batch.labels.tolist() == [0, -100, 1, -100] and batch.rows.tolist() == [0, 1, 2, 3]

@@ -141,6 +141,8 @@ def test_rows_without_a_name_are_not_asked_for_one(index: FaceIndex) -> None:
     labels[[3, 8]] = -1
     found = measured(steered(index, [0, 0, 0, 0, 0, 1, 2, 2, 0]), set_of(dataclasses.replace(index, labels=labels)))
     assert (found["test_rows"], found["top1"]) == (6, 1.0)
+    none = dataclasses.replace(index, labels=np.full(9, -1, np.int32))
+    assert "top1" not in measured(steered(index, [0] * 9), set_of(none))
 
 
 def test_the_loss_is_that_of_probabilities_and_so_of_the_scale(index: FaceIndex) -> None:
