@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from facefast import _scan
+import facefast._scan as _scan
 from facefast.recipe import IndexFacts, Reading
 
 FAULTS: tuple[str, ...] = _scan.FAULTS

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from facefast import _scan
+import facefast._scan as _scan
 from facefast.data.augment import Draw, draw
 from facefast.data.dali import Encoded
 from facefast.data.index import FAULTS, FaceIndex
@@ -92,7 +92,7 @@ class Reader:
         bad = {int(row): known[int(row)] for row in asked[slots] if int(row) in known}
         slots = slots[[int(row) not in bad for row in asked[slots]]]
         own, none = np.full(len(asked), -1, np.int64), np.zeros(0, np.int64)
-        work = Work(epoch, step, asked, own, none, [], self._draw(none, epoch), _sizes(), bad)
+        work = Work(epoch, step, asked, own, none, [], _nothing(0), np.zeros((0, 2), np.int32), bad)
         # Slots of padding and of unreadable files stay -1.
         own[slots], faults = self._add(work, asked[slots])
         work.bad |= {int(row): FAULTS[fault] for row, fault in zip(asked[slots], faults, strict=True) if fault}
@@ -131,13 +131,6 @@ class Reader:
         work.sizes = np.concatenate([work.sizes, sizes])
         return places, faults
 
-    def _draw(self, rows: Rows, epoch: int) -> Draw:
-        return draw(self.index, rows, self.image, self.augment, self.seed, epoch, _sizes())
-
-
-def _sizes() -> NDArray[np.int32]:
-    return np.zeros((0, 2), np.int32)
-
 
 def candidates(rows: Rows, asked: Rows, key: tuple[int, ...], number: int) -> Rows:
     """Rows whose pictures may fill a batch's empty slots: others of the same data, in an order that the key alone
@@ -165,7 +158,11 @@ BLANK = np.frombuffer(b"P6 8 8 255\n" + b"\x80" * (3 * BLANK_SIZE * BLANK_SIZE),
 
 def blank(number: int) -> Encoded:
     """A batch without any sound picture: all zeros, the mean colour, after normalisation."""
-    numbers = Draw(
+    return Encoded([BLANK] * number, _nothing(number), np.full((number, 2), BLANK_SIZE, np.int32))
+
+
+def _nothing(number: int) -> Draw:
+    """Numbers that show nothing of a picture."""
+    return Draw(
         np.zeros((number, 2, 3), np.float32), np.zeros((number, 3, 4), np.float32), np.zeros((number, 4), np.int32)
     )
-    return Encoded([BLANK] * number, numbers, np.full((number, 2), BLANK_SIZE, np.int32))

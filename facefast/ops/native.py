@@ -27,7 +27,7 @@ def _load() -> frozenset[str]:
     """Types of device that the kernels serve; empty after a warning when there are none."""
     # A kernel of another version takes its arguments in another order: better slow than wrong.
     try:
-        from facefast import _C
+        import facefast._C as _C
     except ImportError as error:
         return _fall_back(f"facefast._C cannot be loaded ({error})")
     if _C.version != KERNEL_VERSION:
