@@ -18,17 +18,15 @@ import numpy as np
 from facefast.data import Batch, Loader, Sampler, make_loader, make_sampler, oracle
 from facefast.data.cached import CachedLoader
 from facefast.data.prepare import PhaseData, prepare
-from facefast.evaluation.baselines import LabelledEmbeddings
-from facefast.evaluation.measure import evaluate
-from facefast.evaluation.report import with_baselines
 from facefast.models import checkpoint
 from facefast.recipe import EvalConfig, Recipe, flags, resolve, to_json
 from facefast.runtime import exits, files, manifest, process
 from facefast.runtime.exits import NumericsError, StorageError
-from facefast.runtime.log import Position, RunLog, environment
+from facefast.runtime.log import RunLog, environment
 from facefast.runtime.process import Runtime
 from facefast.training.begin import Start, begin, find_source, find_teacher, settle
-from facefast.training.finish import best_of, fail, finish, leave, named_metric, write_status
+from facefast.training.choice import best_of, measure, report_baselines, report_phase
+from facefast.training.finish import fail, finish, leave, write_status
 from facefast.training.guard import culprit, not_finite, some
 from facefast.training.objective import RowCounts
 from facefast.training.step import TrainState, train_step
@@ -55,7 +53,7 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
                 for batches, row_counts in updates(state, loader, data):
                     stats = train_step(state, batches, row_counts)  #     model -> logits -> focal -> step
                     log.step(
-                        where(state),
+                        state.position,
                         stats,
                         row_counts.rows,
                         loader.wait_seconds,
@@ -71,7 +69,8 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
                         save(folder, state, improved)
                     if stopping:
                         return leave(folder, state, log)
-        return finish(folder, state, datasets, log)
+            report_phase(folder, state, data, log)  #            the phase's chosen model on the test part, once
+        return finish(folder, state, source, datasets, log)
 
 
 @contextlib.contextmanager
@@ -163,6 +162,8 @@ def measure_untrained(folder: Path, state: TrainState, start: Start, log: RunLog
         return
     if measure(state, start.data, log, start.known):
         save(folder, state, improved=True)
+    if start.known is not None:
+        report_baselines(state, start.data, start.known, log)
 
 
 def open_loader(state: TrainState, data: PhaseData) -> Loader | CachedLoader:
@@ -229,17 +230,6 @@ def updates(
                 return
 
 
-def where(state: TrainState) -> Position:
-    """The update just done, for the log."""
-    return Position(
-        step=state.step,
-        phase=state.phase.name,
-        epoch=state.epoch,
-        lr=state.lr,
-        last=state.phase_step == state.phase_plan.steps,
-    )
-
-
 def epoch_ends(state: TrainState, every: int = 1) -> bool:
     """Whether the phase's last update ended one of every `every` epochs, or the phase."""
     plan = state.phase_plan
@@ -256,33 +246,6 @@ def save_due(recipe: Recipe, state: TrainState) -> bool:
     if recipe.save_every and state.step % recipe.save_every == 0:
         return True
     return epoch_ends(state) if not recipe.save_every else state.phase_step == state.phase_plan.steps
-
-
-def measure(state: TrainState, data: PhaseData, log: RunLog, known: LabelledEmbeddings | None = None) -> bool:
-    """Measures the model on all ranks and logs it, with the baselines where embeddings of the training
-    pictures are `known`; returns whether it is the best so far."""
-    recipe = state.recipe
-    state.run.broadcast_buffers(state.evaluated)  # every rank measures the model that rank 0 saves
-    results = evaluate(
-        state.evaluated,
-        data.evaluation,
-        recipe.eval,
-        state.run,
-        state.precision,
-        state.reading,
-        known,
-    )
-    state.set_modes()
-    value, name = named_metric(recipe.eval, results)
-    # A phase is remembered by its best evaluation; a later, worse one is in the log alone.
-    before = state.results.get(state.phase.name)
-    if before is None or value > named_metric(recipe.eval, before)[0]:
-        state.results = with_baselines(results) | state.results | {state.phase.name: results}
-    improved = state.best is None or value > state.best
-    if improved:
-        state.best = value
-    log.evaluation(where(state), results, name, improved)
-    return improved
 
 
 def save(folder: Path, state: TrainState, improved: bool) -> None:

@@ -24,6 +24,10 @@ YES = "match"
 """The attribute that binary recognition learns."""
 MOST_LEVELS = 200
 """Of an ordinal attribute."""
+LEAST_TO_DIVIDE = 5
+"""Training pictures of a person from which one can be spared to choose by."""
+LEAST_TO_CHOOSE = 30
+"""Pictures that tell one checkpoint from another; fewer are better trained on."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,21 @@ class EvaluationSet:
     held_out: bool
     """Whether the verified identities were kept out of training."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to measure on."""
+        return self.test is None and self.verification is None
+
 
 @dataclass(frozen=True)
 class PhaseData:
-    """One phase's data: labels of `train` and `evaluation.test` are the phase's classes."""
+    """One phase's data: labels of `train`, `validation.test` and `evaluation.test` are the phase's classes."""
 
     train: FaceIndex
+    validation: EvaluationSet
+    """What chooses: the checkpoint, the temperature, the thresholds. It is taken out of training."""
     evaluation: EvaluationSet
+    """What is reported: the test part, which nothing is chosen by."""
     attributes: tuple[AttributeSpec, ...] = ()
     """What is learnt beside identities: columns of `train.attributes`."""
 
@@ -85,7 +97,7 @@ def prepare(recipe: Recipe, folder: Path, run: Runtime) -> tuple[PhaseData, ...]
 
 
 def _require_evaluation(data: PhaseData, phase: Phase, config: DataConfig) -> None:
-    if data.evaluation.test is not None or data.evaluation.verification is not None:
+    if not data.evaluation.is_empty:
         return
     most = int(np.bincount(data.train.labels[data.train.labels >= 0], minlength=1).max())
     advice = (
@@ -197,18 +209,51 @@ def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> PhaseData:
     if verification is None and _can_be_paired(test):
         verification, held_out = test, False
     train, test = _with_unlabelled(train, test, unlabelled, recipe, phase)
+    train, validation = _to_choose_by(train, recipe)
+    choosing, choosing_held_out = (validation, False) if _can_be_paired(validation) else (None, False)
+    # Names choose where they can; where verification has to, it is that of people never seen, if some were kept out.
+    if not len(validation) or not phase.loss.weight or recipe.eval.chooses_by_pairs:
+        if verification is not None and held_out and (halves := _halves(verification, recipe.seed)):
+            (choosing, verification), choosing_held_out = halves, True
+        elif choosing is None and _can_be_paired(train):
+            choosing = train
     return PhaseData(
         train=train,
-        evaluation=EvaluationSet(
-            test=test if len(test) else None,
-            verification=verification,
-            pairs=PairSet.random(verification, recipe.eval.pairs, recipe.eval.folds, recipe.seed)
-            if verification is not None
-            else None,
-            held_out=held_out,
-        ),
+        validation=_evaluation_set(validation, choosing, choosing_held_out, recipe),
+        evaluation=_evaluation_set(test, verification, held_out, recipe),
         attributes=specs,
     )
+
+
+def _evaluation_set(test: FaceIndex, verified: FaceIndex | None, held_out: bool, recipe: Recipe) -> EvaluationSet:
+    pairs = None if verified is None else PairSet.random(verified, recipe.eval.pairs, recipe.eval.folds, recipe.seed)
+    return EvaluationSet(test=test if len(test) else None, verification=verified, pairs=pairs, held_out=held_out)
+
+
+def _to_choose_by(train: FaceIndex, recipe: Recipe) -> tuple[FaceIndex, FaceIndex]:
+    """(train, validation): pictures taken out of training, none where people have too few to spare.
+
+    Of pictures without a name, a part is taken where there are attributes to learn.
+    """
+    fraction, generator = recipe.data.validation_fraction, np.random.Generator(np.random.Philox(recipe.seed + 1))
+    named = train.labels >= 0
+    counts = np.bincount(train.labels[named], minlength=train.num_classes)[train.labels]
+    # Another order than that of the test part, whose neighbours are no random pictures.
+    wanted = np.where(counts >= LEAST_TO_DIVIDE, np.maximum(np.rint(counts * fraction), fraction > 0), 0)
+    chosen = named & (train.random_places(recipe.seed + 1) < wanted)
+    if recipe.learns_attributes:
+        chosen |= ~named & (generator.random(len(train)) < fraction)
+    if chosen.sum() < LEAST_TO_CHOOSE:
+        chosen[:] = False
+    return train.select(~chosen), train.select(chosen)
+
+
+def _halves(people: FaceIndex, seed: int) -> tuple[FaceIndex, FaceIndex] | None:
+    """People kept out of training in two parts, to choose by and to report; None where they are too few."""
+    if len(np.unique(people.labels)) < 4:
+        return None
+    parts = people.split_identities(0.5, seed)
+    return parts if all(map(_can_be_paired, parts)) else None
 
 
 def _with_unlabelled(
@@ -289,37 +334,40 @@ def _with_yes_and_no(index: FaceIndex, recipe: Recipe, reading: Reading) -> Face
         yes, no = index, _scanned(recipe.binary.negatives, "auto", reading)
     if not len(yes) or not len(no):
         raise ValueError(f"binary has {len(yes)} pictures to say yes to and {len(no)} to say no to; both are needed")
-    # Yes is divided by pictures, no by people: the model meets our person again, and strangers for the first time.
-    yes_train, yes_test = (
-        yes.split_per_identity(data.test_fraction, recipe.seed)
-        if (yes.labels >= 0).any()
-        else _at_random(yes, data.test_fraction, recipe.seed)
-    )
-    named = len(np.unique(no.labels[no.labels >= 0])) > 1
-    no_train, no_test = (
-        no.split_identities(data.test_fraction, recipe.seed)
-        if named
-        else _at_random(no, data.test_fraction, recipe.seed)
-    )
     parts = []
-    for part, answer, split in ((yes_train, 1, 0), (yes_test, 1, 2), (no_train, 0, 0), (no_test, 0, 2)):
-        parts.append(
-            dataclasses.replace(
-                part,
-                labels=np.full(len(part), -1, np.int32),
-                class_names=(),
-                splits=np.full(len(part), split, np.uint8),
-                attributes=np.full((len(part), 1), answer, np.float32),
-                attribute_names=(YES,),
+    for pictures, answer in ((yes, 1), (no, 0)):
+        rest, test = _yes_or_no(pictures, data.test_fraction, recipe.seed, strangers=not answer)
+        train, validation = _yes_or_no(rest, data.validation_fraction, recipe.seed + 1, strangers=not answer)
+        for part, split in ((train, "train"), (validation, "val"), (test, "test")):
+            parts.append(
+                dataclasses.replace(
+                    part,
+                    labels=np.full(len(part), -1, np.int32),
+                    class_names=(),
+                    splits=np.full(len(part), SPLITS.index(split), np.uint8),
+                    attributes=np.full((len(part), 1), answer, np.float32),
+                    attribute_names=(YES,),
+                )
             )
-        )
     return joined(parts[0], parts[1:])
 
 
-def _divide_yes_and_no(index: FaceIndex) -> tuple[FaceIndex, EvaluationSet]:
-    """Training rows and the evaluation of binary recognition, as `_with_yes_and_no` has divided them."""
-    train, test = index.select(index.splits == 0), index.select(index.splits == 2)
-    return train, EvaluationSet(test=test if len(test) else None, verification=None, pairs=None, held_out=False)
+def _yes_or_no(index: FaceIndex, fraction: float, seed: int, *, strangers: bool) -> tuple[FaceIndex, FaceIndex]:
+    """Two parts by pictures, or by people where they are strangers: the model meets our person again, and strangers
+    for the first time."""
+    people = len(np.unique(index.labels[index.labels >= 0]))
+    if strangers and people > 1:
+        return index.split_identities(fraction, seed)
+    if not strangers and people:
+        return index.split_per_identity(fraction, seed)
+    return _at_random(index, fraction, seed)
+
+
+def _divide_yes_and_no(index: FaceIndex) -> tuple[FaceIndex, EvaluationSet, EvaluationSet]:
+    """Training rows and the evaluations of binary recognition, as `_with_yes_and_no` has divided them."""
+    train, *asked = (index.select(index.splits == SPLITS.index(name)) for name in ("train", "val", "test"))
+    sets = [EvaluationSet(part if len(part) else None, verification=None, pairs=None, held_out=False) for part in asked]
+    return train, sets[0], sets[1]
 
 
 def _can_be_paired(index: FaceIndex) -> bool:

@@ -16,8 +16,9 @@ TEMPERATURE = 0.07
 """Of the neighbours' votes, exp(cosine / temperature), as Wu et al. 2018 (arXiv:1805.01978) take it."""
 PROBE_PENALTY = 1e-3
 """Half the probe's squared weights in its loss."""
+CLASS_MEANS = "class means"
 BASELINES = {
-    "class_means_top1": "class means",
+    "class_means_top1": CLASS_MEANS,
     "neighbours_top1": f"{NEIGHBOURS} nearest neighbours",
     "probe_top1": "linear probe",
 }

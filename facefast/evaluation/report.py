@@ -22,6 +22,7 @@ COLUMNS = (
     ("auc", "AUC"),
     ("known_verification_accuracy", "verification, known people"),
     ("known_tar@1e-2", "TAR at FAR 1 %, known people"),
+    ("validation", "on validation"),
 )
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -33,9 +34,10 @@ pre { background: #f6f6f6; padding: 1rem; overflow: auto }
 """
 
 
-def results_text(results: dict[str, dict[str, float]]) -> list[str]:
-    """The phases' evaluations as lines of text."""
+def results_text(results: dict[str, dict[str, float]], handed_on: str = "") -> list[str]:
+    """The table as lines of text; `handed_on` is the row to be marked."""
     header, rows = _cells(results)
+    rows = _marked(rows, handed_on)
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     return [
         "  ".join(
@@ -44,6 +46,10 @@ def results_text(results: dict[str, dict[str, float]]) -> list[str]:
         )
         for row in [header, *rows]
     ]
+
+
+def _marked(rows: list[list[str]], handed_on: str) -> list[list[str]]:
+    return [[f"{name} *" if name == handed_on else name, *cells] for name, *cells in rows]
 
 
 def _cells(results: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
@@ -78,11 +84,9 @@ def write(folder: Path) -> Path:
     """Writes `report.html` from recipe.json, plan.json, environment.json, status.json and metrics.jsonl."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     status = files.read_json(folder / "status.json")
-    evaluated = [line for line in lines if line["split"] == "eval"]
-    evaluations = _best_evaluations(evaluated, status)
-    for line in evaluated:
-        evaluations = with_baselines(line) | evaluations
-    header, rows = _cells({phase: {k: v for k, v in e.items() if v is not None} for phase, e in evaluations.items()})
+    asked = {line["phase"]: line for line in lines if line["split"] == "test"}  # a row is its last line
+    header, rows = _cells({row: {k: v for k, v in line.items() if v is not None} for row, line in asked.items()})
+    rows = _marked(rows, (status.get("best") or {}).get("phase", ""))
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     head = "".join(f"<th>{html.escape(title)}</th>" for title in header)
     train = [line for line in lines if line["split"] == "train"]
@@ -97,7 +101,7 @@ def write(folder: Path) -> Path:
     page = (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(folder.name)}</title><style>{STYLE}</style>"
         f"<h1>facefast run {html.escape(folder.name)}</h1><p>{html.escape(_sentence(status))}</p>"
-        f"<h2>Evaluations</h2><table><tr>{head}</tr>{cells}</table>"
+        f"<h2>On the test part, which has chosen nothing</h2><table><tr>{head}</tr>{cells}</table>"
         f"<h2>Curves</h2>{charts}<h2>Everything else</h2>{documents}"
     )
     path = folder / "report.html"
@@ -105,23 +109,12 @@ def write(folder: Path) -> Path:
     return path
 
 
-def _best_evaluations(evaluations: list[dict[str, Any]], status: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The evaluation of each phase's best checkpoint: the first of those with the greatest value."""
-    metric = (status.get("best") or {}).get("metric", "")
-    found: dict[str, dict[str, Any]] = {}
-    for evaluation in evaluations:
-        before = found.get(evaluation["phase"])
-        # NaN is null in metrics.jsonl.
-        if before is None or (evaluation.get(metric) or -math.inf) > (before.get(metric) or -math.inf):
-            found[evaluation["phase"]] = evaluation
-    return found
-
-
 def _sentence(status: dict[str, Any]) -> str:
     best = status.get("best")
-    named = f"{best['metric']} {best['value']:.2%} in phase {best['phase']}" if best else "none"
+    value = "not measured" if not best or best["value"] is None else f"{best['metric']} {best['value']:.2%}"
+    named = f"{best['phase']} (*), {value} on the test part" if best else "none"
     return (
-        f"State: {status['state']} at step {status.get('step')}. Best checkpoint: {named}. "
+        f"State: {status['state']} at step {status.get('step')}. Handed on: {named}. "
         f"Bound by {status.get('bound_by')}; {status.get('advice')}."
     )
 

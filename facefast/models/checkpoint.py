@@ -7,6 +7,7 @@ every other file.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -59,10 +60,7 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         aside.mkdir()
-        for stem, named in tensors.items():
-            write_tensors(aside / f"{stem}.safetensors", named)
-        for stem, value in documents.items():
-            files.write_json(aside / f"{stem}.json", value)
+        _write_all(aside, tensors, documents)
         manifest.write(aside, step)
         files.replace_folder(aside, path)
         files.replace_link(folder / "last", path.name)
@@ -74,6 +72,62 @@ def save(
         raise StorageError(f"cannot write {path}: {error}; {free}. Earlier checkpoints are untouched.") from error
     _remove_old(folder, keep)
     return path
+
+
+def hand_on(run_folder: Path, name: str, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]) -> Path:
+    """Writes a model that no training state belongs to as `checkpoints/NAME` and points `best` at it.
+
+    Raises:
+        StorageError: the disk is full or refuses; what `best` points at is untouched.
+    """
+    folder = run_folder / FOLDER
+    path, aside = folder / name, folder / f".{name}.tmp"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        _write_all(aside, tensors, documents)
+        manifest.write(aside, 0)
+        files.replace_folder(aside, path)
+        files.replace_link(folder / "best", path.name)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise StorageError(f"cannot write {path}: {error}") from error
+    return path
+
+
+def amend(path: Path, documents: dict[str, Any]) -> None:
+    """Gives a checkpoint other documents; tensors and the rest stay, and so does the whole checkpoint until the new one
+    is complete.
+
+    Args:
+        path: the folder, or a link to it.
+        documents: file stem -> JSON value.
+
+    Raises:
+        StorageError: the disk is full or refuses; the checkpoint is as it was.
+    """
+    path = path.resolve()
+    aside = path.with_name(f".{path.name}.tmp")
+    step = files.read_json(path / manifest.NAME)["step"]
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for file in path.iterdir():  # links to the same content cost no room
+            if file.name != manifest.NAME and file.stem not in documents:
+                os.link(file, aside / file.name)
+        _write_all(aside, {}, documents)
+        manifest.write(aside, step)
+        files.replace_folder(aside, path)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise StorageError(f"cannot write {path}: {error}") from error
+
+
+def _write_all(folder: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]) -> None:
+    for stem, named in tensors.items():
+        write_tensors(folder / f"{stem}.safetensors", named)
+    for stem, value in documents.items():
+        files.write_json(folder / f"{stem}.json", value)
 
 
 def write_tensors(path: Path, named: dict[str, Tensor]) -> None:

@@ -84,17 +84,18 @@ class DataConfig(Photographs):
     shots: int = 0
     """Training pictures of each identity at most, drawn by the seed; 0 takes all."""
     test_fraction: float = 0.2
-    """Part of each identity's pictures kept for testing (closed set)."""
+    """Part of each identity's pictures kept for testing (closed set): reported once, and nothing is chosen by it."""
+    validation_fraction: float = 0.1
+    """Part of each identity's training pictures that chooses the checkpoint, the temperature and the thresholds, where
+    it has five or more of them."""
     verify_fraction: float = 0.0
     """Part of the identities kept out of training for verification, where the recipe names no split for that."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.test_fraction < 1 or not 0 <= self.verify_fraction < 1:
-            raise ValueError(
-                f"data.test_fraction {self.test_fraction} and data.verify_fraction {self.verify_fraction} "
-                "must lie in [0, 1)"
-            )
+        for name in ("test_fraction", "validation_fraction", "verify_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must lie in [0, 1)")
         if not 0 < self.label_fraction <= 1 or self.shots < 0:
             raise ValueError(
                 f"data.label_fraction {self.label_fraction} must lie in (0, 1] and data.shots {self.shots} be 0 or more"
@@ -169,8 +170,8 @@ class EvalConfig:
     """What is measured after each epoch, and which number chooses the best checkpoint."""
 
     metric: Literal["auto", "top1", "verification_accuracy", "tar@1e-2", "tar@1e-3", "auc", "tasks"] = "auto"
-    """Higher is better; auto is top1 where there are test pictures, else verification_accuracy, else tasks, the mean
-    AUC of the attributes."""
+    """Chooses the checkpoint on the validation part, higher is better; auto is top1 where it has pictures to name, else
+    verification_accuracy, else tasks, the mean AUC of the attributes."""
     split: Literal["none", "train", "val", "test"] = "none"
     """Identities kept for verification: a part of the data set's own partition."""
     pairs: int = 6000
@@ -184,6 +185,11 @@ class EvalConfig:
     baselines: bool = True
     """Measure what the source model does untrained before fine-tuning it: class means, nearest neighbours and a linear
     probe on its embeddings."""
+
+    @property
+    def chooses_by_pairs(self) -> bool:
+        """Whether `metric` is one of verification."""
+        return self.metric not in ("auto", "top1", "tasks")
 
 
 @dataclass(frozen=True)

@@ -158,12 +158,20 @@ class RunLog:
             )
 
     def evaluation(self, at: Position, results: dict[str, float], metric: str, improved: bool) -> None:
-        """Logs the results and prints their headlines; the time since the last update does not count as training."""
-        self._write(at, "eval", results)
+        """Logs what the validation part gave and prints its headlines, as `_evaluated` does; says whether the deciding
+        `metric` is the best so far."""
+        self._evaluated(at, "validation", results, f"  (best {metric} so far)" if improved else "")
+
+    def report(self, at: Position, row: str, results: dict[str, float]) -> None:
+        """Logs a row of the final table, which the test part gave, and prints its headlines."""
+        self._evaluated(at._replace(phase=row), "test", results, "")
+
+    def _evaluated(self, at: Position, split: str, results: dict[str, float], remark: str) -> None:
+        """The time since the last update does not count as training."""
+        self._write(at, split, results)
         shown = [name for name in results if name in HEADLINES or name.endswith(("/accuracy", "/mae"))]
         numbers = ", ".join(f"{name} {_human(name, results[name])}" for name in shown)
-        best = f"  (best {metric} so far)" if improved else ""
-        self.say(f"{at.phase} epoch {at.epoch:.3g}: {numbers}{best}")
+        self.say(f"{at.phase} epoch {at.epoch:.3g}, {split}: {numbers}{remark}")
         unknown = [name for name, value in results.items() if math.isnan(value)]
         if unknown and not self._said_unknown:
             self._said_unknown = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +11,12 @@ import numpy as np
 from facefast.data.prepare import PhaseData
 from facefast.evaluation import report
 from facefast.evaluation.embed import embed_rows
+from facefast.models import Source
 from facefast.models.checkpoint import FOLDER
-from facefast.recipe import EvalConfig
 from facefast.runtime import exits, files
 from facefast.runtime.log import RunLog, verdict
+from facefast.training.choice import best_of, hand_on, handed_on, named_metric, said
 from facefast.training.step import TrainState
-
-
-def named_metric(config: EvalConfig, results: dict[str, float]) -> tuple[float, str]:
-    """The value and the name of the number that chooses the best checkpoint.
-
-    Raises:
-        ValueError: the evaluation did not give that number, or had too few pairs for it.
-    """
-    wishes = (config.metric,) if config.metric != "auto" else ("top1", "verification_accuracy", "tasks")
-    for name in wishes:
-        for candidate in (name, f"known_{name}"):
-            if math.isnan(results.get(candidate, 0)):  # no later evaluation would ever count as better
-                if config.metric == "auto":
-                    continue
-                raise ValueError(
-                    f"eval.metric is {config.metric}, for which the evaluation has too few pairs; "
-                    f"raise eval.pairs, which is {config.pairs}, or choose another metric"
-                )
-            if candidate in results:
-                return results[candidate], candidate
-    given = [name for name, value in results.items() if not math.isnan(value)]
-    raise ValueError(
-        f"eval.metric is {config.metric}, but the evaluation gives only {', '.join(given) or 'nothing'}; "
-        "set data.test_fraction, data.verify_fraction or eval.split"
-    )
-
-
-def best_of(state: TrainState) -> dict[str, Any] | None:
-    """The best checkpoint of this phase and those it goes on from, for status.json; None before any evaluation."""
-    if state.best is None:
-        return None
-    first = max(k for k in range(state.phase_number + 1) if not state.continues(k))
-    for phase in state.recipe.phases[first : state.phase_number + 1]:
-        if phase.name in state.results:
-            value, name = named_metric(state.recipe.eval, state.results[phase.name])
-            if value == state.best:
-                return {"phase": phase.name, "metric": name, "value": value}
-    raise AssertionError("the best number is that of an evaluation")
 
 
 def write_status(folder: Path, state: str, code: int | None = None, **fields: Any) -> None:
@@ -92,9 +54,13 @@ def _has_reason(folder: Path) -> bool:
     return False
 
 
-def finish(folder: Path, state: TrainState, datasets: tuple[PhaseData, ...], log: RunLog) -> int:
-    """Writes the summary on the terminal, the projector, report.html and the final status; returns the exit code."""
+def finish(
+    folder: Path, state: TrainState, source: Source | None, datasets: tuple[PhaseData, ...], log: RunLog
+) -> int:
+    """Settles what is handed on and writes the summary on the terminal, the projector, report.html and the final
+    status; returns the exit code."""
     recipe, run = state.recipe, state.run
+    hand_on(folder, state, source, datasets[-1], log)
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     train, test = datasets[-1].train, datasets[-1].evaluation.test
     decoded = int(3 * np.mean(train.widths.astype(np.float64) * train.heights))  # bytes: at most what travels
@@ -108,22 +74,23 @@ def finish(folder: Path, state: TrainState, datasets: tuple[PhaseData, ...], log
         log.embeddings(embeddings[seen], names, state.step)
     log.close()
     if run.is_main:
-        print(summary(folder, state, bound), flush=True)
+        print(summary(folder, state, datasets[-1], bound), flush=True)
         write_status(folder, "done", exits.EXIT_DONE, step=state.step, best=best_of(state), **bound)
         report.write(folder)
     run.barrier()
     return exits.EXIT_DONE
 
 
-def summary(folder: Path, state: TrainState, bound: dict[str, Any]) -> str:
+def summary(folder: Path, state: TrainState, data: PhaseData, bound: dict[str, Any]) -> str:
     """What a person wants to know at the end of a run."""
-    recipe, results = state.recipe, state.results
-    lines = ["", *report.results_text(results)]
-    if "scratch" in results and recipe.phases[-1].name != "scratch":
+    recipe, reported = state.recipe, state.reported
+    lines = ["", *report.results_text(reported, handed_on(state)), said(state, data)]
+    scratch = reported.get("scratch", {})
+    if scratch and recipe.phases[-1].name != "scratch":
         split = recipe.phases[-1].split
         others = [phase.name for phase in recipe.phases if phase.split == split and phase.name != "scratch"]
-        value, name = max(named_metric(recipe.eval, results[phase]) for phase in others)
-        gap = 100 * (value - named_metric(recipe.eval, results["scratch"])[0])
+        value, name = max(named_metric(recipe.eval, reported[phase]) for phase in others)
+        gap = 100 * (value - named_metric(recipe.eval, scratch)[0])
         lines.append(f"transfer against training from scratch on the same budget: {gap:+.1f} points {name}")
     lines.append(
         f"{bound['images_per_second']:.0f} images/s, bound by {bound['bound_by']} "

@@ -27,7 +27,7 @@ from facefast.models.checkpoint import pack_optimizer, read_tensors, unpack_opti
 from facefast.models.precision import Precision
 from facefast.recipe import Phase, PhasePlan, Plan, Recipe, to_json
 from facefast.runtime import files
-from facefast.runtime.log import STATS
+from facefast.runtime.log import STATS, Position
 from facefast.runtime.process import Runtime, decode_threads
 from facefast.training.distill import Teacher
 from facefast.training.guard import StatisticsGuard
@@ -75,14 +75,19 @@ class TrainState:
         self.step = 0  # updates done in the whole run
         self.phase_number = 0
         self.phase_step = 0  # updates done in this phase
-        self.best: float | None = None  # the named metric's best value in this phase and those it goes on from
-        self.results: dict[str, dict[str, float]] = {}  # the best evaluation of each phase: that of its best checkpoint
+        # On the validation part: the deciding number of the best checkpoint in this phase and those it goes on from,
+        # where that checkpoint stands (phase number, updates done in it), and each phase's best evaluation.
+        self.best: float | None = None
+        self.chosen = (0, 0)
+        self.validated: dict[str, dict[str, float]] = {}
+        self.reported: dict[str, dict[str, float]] = {}  # on the test part, which chooses nothing: rows of the table
 
     def enter(self, number: int, model: FaceModel, side: SideInputs | None = None) -> None:
         """Begins phase `number` with `model`: what learns, how fast, and the objective, compiled and in DDP where
         wanted."""
         if not self.continues(number):
             self.best = None
+            self.validated = {}
         self.phase_number, self.phase_step = number, 0
         self.model, self.side_inputs = model, side or SideInputs()
         phase, device, side = self.phase, self.run.device, self.side_inputs
@@ -161,6 +166,12 @@ class TrainState:
         return self.phase_step / self.phase_plan.steps_per_epoch
 
     @property
+    def position(self) -> Position:
+        """The update just done, for the log."""
+        plan = self.phase_plan
+        return Position(self.step, self.phase.name, self.epoch, self.lr, last=self.phase_step == plan.steps)
+
+    @property
     def evaluated(self) -> FaceModel:
         """The model that is measured and handed on: the averaged one where there is one."""
         if self.average is None:
@@ -188,7 +199,9 @@ class TrainState:
                 "phase": self.phase_number,
                 "phase_step": self.phase_step,
                 "best": self.best,
-                "results": self.results,
+                "chosen": self.chosen,
+                "validated": self.validated,
+                "reported": self.reported,
                 "scaler": self.scaler.state_dict(),
                 "averaged": 0 if self.average is None else int(self.average.n_averaged),
                 "optimizer": pack_optimizer(self.optimizer)[1],
@@ -210,10 +223,16 @@ class TrainState:
             self.average.n_averaged.fill_(document["averaged"])
         for name in ("step", "phase_step", "best"):
             setattr(self, name, document[name])
-        self.results = {
-            phase: {name: math.nan if value is None else value for name, value in results.items()}  # JSON has no NaN
-            for phase, results in document["results"].items()
-        }
+        self.chosen = (document["chosen"][0], document["chosen"][1])
+        self.validated, self.reported = _numbers(document["validated"]), _numbers(document["reported"])
+
+
+def _numbers(rows: dict[str, dict[str, float | None]]) -> dict[str, dict[str, float]]:
+    """Evaluations out of JSON, which has null for NaN."""
+    return {
+        row: {name: math.nan if value is None else value for name, value in results.items()}
+        for row, results in rows.items()
+    }
 
 
 def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCounts) -> Tensor:

@@ -1,0 +1,204 @@
+"""Which model is handed on: chosen on the validation part, which was taken out of training, and reported on the test
+part, which has chosen nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from facefast.data.prepare import EvaluationSet, PhaseData
+from facefast.evaluation.baselines import CLASS_MEANS, LabelledEmbeddings, class_means
+from facefast.evaluation.embed import embed_rows
+from facefast.evaluation.measure import evaluate
+from facefast.evaluation.report import with_baselines
+from facefast.models import FaceModel, Source, build_model, checkpoint
+from facefast.recipe import EvalConfig
+from facefast.runtime.log import RunLog
+from facefast.training.step import TrainState
+
+
+def named_metric(config: EvalConfig, results: dict[str, float]) -> tuple[float, str]:
+    """The value and the name of the number that chooses the best checkpoint.
+
+    Raises:
+        ValueError: the evaluation did not give that number, or had too few pairs for it.
+    """
+    wishes = (config.metric,) if config.metric != "auto" else ("top1", "verification_accuracy", "tasks")
+    for name in wishes:
+        for candidate in (name, f"known_{name}"):
+            if math.isnan(results.get(candidate, 0)):  # no later evaluation would ever count as better
+                if config.metric == "auto":
+                    continue
+                raise ValueError(
+                    f"eval.metric is {config.metric}, for which the evaluation has too few pairs; "
+                    f"raise eval.pairs, which is {config.pairs}, or choose another metric"
+                )
+            if candidate in results:
+                return results[candidate], candidate
+    given = [name for name, value in results.items() if not math.isnan(value)]
+    raise ValueError(
+        f"eval.metric is {config.metric}, but the evaluation gives only {', '.join(given) or 'nothing'}; "
+        "set data.test_fraction, data.verify_fraction or eval.split"
+    )
+
+
+def measure(state: TrainState, data: PhaseData, log: RunLog, known: LabelledEmbeddings | None = None) -> bool:
+    """Measures the model on the validation part, on all ranks, and logs it; returns whether it is the best so far.
+
+    Args:
+        known: embeddings of the training pictures, where the baselines are wanted too.
+    """
+    here = (state.phase_number, state.phase_step)
+    if data.validation.is_empty:  # nothing can choose: the latest is handed on
+        state.chosen = here
+        return True
+    state.run.broadcast_buffers(state.evaluated)  # every rank measures the model that rank 0 saves
+    results = _evaluate(state, state.evaluated, data.validation, known)
+    state.set_modes()
+    state.validated |= with_baselines(results)
+    value, name = named_metric(state.recipe.eval, results)
+    # A phase is remembered by its best evaluation; a later, worse one is in the log alone.
+    before = state.validated.get(state.phase.name)
+    if before is None or value >= named_metric(state.recipe.eval, before)[0]:
+        state.validated[state.phase.name] = results
+    # Of equals the later, which has learnt more; what was not trained at all has to be beaten.
+    improved = state.best is None or value > state.best or (value == state.best and state.chosen[1] > 0)
+    if improved:
+        state.best, state.chosen = value, here
+    log.evaluation(state.position, results, name, improved)
+    return improved
+
+
+def _evaluate(
+    state: TrainState, model: FaceModel, on: EvaluationSet, known: LabelledEmbeddings | None = None
+) -> dict[str, float]:
+    return evaluate(model, on, state.recipe.eval, state.run, state.precision, state.reading, known)
+
+
+def report_baselines(state: TrainState, data: PhaseData, known: LabelledEmbeddings, log: RunLog) -> None:
+    """Rows of the final table for the source untrained; what chose nothing yet serves its class means too."""
+    known = _with_validation(state, state.evaluated, data, known)
+    rows = with_baselines(_evaluate(state, state.evaluated, data.evaluation, known))
+    state.set_modes()
+    for row, results in rows.items():
+        _report(state, row, results, log)
+
+
+def _with_validation(
+    state: TrainState, model: FaceModel, data: PhaseData, known: LabelledEmbeddings
+) -> LabelledEmbeddings:
+    """The labelled pictures of training and validation together."""
+    if data.validation.test is None:
+        return known
+    embeddings, seen = embed_rows(
+        model,
+        data.validation.test,
+        state.run,
+        state.precision,
+        state.reading,
+        batch_size=state.recipe.eval.batch_size,
+    )
+    labels = torch.tensor(data.validation.test.labels, dtype=torch.long).where(seen, -1)
+    return known._replace(
+        embeddings=torch.cat([known.embeddings, embeddings]), labels=torch.cat([known.labels, labels])
+    )
+
+
+def report_phase(folder: Path, state: TrainState, data: PhaseData, log: RunLog) -> None:
+    """A row of the final table: the phase's model on the test part.
+
+    The model is the best checkpoint where that is one of this phase, else the phase's last.
+    """
+    model = state.evaluated
+    state.run.barrier()  # rank 0 may still be writing it
+    if state.chosen[0] == state.phase_number and state.chosen[1] > 0:
+        model = checkpoint.load_model(folder / checkpoint.FOLDER / "best", state.run.device)
+    state.run.broadcast_buffers(model)
+    results = _evaluate(state, model, data.evaluation)
+    state.set_modes()
+    _report(state, state.phase.name, results, log)
+
+
+def _report(state: TrainState, row: str, results: dict[str, float], log: RunLog) -> None:
+    chose = state.validated.get(row)
+    if chose is not None:
+        results = results | {"validation": named_metric(state.recipe.eval, chose)[0]}
+    state.reported[row] = results
+    log.report(state.position, row, results)
+
+
+def handed_on(state: TrainState) -> str:
+    """The row of the final table whose model `best` is: a phase's, or the class means, which fine-tuning has to
+    beat."""
+    phase = state.recipe.phases[state.chosen[0]]
+    means = state.validated.get(CLASS_MEANS, {}).get("top1", -1.0)
+    chooses = state.best is not None and named_metric(state.recipe.eval, state.validated[phase.name])[1] == "top1"
+    return CLASS_MEANS if chooses and means >= (state.best or 0.0) else phase.name
+
+
+def best_of(state: TrainState) -> dict[str, Any] | None:
+    """The best checkpoint of this phase and those it goes on from, for status.json; None before any evaluation.
+
+    `value` is what the test part gives, once it was asked; `validation` is what has chosen.
+    """
+    row = handed_on(state)
+    seen = state.validated.get(row) or state.reported.get(row)
+    if seen is None:
+        return None
+    _, name = named_metric(state.recipe.eval, seen)
+    value = state.reported.get(row, {}).get(name)
+    return {"phase": row, "metric": name, "value": value, "validation": state.best}
+
+
+def said(state: TrainState, data: PhaseData) -> str:
+    """What the marked row of the table is, and what chose it, for people."""
+    if state.best is None:
+        return "* handed on: the last, since no picture could be spared to choose by"
+    name = named_metric(state.recipe.eval, state.validated[handed_on(state)])[1]
+    asked = data.validation.test if name in ("top1", "tasks") else data.validation.verification
+    count = 0 if asked is None else len(asked)
+    return (
+        f"* handed on as checkpoints/best: {name} of {count} validation pictures chose it; all other numbers are of "
+        "the test part, which chose nothing"
+    )
+
+
+def hand_on(folder: Path, state: TrainState, source: Source | None, data: PhaseData, log: RunLog) -> None:
+    """Makes `best` the source model with class means as its head where fine-tuning did not beat those on the
+    validation part.
+
+    The means are then taken over the validation pictures too.
+    """
+    if handed_on(state) != CLASS_MEANS:
+        return
+    model = build_model(
+        dataclasses.replace(state.recipe.model, head="cosine"),
+        data.train.num_classes,
+        state.recipe.image,
+        data.train.class_names,
+        source,
+    ).to(state.run.device)
+    embeddings, seen = embed_rows(
+        model, data.train, state.run, state.precision, state.reading, batch_size=state.recipe.eval.batch_size
+    )
+    known = LabelledEmbeddings(embeddings, data.labels().where(seen, -1), data.train.num_classes)
+    known = _with_validation(state, model, data, known)
+    assert model.head is not None
+    model.head.start_from(class_means(known.embeddings, known.labels, known.num_classes), 1.0)
+    model.eval()
+    _report(state, CLASS_MEANS, _evaluate(state, model, data.evaluation), log)
+    log.say(
+        "fine-tuning did not beat the class means on the validation part "
+        f"(top-1 {state.validated[CLASS_MEANS]['top1']:.2%}; {state.phase.name} {state.best:.2%}): checkpoints/best is "
+        "the source model with class means as its head"
+    )
+    if state.run.is_main:
+        documents = {**state.documents(), "model": model.to_config()}
+        checkpoint.hand_on(
+            folder, "class-means", {"model": model.state_dict()}, {k: documents[k] for k in ("model", "recipe", "plan")}
+        )
+    state.run.barrier()
