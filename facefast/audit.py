@@ -162,6 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
         given = parse(AuditArguments, arguments, "audit")
         if (given.out is None) == (given.plant == 0):
             raise ValueError("give either --out DIR, for the findings, or --plant FRACTION, for the self-test")
+        if given.out is not None:
+            files.require_writable(given.out, folder=True)
         with process.start() as run:
             index, rows = embed_photographs(given.model, given.data, run, given.batch_size)
             embeddings = unit_rows(rows)

@@ -9,7 +9,6 @@ embeddings or the verification accuracy moved further than allowed. `facefast.de
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -229,21 +228,14 @@ def _check_out(out: Path) -> None:
     others = sorted(file.name for file in out.iterdir() if file.name not in PACKAGE) if out.exists() else []
     if others:
         raise ValueError(f"{out} holds {others[0]}, which is no part of an int8 model; choose an empty folder")
+    files.require_writable(out, folder=True)
 
 
 def _write(out: Path, content: bytes, document: dict[str, Any]) -> None:
-    aside = out.with_name(f".{out.name}.tmp")  # OUT appears whole or not at all
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+    with files.replacing_folder(out, len(content)) as aside:  # OUT appears whole or not at all
         (aside / "model-int8.onnx").write_bytes(content)
         files.write_json(aside / "int8.json", document)
         manifest.write(aside, step=0)
-        files.replace_folder(aside, out)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise exits.StorageError(f"cannot write {out}: {error}; choose another --out") from error
 
 
 def gate_text(document: dict[str, Any]) -> str:

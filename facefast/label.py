@@ -26,7 +26,7 @@ from facefast.evaluation.embed import embed_photographs
 from facefast.labels.clustering import Floats, Numbers, agreement, assign, cluster, unit_rows
 from facefast.recipe import Photographs
 from facefast.recipe.options import parse
-from facefast.runtime import exits, process
+from facefast.runtime import exits, files, process
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
         given = parse(LabelArguments, arguments, "label")
+        files.require_writable(given.out)
         given = dataclasses.replace(given, data=with_format(given.data))
         with process.start() as run:
             index, rows = embed_photographs(given.model, given.data, run, given.batch_size)

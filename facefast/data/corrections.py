@@ -23,7 +23,8 @@ import numpy as np
 
 from facefast.data.index import FaceIndex
 from facefast.data.lists import LARGEST, read_whole
-from facefast.runtime.exits import DataError, StorageError
+from facefast.runtime.exits import DataError
+from facefast.runtime.files import replacing
 
 ACTIONS = ("drop", "keep", "relabel", "merge")
 KINDS = ("wrong_label", "duplicate", "merge")
@@ -238,19 +239,13 @@ _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 def _write(path: Path, kind: type[Any], lines: Iterable[Any]) -> None:
     columns = [field.name for field in dataclasses.fields(kind)]
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(aside, "w", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(columns)
-                writer.writerows([_text(getattr(line, column)) for column in columns] for line in lines)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error}; choose another --out") from error
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows([_text(getattr(line, column)) for column in columns] for line in lines)
+    content = text.getvalue().encode()
+    with replacing(path, len(content), parents=True) as aside:
+        aside.write_bytes(content)
 
 
 def _text(value: str | float) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 import facefast._scan as _scan
 from facefast.recipe import IndexFacts, Reading
+from facefast.runtime.files import replacing
 
 FAULTS: tuple[str, ...] = _scan.FAULTS
 """Reasons by the numbers in `FaceIndex.faults`; 0 is sound."""
@@ -245,21 +246,20 @@ class FaceIndex:
         )
 
     def save(self, path: str | os.PathLike[str], **extra: str) -> None:
-        """Writes the index, and `extra` strings beside it, to one .npz file in one step."""
+        """Writes the index, and `extra` strings beside it, to one .npz file in one step.
+
+        Raises:
+            StorageError: it cannot be written; a file that was there is as it was.
+        """
         arrays: dict[str, Any] = self._columns() | {
             "root": np.array(self.root),
             "class_names": np.array(self.class_names, np.str_),
             "attribute_names": np.array(self.attribute_names, np.str_),
             **{name: np.array(text) for name, text in extra.items()},
         }
-        target = Path(path)
-        aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with open(aside, "wb") as file:
-                np.savez(file, **arrays)
-            os.replace(aside, target)
-        finally:
-            aside.unlink(missing_ok=True)
+        needed = sum(array.nbytes for array in arrays.values())
+        with replacing(Path(path), needed) as aside, open(aside, "wb") as file:
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FaceIndex:

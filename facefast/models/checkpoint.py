@@ -24,6 +24,9 @@ from facefast.runtime import files, manifest
 from facefast.runtime.exits import StorageError
 
 FOLDER = "checkpoints"
+DOCUMENTS = 16384
+"""Bytes set aside for a checkpoint's JSON and for the header of each file of tensors."""
+UNTOUCHED = "Earlier checkpoints are untouched: make room, and the same command goes on from them"
 
 
 def save(
@@ -55,25 +58,44 @@ def save(
     folder = run_folder / FOLDER
     path = folder / f"step-{step:07d}"
     aside = folder / f".{path.name}.tmp"
-    try:
+    with files.storing(path, advice=UNTOUCHED):
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
-        aside.mkdir()
-        for stem, named in tensors.items():
-            write_tensors(aside / f"{stem}.safetensors", named)
-        for stem, value in documents.items():
-            files.write_json(aside / f"{stem}.json", value)
-        manifest.write(aside, step)
-        files.replace_folder(aside, path)
-        files.replace_link(folder / "last", path.name)
-        if best:
-            files.replace_link(folder / "best", path.name)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+    try:
+        with files.storing(path, needed_bytes(tensors), UNTOUCHED):
+            aside.mkdir()
+            for stem, named in tensors.items():
+                write_tensors(aside / f"{stem}.safetensors", named)
+            for stem, value in documents.items():
+                files.write_json(aside / f"{stem}.json", value)
+            manifest.write(aside, step)
+            files.replace_folder(aside, path)
+            files.replace_link(folder / "last", path.name)
+            if best:
+                files.replace_link(folder / "best", path.name)
+    except StorageError:
         shutil.rmtree(aside, ignore_errors=True)
-        free = f"{shutil.disk_usage(run_folder).free} bytes are free there" if run_folder.exists() else "it is gone"
-        raise StorageError(f"cannot write {path}: {error}; {free}. Earlier checkpoints are untouched.") from error
+        raise
     _remove_old(folder, keep)
     return path
+
+
+def needed_bytes(tensors: dict[str, dict[str, Tensor]]) -> int:
+    """What a checkpoint takes on the disk, about: its tensors, and some room for names and documents."""
+    numbers = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+    return numbers + DOCUMENTS * (1 + len(tensors))
+
+
+def require_room(run_folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Finds out, before any training, that not one checkpoint can be written.
+
+    Raises:
+        StorageError: it has too little room, or the folder refuses.
+    """
+    folder = run_folder / FOLDER
+    files.require_writable(folder, folder=True, advice=UNTOUCHED)
+    with files.storing(folder, needed_bytes(tensors), UNTOUCHED):
+        pass
 
 
 def write_tensors(path: Path, named: dict[str, Tensor]) -> None:
