@@ -154,7 +154,7 @@ def write_embeddings(path: Path, answers: list[dict[str, Any]]) -> None:
     Raises:
         StorageError: it cannot be written; a file that was there is as it was.
     """
-    arrays = {
+    arrays: dict[str, Any] = {
         "paths": np.array([answer["path"] for answer in answers]),
         "embeddings": np.array([answer["embedding"] for answer in answers], np.float32),
     }

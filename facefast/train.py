@@ -28,17 +28,24 @@ from facefast.runtime.exits import NumericsError, StorageError
 from facefast.runtime.log import Position, RunLog, environment
 from facefast.runtime.process import Runtime
 from facefast.training.begin import Start, begin, find_source, find_teacher, settle
-from facefast.training.finish import best_of, fail, finish, leave, named_metric, write_status
+from facefast.training.finish import best_of, fail, finish, leave, named_metric, reached, write_status
 from facefast.training.guard import culprit, not_finite, some
 from facefast.training.objective import RowCounts
 from facefast.training.step import TrainState, train_step
 
 
-def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
-    """Runs a recipe in a run folder, from its start or from where it was stopped; returns the exit code."""
+def train(recipe: Recipe, folder: Path, resume: str, run: Runtime, held: files.Held | None = None) -> int:
+    """Runs a recipe in a run folder, from its start or from where it was stopped; returns the exit code.
+
+    Args:
+        held: the folder as `open_folder` found it; where that is gone later, nothing is written in its place.
+    """
+    with told_to_all(run):
+        files.require_writable(folder / checkpoint.FOLDER, folder=True)  # somebody else's, perhaps
     source = find_source(recipe)
     teacher = find_teacher(recipe, source, run.device)
-    datasets = prepare(recipe, folder, run)  #                         files -> index -> splits and evaluations
+    begun = find_index(folder, resume)
+    datasets = prepare(recipe, folder, run, begun)  #                  files -> index -> splits and evaluations
     recipe = settle(recipe, source, teacher, datasets)
     plan = resolve(recipe, tuple(data.facts() for data in datasets), run.world.size)
     state = TrainState(recipe, plan, run)
@@ -47,8 +54,9 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
         for number in range(state.phase_number, len(datasets)):  # a run that goes on enters the phase it stopped in
             start = begin(folder, state, number, datasets[number], source, teacher, saved, log)
             data = start.data
+            require_room(folder, state)
             if saved is None:
-                measure_untrained(folder, state, start, log)
+                measure_untrained(folder, state, start, log, held)
             saved = None  # it belongs to the phase it was saved in: the next one begins by its own rules
             with open_loader(state, data) as loader:  #             sampler -> rows -> augment -> dali -> Batch
                 show_pictures(state, data, loader.sampler, log)
@@ -68,14 +76,16 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
                     # go on would wait in their next collective operation until it times out.
                     stopping = run.agree(run.stop_requested)
                     if improved or stopping or save_due(recipe, state):
-                        save(folder, state, improved)
+                        save(folder, state, improved, held)
                     if stopping:
                         return leave(folder, state, log)
+        with told_to_all(run, held):
+            pass
         return finish(folder, state, datasets, log)
 
 
 @contextlib.contextmanager
-def open_folder(folder: Path, recipe: Recipe, run: Runtime) -> Iterator[None]:
+def open_folder(folder: Path, recipe: Recipe, run: Runtime) -> Iterator[files.Held | None]:
     """Makes the run folder, finds out at once whether it can be written, and keeps other runs out of it.
 
     A new folder says at once what was asked for and where, so that a start that fails explains itself.
@@ -84,28 +94,52 @@ def open_folder(folder: Path, recipe: Recipe, run: Runtime) -> Iterator[None]:
         StorageError: it cannot.
         ValueError: another run writes to it.
     """
-    with contextlib.ExitStack() as held:
-        problem: Exception | None = None
-        if run.is_main:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(files.locked(folder))
-                _begin_folder(folder, recipe, run)
-            except ValueError as error:
-                problem = error
-            except OSError as error:
-                problem = StorageError(f"cannot write the run folder {folder}: {error}; choose another --out")
-        # Every rank ends with it: one that went on would take the folder for its own.
-        if problem := run.broadcast(problem):
-            raise problem
-        yield
+    held: files.Held | None = None
+    with contextlib.ExitStack() as stack:
+        # Every rank ends with what went wrong: one that went on would take the folder for its own.
+        with told_to_all(run):
+            if run.is_main:
+                files.require_writable(folder, folder=True)
+                with files.storing(folder, what="the run folder "):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    held = stack.enter_context(files.locked(folder))
+                    _begin_folder(folder, recipe, run)
+        yield held
+
+
+@contextlib.contextmanager
+def told_to_all(run: Runtime, held: files.Held | None = None) -> Iterator[None]:
+    """Lets every rank end with what rank 0 could not write within; every rank must enter.
+
+    Args:
+        held: a folder without which nothing is written.
+    """
+    problem: Exception | None = held.problem() if held else None
+    if problem is None:
+        try:
+            yield
+        except (StorageError, ValueError) as error:
+            problem = (held.problem() if held else None) or error
+    if problem := run.broadcast(problem):
+        raise problem
 
 
 def _begin_folder(folder: Path, recipe: Recipe, run: Runtime) -> None:
-    write_status(folder, "running")
+    write_status(folder, "running", **reached(folder))
     if not (folder / "recipe.json").exists():
         files.write_json(folder / "recipe.json", to_json(recipe))
         files.write_json(folder / "environment.json", environment(run.world.size, run.device))
+
+
+def find_index(folder: Path, resume: str) -> Path | None:
+    """The index of the photographs that the run to go on with began with; None where it starts from nothing."""
+    if resume == "never":
+        return None
+    if resume == "auto":
+        path = folder / "index.npz" if checkpoint.has_any(folder) else None
+    else:
+        path = checkpoint.find_model(Path(resume)).parents[1] / "index.npz"
+    return path if path is not None and path.exists() else None
 
 
 def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
@@ -132,13 +166,15 @@ def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
 def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
     """Writes recipe, plan and environment into the run folder and opens its log."""
     recipe, plan, run = state.recipe, state.plan, state.run
-    if run.is_main:
-        if saved is None:  # checkpoints of an earlier run would be taken for this one's by the next resume
-            checkpoint.discard(folder)
-        files.write_json(folder / "recipe.json", to_json(recipe))
-        files.write_json(folder / "plan.json", to_json(plan))
-        files.write_json(folder / "environment.json", environment(run.world.size, run.device))
-        write_status(folder, "running", step=state.step)
+    with told_to_all(run):
+        if run.is_main:
+            with files.storing(folder, what="the run folder "):
+                if saved is None:  # checkpoints of an earlier run would be taken for this one's by the next resume
+                    checkpoint.discard(folder)
+                files.write_json(folder / "recipe.json", to_json(recipe))
+                files.write_json(folder / "plan.json", to_json(plan))
+                files.write_json(folder / "environment.json", environment(run.world.size, run.device))
+            write_status(folder, "running", **({} if saved is None else reached(folder)) | {"step": state.step})
     log = RunLog(
         folder,
         enabled=run.is_main,
@@ -157,12 +193,25 @@ def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
     return log
 
 
-def measure_untrained(folder: Path, state: TrainState, start: Start, log: RunLog) -> None:
+def require_room(folder: Path, state: TrainState) -> None:
+    """Finds out before any update that not one checkpoint of this phase would find room.
+
+    Raises:
+        StorageError: naming what is needed and what is free.
+    """
+    with told_to_all(state.run):
+        if state.run.is_main and state.phase_step < state.phase_plan.steps:
+            checkpoint.require_room(folder, state.tensors())
+
+
+def measure_untrained(
+    folder: Path, state: TrainState, start: Start, log: RunLog, held: files.Held | None = None
+) -> None:
     """Measures the model before any training, the floor to beat, and saves it where it is the best so far."""
     if start.known is None and state.phase.head_start != "class_mean":
         return
     if measure(state, start.data, log, start.known):
-        save(folder, state, improved=True)
+        save(folder, state, improved=True, held=held)
 
 
 def open_loader(state: TrainState, data: PhaseData) -> Loader | CachedLoader:
@@ -285,11 +334,12 @@ def measure(state: TrainState, data: PhaseData, log: RunLog, known: LabelledEmbe
     return improved
 
 
-def save(folder: Path, state: TrainState, improved: bool) -> None:
+def save(folder: Path, state: TrainState, improved: bool, held: files.Held | None = None) -> None:
     """One checkpoint, written by rank 0.
 
     Raises:
         NumericsError: it would hold numbers that are not finite; the one before stays the newest.
+        StorageError: it cannot be written, or the run folder is gone.
     """
     broken = not_finite(state.tensors())
     if state.run.agree(bool(broken)):  # BatchNorm's statistics are each rank's own until they are measured
@@ -298,26 +348,33 @@ def save(folder: Path, state: TrainState, improved: bool) -> None:
             f"({some(broken) or 'on another rank'}) and is not saved; the newest checkpoint is sound: go on from it "
             "with a lower learning rate, or use precision fp32"
         )
-    if state.run.is_main:
-        checkpoint.save(
-            folder,
-            state.step,
-            tensors=state.tensors(),
-            documents=state.documents(),
-            best=improved,
-            keep=state.recipe.keep,
-        )
-        write_status(folder, "running", step=state.step, best=best_of(state))
+    with told_to_all(state.run, held):
+        if state.run.is_main:
+            checkpoint.save(
+                folder,
+                state.step,
+                tensors=state.tensors(),
+                documents=state.documents(),
+                best=improved,
+                keep=state.recipe.keep,
+            )
+            write_status(folder, "running", step=state.step, best=best_of(state))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     ours: Path | None = None  # the run folder, once no other run can be writing to it
-    with exits.exit_codes(lambda code, error: fail(ours, code, error)) as outcome:
+    held: files.Held | None = None
+
+    def note(code: int, error: str) -> None:
+        if held is None or held.problem() is None:
+            fail(ours, code, error)
+
+    with exits.exit_codes(note) as outcome:
         recipe, folder, resume = flags.train_arguments(sys.argv[1:] if arguments is None else arguments)
-        with process.start() as run, process.stop_on_signals(run), open_folder(folder, recipe, run):
+        with process.start() as run, process.stop_on_signals(run), open_folder(folder, recipe, run) as held:
             ours = folder
-            outcome.code = train(recipe, folder, resume, run)
+            outcome.code = train(recipe, folder, resume, run, held)
     return outcome.code
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from facefast.data import FaceIndex, PairSet, read_index
 from facefast.data.corrections import apply_corrections, read_labels
 from facefast.data.drawn import synthetic
 from facefast.data.index import FAULTS, SPLITS
+from facefast.data.loader import FEWEST_BAD
 from facefast.data.subsets import joined, with_attributes, with_hidden_labels, with_shots
 from facefast.recipe import AttributeSpec, DataConfig, IndexFacts, Phase, Photographs, Reading, Recipe
 from facefast.runtime.exits import DataError
@@ -62,18 +66,26 @@ class PhaseData:
         return torch.tensor(self.train.attributes)
 
 
-def prepare(recipe: Recipe, folder: Path, run: Runtime) -> tuple[PhaseData, ...]:
+def prepare(recipe: Recipe, folder: Path, run: Runtime, begun: Path | None = None) -> tuple[PhaseData, ...]:
     """Reads, checks and divides the photographs; every rank gets the same.
 
     Rank 0 scans the files and leaves `index.npz` in the run folder for the others.
 
+    Args:
+        begun: the index that a run began with which goes on: where the pictures are still those it stays, and those
+            that changed count as unreadable, as they do while a run goes.
+
     Raises:
         DataError: more bad files than `data.max_bad_fraction` allows.
         ValueError: the folder's layout is not what the recipe says, or a phase has nothing to be measured on.
+        StorageError: the index cannot be written.
     """
     saved = folder / "index.npz"
     if run.is_main:
-        index = photographs_of(recipe, recipe.data.reading(decode_threads(recipe.threads, run.world)))
+        reading = recipe.data.reading(decode_threads(recipe.threads, run.world))
+        index = as_it_began(begun, recipe, reading) if begun is not None else None
+        if index is None:
+            index = photographs_of(recipe, reading)
         index.save(saved)
     run.barrier()
     # Rank 0 too reads what it wrote: no rank can work on an index that differs from the others'.
@@ -82,6 +94,76 @@ def prepare(recipe: Recipe, folder: Path, run: Runtime) -> tuple[PhaseData, ...]
     for phase, data in zip(recipe.phases, datasets, strict=True):
         _require_evaluation(data, phase, recipe.data)
     return datasets
+
+
+def as_it_began(begun: Path, recipe: Recipe, reading: Reading) -> FaceIndex | None:
+    """The index that a run began with, if the photographs are still its pictures under the same names; else None.
+
+    A picture that changed, can no longer be read or is gone keeps its row: to the reader it is then unreadable, so the
+    run goes on to the bits to which it would have come without a stop. What it prints names those pictures. A picture
+    more, or another name, landmark or attribute, is another set of photographs.
+
+    Args:
+        begun: the file in which the run left the index.
+
+    Raises:
+        DataError: more of them changed than the loader of a run would bear.
+        ValueError: the folder's layout is not what the recipe says.
+    """
+    try:
+        before = FaceIndex.load(begun)
+    except ValueError:
+        return None
+    # Those that turned bad are counted below, among the run's own pictures.
+    now = photographs_of(recipe, dataclasses.replace(reading, max_bad_fraction=1.0))
+    rows = _places(before, now)
+    if before.root != now.root or -1 in rows or not _same_facts(before.select(rows), now):
+        return None
+    same = np.zeros(len(before), bool)
+    same[rows] = (before.hashes[rows] == now.hashes).all(axis=1)
+    changed = np.flatnonzero(~same).tolist()
+    if not changed:
+        return before
+    named = ", ".join(before.name(row) for row in changed[:3]) + (", ..." if len(changed) > 3 else "")
+    told = f"{len(changed)} of {len(before)} pictures changed or went since the run began ({named})"
+    limit = reading.max_bad_fraction
+    if len(changed) > limit * len(before) and (limit == 0 or len(changed) >= min(FEWEST_BAD, len(before))):
+        raise DataError(
+            f"{told}, above data.max_bad_fraction {limit}; bring them back as they were, or start anew with "
+            "another --out"
+        )
+    print(f"note: {told}: they count as unreadable", flush=True)
+    return before
+
+
+def _places(before: FaceIndex, now: FaceIndex) -> list[int]:
+    """The row of `before` that each row of `now` was, -1 where it is new."""
+    if all(np.array_equal(getattr(before, name), getattr(now, name)) for name in ("paths", "offsets", "lengths")):
+        return list(range(len(before)))  # nearly always: millions of pictures need no dictionary
+
+    def keys(index: FaceIndex) -> Iterator[tuple[bytes, int, int]]:
+        return zip(index.paths.tolist(), index.offsets.tolist(), index.lengths.tolist(), strict=True)
+
+    place = {key: row for row, key in enumerate(keys(before))}
+    return [place.get(key, -1) for key in keys(now)]
+
+
+def _same_facts(one: FaceIndex, other: FaceIndex) -> bool:
+    """Whether the rows have the same names, partition, landmarks and attributes."""
+
+    def names(index: FaceIndex) -> list[str]:
+        return [index.class_names[label] if label >= 0 else "" for label in index.labels.tolist()]
+
+    def equal(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
+        return a is b is None or (a is not None and b is not None and np.array_equal(a, b, equal_nan=True))
+
+    return (
+        names(one) == names(other)
+        and one.attribute_names == other.attribute_names
+        and equal(one.splits, other.splits)
+        and equal(one.landmarks, other.landmarks)
+        and equal(one.attributes, other.attributes)
+    )
 
 
 def _require_evaluation(data: PhaseData, phase: Phase, config: DataConfig) -> None:

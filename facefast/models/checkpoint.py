@@ -132,6 +132,11 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
+def has_any(run_folder: Path) -> bool:
+    """Whether a run has checkpoints, sound or not."""
+    return bool(_steps(run_folder / FOLDER))
+
+
 def newest(run_folder: Path) -> Path | None:
     """The newest sound checkpoint of a run, or None where it has none; damaged ones are passed over with a warning.
 

@@ -112,25 +112,21 @@ class Held:
     device: int
     inode: int
 
-    def is_there(self) -> bool:
-        """Whether the path still leads to the folder: it may have been removed, renamed or unmounted."""
+    def problem(self) -> StorageError | None:
+        """What is wrong where the path does not lead to the folder any more; None where it does.
+
+        To write there would make half of the folder anew, or a part of somebody else's.
+        """
+        what = "it was removed, renamed or unmounted"
         with contextlib.suppress(OSError):
             found = os.stat(self.path)
-            return (found.st_dev, found.st_ino) == (self.device, self.inode)
-        return False
-
-    def require(self) -> None:
-        """Refuses to write where the folder was: that would make half of it anew, or a part of somebody else's.
-
-        Raises:
-            StorageError: the path leads there no longer.
-        """
-        if not self.is_there():
-            what = "another folder has its name now" if self.path.exists() else "it was removed, renamed or unmounted"
-            raise StorageError(
-                f"the run folder {self.path} is gone: {what}; nothing more is written. Bring it back under this name, "
-                "and the same command goes on from its newest checkpoint"
-            )
+            if (found.st_dev, found.st_ino) == (self.device, self.inode):
+                return None
+            what = "another folder has its name now"
+        return StorageError(
+            f"the run folder {self.path} is gone: {what}; nothing more is written. Bring it back under this name, and "
+            "the same command goes on from its newest checkpoint"
+        )
 
 
 @contextlib.contextmanager
@@ -217,9 +213,7 @@ def storing(path: Path, needed: int | None = None, advice: str = ANOTHER, what: 
 
 
 @contextlib.contextmanager
-def replacing(
-    path: Path, needed: int | None = None, advice: str = ANOTHER, *, parents: bool = False
-) -> Iterator[Path]:
+def replacing(path: Path, needed: int | None = None, advice: str = ANOTHER, *, parents: bool = False) -> Iterator[Path]:
     """A path to write a file to, which then becomes `path` in one step; `parents`: folders on the way to it are made.
 
     Whoever looks finds what was there before or the new file, whole; so it is after any error too. What is no file,
