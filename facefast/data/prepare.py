@@ -276,7 +276,7 @@ def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> PhaseData:
         people, verification = people.split_identities(recipe.data.verify_fraction, recipe.seed)
         people = people.compact()
     train, test = people.split_per_identity(recipe.data.test_fraction, recipe.seed)
-    if verification is None and _can_be_paired(test):
+    if verification is None and can_be_paired(test):
         verification, held_out = test, False
     train, test = _with_unlabelled(train, test, unlabelled, recipe, phase)
     return PhaseData(
@@ -404,7 +404,7 @@ def _divide_yes_and_no(index: FaceIndex) -> tuple[FaceIndex, EvaluationSet]:
     return train, EvaluationSet(test=test if len(test) else None, verification=None, pairs=None, held_out=False)
 
 
-def _can_be_paired(index: FaceIndex) -> bool:
+def can_be_paired(index: FaceIndex) -> bool:
     """Whether there are two pictures of one identity, and another identity."""
     counts = np.bincount(index.labels[index.labels >= 0])
     return bool((counts > 1).any() and (counts > 0).sum() > 1)
