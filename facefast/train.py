@@ -90,6 +90,7 @@ def open_folder(folder: Path, recipe: Recipe, run: Runtime) -> Iterator[None]:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(files.locked(folder))
+                files.remove_leftovers(folder)
                 _begin_folder(folder, recipe, run)
             except ValueError as error:
                 problem = error

@@ -234,10 +234,12 @@ def _open_from(path: Path, first_step: int | None) -> TextIO:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 continue
-    file = open(path, "w", encoding="utf-8")  # noqa: SIM115 -- closed by RunLog.close
-    file.writelines(kept)
-    file.flush()
-    return file
+    # Aside, like all that must survive a kill: a file emptied to be written anew has lost its lines at that moment.
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_text("".join(kept), encoding="utf-8")
+    files.sync(aside)
+    os.replace(aside, path)
+    return open(path, "a", encoding="utf-8")
 
 
 def _human(name: str, value: float) -> str:
