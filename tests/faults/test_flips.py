@@ -1,4 +1,4 @@
-"""Checkpoints of a real run that the disk has damaged: every one is noticed, and the run goes on from the one before."""
+"""Checkpoints of a real run that the disk has damaged: every one is noticed, and a run goes on from the one before."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -110,8 +109,8 @@ def test_a_damaged_checkpoint_is_never_measured_or_taken_for_a_source(
         (folder / name).write_bytes(content)
     with pytest.raises(StorageError):
         checkpoint.load_model(run)
-    more: list[Any] = [f"--model.source={run}"]
-    assert train.main(["drawn", f"--data.root={drawn}", f"--out={tmp_path / 'next'}", "--image.size=32", *more]) == 74
+    more = ("--phases.scratch.start=source", f"--model.source={run}")
+    assert train.main(runs.flags(drawn, tmp_path / "next", *more)) == 74
     assert train.main(runs.flags(drawn, run)) == 74
     assert "is sound, see above" in capsys.readouterr().err
     assert len(steps(run)) > 1

@@ -1,4 +1,4 @@
-"""Whoever writes may die at any call: a whole checkpoint is left, the log keeps its lines, nothing is in the way."""
+"""Whoever writes may die at any call: a whole checkpoint is left, a log keeps its lines, nothing is in the way."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.faults.disk import DEATHS, dies_at
 from tests.support.scale import FULL
 
 EVERY = 1 if FULL else 12
-"""One of so many moments is tried."""
+"""One of so many moments of a save is tried."""
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +50,10 @@ SITUATIONS: dict[str, tuple[tuple[int, ...], int, int]] = {
 """Steps saved before, the step that is saved now, and how many are kept."""
 
 
-def moments(death: str, first: Path, action: Callable[[Path], object]) -> Iterator[Path]:
-    """Lets an action on copies of a folder die at one moment after the other, until there are no more; yields what is
-    left of each."""
-    for moment in itertools.count(random.Random(death).randrange(EVERY) + 1, EVERY):
+def moments(death: str, first: Path, action: Callable[[Path], object], every: int = 1) -> Iterator[Path]:
+    """Lets an action on copies of a folder die at one moment after the other, or at one of `every`, until there are no
+    more; yields what is left of each."""
+    for moment in itertools.count(random.Random(death).randrange(every) + 1, every):
         folder = first.with_name(f"{moment}")
         shutil.copytree(first, folder, symlinks=True)
         if not dies_at(moment, death, folder, lambda: action(folder)):  # noqa: B023 -- it has ended by then
@@ -73,7 +73,7 @@ def test_whenever_a_save_is_cut_off_a_whole_checkpoint_is_left(tmp_path: Path, s
     new = float(len(before))
     allowed = {new, new - 1} if before else {new, None}
     tried = 0
-    for folder in moments(death, first, lambda folder: save(folder, step, new, keep)):
+    for folder in moments(death, first, lambda folder: save(folder, step, new, keep), EVERY):
         path = checkpoint.newest(folder)
         value = None if path is None else files.read_json(path / "state.json")["value"]
         assert value in allowed, f"moment {folder.name}"
