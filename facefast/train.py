@@ -103,6 +103,7 @@ def open_folder(folder: Path, recipe: Recipe, run: Runtime) -> Iterator[files.He
                 with files.storing(folder, what="the run folder "):
                     folder.mkdir(parents=True, exist_ok=True)
                     held = stack.enter_context(files.locked(folder))
+                    files.remove_leftovers(folder)
                     _begin_folder(folder, recipe, run)
         yield held
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -373,3 +374,13 @@ def replace_link(link: Path, target: str) -> None:
     aside.symlink_to(target)
     os.replace(aside, link)
     sync(link.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Takes away what a process that was killed while it wrote a file of a folder has left beside it: `.NAME.123.tmp`.
+
+    Only for a folder that no other process writes to.
+    """
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\.\w+\.\w+\.\d+\.tmp", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
