@@ -27,6 +27,7 @@ from facefast.runtime import exits, files, manifest, process
 from facefast.runtime.exits import NumericsError, StorageError
 from facefast.runtime.log import Position, RunLog, environment
 from facefast.runtime.process import Runtime
+from facefast.training.alike import same_arguments, same_checkpoint, same_start
 from facefast.training.begin import Start, begin, find_source, find_teacher, settle
 from facefast.training.finish import best_of, fail, finish, leave, named_metric, write_status
 from facefast.training.guard import culprit, not_finite, some
@@ -36,12 +37,14 @@ from facefast.training.step import TrainState, train_step
 
 def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     """Runs a recipe in a run folder, from its start or from where it was stopped; returns the exit code."""
+    same_arguments(recipe, folder, resume, run)
     source = find_source(recipe)
     teacher = find_teacher(recipe, source, run.device)
     datasets = prepare(recipe, folder, run)  #                         files -> index -> splits and evaluations
     recipe = settle(recipe, source, teacher, datasets)
     plan = resolve(recipe, tuple(data.facts() for data in datasets), run.world.size)
     state = TrainState(recipe, plan, run)
+    same_start(state, datasets, source, teacher)
     saved = find_saved(folder, resume, state)
     with open_log(folder, state, saved) as log:
         for number in range(state.phase_number, len(datasets)):  # a run that goes on enters the phase it stopped in
@@ -122,6 +125,7 @@ def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
         path = checkpoint.find_model(Path(resume))
         manifest.verify(path)
     path = state.run.broadcast(path)
+    same_checkpoint(path, state.run)
     if path is not None:
         checkpoint.check_same_run(path, state.recipe, state.plan)
         state.phase_number = files.read_json(path / "state.json")["phase"]
@@ -313,9 +317,17 @@ def save(folder: Path, state: TrainState, improved: bool) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     ours: Path | None = None  # the run folder, once no other run can be writing to it
-    with exits.exit_codes(lambda code, error: fail(ours, code, error)) as outcome:
+
+    def failed(code: int, error: str) -> None:
+        fail(ours, code, error)
+
+    with exits.exit_codes(failed) as outcome:
         recipe, folder, resume = flags.train_arguments(sys.argv[1:] if arguments is None else arguments)
-        with process.start() as run, process.stop_on_signals(run), open_folder(folder, recipe, run):
+        with (
+            process.start(rank_timeout=recipe.rank_timeout, on_lost=failed) as run,
+            process.stop_on_signals(run),
+            open_folder(folder, recipe, run),
+        ):
             ours = folder
             outcome.code = train(recipe, folder, resume, run)
     return outcome.code
