@@ -360,7 +360,7 @@ def _die_with_parent() -> None:
         time.sleep(60)
         os._exit(EXIT_PREEMPTED)
 
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+    threading.Thread(target=watch, name=f"{ranks.WATCHERS}_parent", daemon=True).start()
 
 
 def decode_threads(asked: int, world: World) -> int:

@@ -35,10 +35,14 @@ OnLost = Callable[[int, str], None]
 LEAST_PATIENCE = 60.0
 """Seconds that every rank is given to arrive, however short the limit is: imports are slow on a cold disk."""
 IDLE = 1e-4
-"""Part of one core; a process that uses less of it does nothing."""
+"""Part of one core; a Python thread that uses less of it does nothing."""
+POLLING = 1e-2
+"""The same of a whole process: threads of libraries look around all the time."""
 PACKAGES = ("facefast", "nvidia-dali-cuda130", "numpy")
 SHOWN = 10
 """Differences in a message."""
+WATCHERS = "watch"
+"""How the names of threads begin that look around without working."""
 LOST_CONNECTION = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe")
 
 
@@ -127,6 +131,7 @@ class Ranks:
         self._ended, self._ending = threading.Event(), threading.Lock()
         self._heard: dict[int, float] = {}
         self._threads: list[threading.Thread] = []
+        self._blind = False  # the store is gone
         self._on_lost: OnLost = lambda code, text: None
         # No request to a process that was stopped ends by itself.
         timer = threading.Timer(patience + 5, self._end, (f"{place} has not answered for {patience:g} s",))
@@ -193,10 +198,8 @@ class Ranks:
         others = range(1, self.size) if self.me.number == 0 else (0,)
         self._store_heard = time.monotonic()
         self._heard = dict.fromkeys(others, self._store_heard)
-        self._own_seconds = {"beat": 0.0, "judge": 0.0}
-        self._blind = False
         for target in (self._beat, self._judge):
-            self._threads.append(threading.Thread(target=target, name=f"ranks{target.__name__}", daemon=True))
+            self._threads.append(threading.Thread(target=target, name=f"{WATCHERS}{target.__name__}", daemon=True))
             self._threads[-1].start()
 
     def _beat(self) -> None:
@@ -217,7 +220,6 @@ class Ranks:
                             seen[number], self._heard[number] = beat, self._store_heard
                     if verdict:
                         self._end(verdict.decode())
-                self._own_seconds["beat"] = time.thread_time()
         except (dist.DistNetworkError, dist.DistBackendError):
             # Whoever kept the store is gone, not stopped. That is no fault where it had finished; where this rank
             # still needs it, the next collective operation fails at once.
@@ -226,33 +228,27 @@ class Ranks:
     def _judge(self) -> None:
         tick = self._interval / 2
         last = since = moved = time.monotonic()
-        done = self._seconds_of_work()
+        work, children = _Work(self._limit), None
         while not self._ended.wait(tick):
             now = time.monotonic()
             if now - last > tick + self._limit / 4:  # this process was stopped itself, as a whole job may be
                 since = moved = now
             last = now
             if not self._blind and now - max(self._store_heard, since) > self._limit:
-                self._end(f"{self._place} has not answered for {self._limit:g} s")
+                keeper = self._place if self._place.by_torchrun else self.all[0]
+                self._end(f"{keeper} has not answered for {self._limit:g} s")
             for number, heard in self._heard.items():
                 if not self._blind and now - max(heard, since) > self._limit:
                     self._end(f"{self.all[number]} has not answered for {self._limit:g} s")
-            worked = self._seconds_of_work()
-            if waits_for_others() or worked - done > IDLE * self._limit:
-                moved, done = now, worked
-            elif now - moved > self._limit:
-                if (children := _seconds_of_children()) > 0:
-                    # Its work may be done by processes that it started, which count by their own progress.
-                    worked += children
-                    if worked - done > IDLE * self._limit:
-                        moved, done = now, worked
-                        continue
-                self._end(f"{self.me} has not gone on for {self._limit:g} s: it waits in {where()}")
-            self._own_seconds["judge"] = time.thread_time()
-
-    def _seconds_of_work(self) -> float:
-        """CPU time of this process without that of the two threads here."""
-        return time.process_time() - sum(self._own_seconds.values())
+            if work.went_on() or waits_for_others():
+                moved, children = now, None
+            elif now - moved > self._limit / 2:
+                # Its work may be done by processes that it started.
+                before, children = children, _seconds_of_children()
+                if before is not None and before != children:
+                    moved, children = now, None
+                elif now - moved > self._limit:
+                    self._end(f"{self.me} has not gone on for {self._limit:g} s: it waits in {where()}")
 
     def _end(self, text: str) -> None:
         """Ends this process, whose main thread may never come back, and by the verdict all others."""
@@ -263,11 +259,13 @@ class Ranks:
 
         def tell() -> None:
             with contextlib.suppress(Exception):
-                self._on_lost(exits.EXIT_PREEMPTED, text)
-            with contextlib.suppress(Exception):
                 self._place.open(2.0).set("verdict", text)
+            with contextlib.suppress(Exception):
+                self._on_lost(exits.EXIT_PREEMPTED, text)
+            if self._keeps:  # the verdict goes with it: the others read it first
+                time.sleep(self._interval + 0.5)
 
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print(f"\nerror: {text}", file=sys.stderr, flush=True)  # on a line of its own, below the progress bar
         # The disk or the store may be what hangs.
         helper = threading.Thread(target=tell, daemon=True)
         helper.start()
@@ -304,8 +302,9 @@ class Ranks:
         """Ends the watch; the others learn of it, and why where something failed."""
         self._ended.set()
         code = exits.EXIT_BUG if error is None else (exits.exit_code(error) or exits.EXIT_BUG)
-        with contextlib.suppress(RuntimeError):
-            self._leave_word(code, str(error) or type(error).__name__) if error else self._leave_word(0, "")
+        if not self._blind:
+            with contextlib.suppress(RuntimeError):
+                self._leave_word(code, (str(error) or type(error).__name__) if error else "")
         for thread in self._threads:
             thread.join(self._interval)
 
@@ -324,11 +323,13 @@ class Ranks:
 
 def waits_for_others() -> bool:
     """Whether the main thread is in a collective operation, where it waits for other ranks."""
-    frame = _main_frame()
+    frame = innermost = _main_frame()
     while frame is not None:
         name = frame.f_code.co_filename
-        # A backward pass waits for the gradients of other ranks without a frame of its own.
-        if "/torch/distributed/" in name or name.endswith("/torch/autograd/graph.py"):
+        if "/torch/distributed/" in name:
+            return True
+        # These wait for other ranks without a frame of their own: a backward pass for their gradients, DDP for buffers.
+        if frame is innermost and name.endswith(("/torch/autograd/graph.py", "/torch/nn/parallel/distributed.py")):
             return True
         frame = frame.f_back
     return False
@@ -347,6 +348,37 @@ def where() -> str:
 
 def _main_frame() -> FrameType | None:
     return sys._current_frames().get(threading.main_thread().ident or 0)
+
+
+class _Work:
+    """Whether this process works, by the CPU time that it uses; one that reads uses some as well.
+
+    Args:
+        limit: seconds within which a process that works has used enough to be seen.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._threads, self._all = self._seconds()
+
+    def went_on(self) -> bool:
+        """Whether it has since this was last true."""
+        threads, all_threads = self._seconds()
+        thread = max((used - self._threads.get(key, 0.0) for key, used in threads.items()), default=0.0)
+        if thread <= IDLE * self._limit and all_threads - self._all <= POLLING * self._limit:
+            return False
+        self._threads, self._all = threads, all_threads
+        return True
+
+    def _seconds(self) -> tuple[dict[int, float], float]:
+        """CPU time of each of Python's threads that works, and of the whole process."""
+        found = {}
+        for thread in threading.enumerate():
+            if thread.native_id and not thread.name.startswith(WATCHERS):
+                with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended
+                    text = Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text()
+                    found[thread.native_id] = int(text.split()[0]) / 1e9
+        return found, time.process_time()
 
 
 def _seconds_of_children() -> float:
