@@ -27,6 +27,7 @@ from facefast.runtime import exits, files, manifest, process
 from facefast.runtime.exits import NumericsError, StorageError
 from facefast.runtime.log import Position, RunLog, environment
 from facefast.runtime.process import Runtime
+from facefast.training.alike import same_arguments, same_checkpoint, same_start
 from facefast.training.begin import Start, begin, find_source, find_teacher, settle
 from facefast.training.finish import best_of, fail, finish, leave, named_metric, reached, write_status
 from facefast.training.guard import culprit, not_finite, some
@@ -40,6 +41,7 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime, held: files.H
     Args:
         held: the folder as `open_folder` found it; where that is gone later, nothing is written in its place.
     """
+    same_arguments(recipe, folder, resume, run)
     with told_to_all(run):
         files.require_writable(folder / checkpoint.FOLDER, folder=True)  # somebody else's, perhaps
     source = find_source(recipe)
@@ -49,6 +51,7 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime, held: files.H
     recipe = settle(recipe, source, teacher, datasets)
     plan = resolve(recipe, tuple(data.facts() for data in datasets), run.world.size)
     state = TrainState(recipe, plan, run)
+    same_start(state, datasets, source, teacher)
     saved = find_saved(folder, resume, state)
     with open_log(folder, state, saved) as log:
         for number in range(state.phase_number, len(datasets)):  # a run that goes on enters the phase it stopped in
@@ -157,6 +160,7 @@ def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
         path = checkpoint.find_model(Path(resume))
         manifest.verify(path)
     path = state.run.broadcast(path)
+    same_checkpoint(path, state.run)
     if path is not None:
         checkpoint.check_same_run(path, state.recipe, state.plan)
         state.phase_number = files.read_json(path / "state.json")["phase"]
@@ -373,7 +377,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     with exits.exit_codes(note) as outcome:
         recipe, folder, resume = flags.train_arguments(sys.argv[1:] if arguments is None else arguments)
-        with process.start() as run, process.stop_on_signals(run), open_folder(folder, recipe, run) as held:
+        with (
+            process.start(rank_timeout=recipe.rank_timeout, on_lost=note) as run,
+            process.stop_on_signals(run),
+            open_folder(folder, recipe, run) as held,
+        ):
             ours = folder
             outcome.code = train(recipe, folder, resume, run, held)
     return outcome.code

@@ -20,6 +20,7 @@ from facefast.data.index import FAULTS, SPLITS
 from facefast.data.loader import FEWEST_BAD
 from facefast.data.subsets import joined, with_attributes, with_hidden_labels, with_shots
 from facefast.recipe import AttributeSpec, DataConfig, IndexFacts, Phase, Photographs, Reading, Recipe
+from facefast.runtime import files
 from facefast.runtime.exits import DataError
 from facefast.runtime.process import Runtime, decode_threads
 
@@ -88,6 +89,8 @@ def prepare(recipe: Recipe, folder: Path, run: Runtime, begun: Path | None = Non
             index = photographs_of(recipe, reading)
         index.save(saved)
     run.barrier()
+    # Where the run folder is not shared by the machines, it holds an old index on another one, or none.
+    run.require_same({"index.npz": files.sha256(saved) if saved.exists() else "missing"}, DataError)
     # Rank 0 too reads what it wrote: no rank can work on an index that differs from the others'.
     index = FaceIndex.load(saved)
     datasets = tuple(divide(index, recipe, phase) for phase in recipe.phases)

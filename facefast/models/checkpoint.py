@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +173,9 @@ def check_same_run(path: Path, recipe: Recipe, plan: Plan) -> None:
     # By way of a Recipe: a field that is newer than the checkpoint has its default there.
     theirs, ours = to_json(from_json(Recipe, files.read_json(path / "recipe.json"))), to_json(recipe)
     # These may change in the middle of a run: they have no part in its weights.
-    free = ("threads", "log_every", "keep", "save_every", "projector")
+    free = ("threads", "log_every", "keep", "save_every", "projector", "rank_timeout")
     differs = [
-        f"{name}: {old!r} there, {new!r} now" for name, old, new in _differences(theirs, ours) if name not in free
+        f"{name}: {old!r} there, {new!r} now" for name, old, new in files.differences(theirs, ours) if name not in free
     ]
     old_plan = files.read_json(path / "plan.json")
     for old, new in zip(old_plan["phases"], plan.phases, strict=False):
@@ -190,17 +189,6 @@ def check_same_run(path: Path, recipe: Recipe, plan: Plan) -> None:
             f"{path} belongs to another run ({'; '.join(differs)}); give the run another --out, or --resume never "
             "to throw its checkpoints away"
         )
-
-
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for number, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(a, b, f"{name}.{number}")
-    elif old != new:
-        yield name, old, new
 
 
 def discard(run_folder: Path) -> None:

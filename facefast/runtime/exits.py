@@ -34,8 +34,19 @@ class StorageError(OSError):
     """A checkpoint could not be written or read; the process ends with exit code 74."""
 
 
+class RankError(RuntimeError):
+    """Another rank ended or no longer answers; the process ends with that one's exit code, else with 75: the same
+    command goes on."""
+
+    def __init__(self, text: str, code: int = EXIT_PREEMPTED) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 def exit_code(error: BaseException) -> int | None:
     """The exit code for an error that a user can act on; None for a bug, which is shown with its traceback."""
+    if isinstance(error, RankError):
+        return error.code
     codes = {DataError: EXIT_DATA, NumericsError: EXIT_NUMERICS, StorageError: EXIT_STORAGE}
     for kind, code in codes.items():
         if isinstance(error, kind):
