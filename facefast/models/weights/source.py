@@ -23,17 +23,6 @@ from facefast.recipe import ImageSpec, from_json
 from facefast.runtime import files, manifest
 
 IMAGENET = "imagenet"
-# Where training programs keep the network inside a checkpoint, the surest name first.
-CONTAINERS = (
-    "net_state_dict",
-    "state_dict_backbone",
-    "model_state_dict",
-    "state_dict",
-    "backbone",
-    "model",
-    "net",
-    "weights",
-)
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "net.")
 HEADS = ("head.", "attribute_heads.")
 CLASSIFIERS = (
@@ -47,7 +36,6 @@ CLASSIFIERS = (
     "margin.",
     "arc_face.",
 )
-MAX_NESTING = 4
 SHOWN = 4
 
 
@@ -114,7 +102,7 @@ def load_source(source: str | Path, backbone: str = "auto") -> Source:
     path = Path(source)
     if path.is_dir():
         return _from_folder(path)
-    state = strip_prefixes(_find_state(read(path), path), path)
+    state = strip_prefixes(read(path), path)
     layout = recognise(state, backbone) or Layout("")
     if backbone in NAMES and layout.backbone not in ("", backbone):
         raise ValueError(f"{path} holds a {layout.backbone}, model.backbone is {backbone}; leave that out to take it")
@@ -202,28 +190,6 @@ def strip_prefixes(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]
             )
         stripped[short], origin[short] = tensor, key
     return stripped
-
-
-def _find_state(value: Any, path: Path, depth: int = 0) -> dict[str, Tensor]:
-    """The state dict in what a file holds, however a training program wrapped it."""
-    # A wrapper's well-known name, the surest first; then the tensors at hand; then an unknown wrapper, if there is just
-    # one: a choice among several would be a guess.
-    found = value if isinstance(value, Mapping) else {}
-    nested = [key for key in CONTAINERS if isinstance(found.get(key), Mapping)]
-    tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if not nested and not tensors:
-        nested = [key for key, inner in found.items() if isinstance(inner, Mapping) and _has_tensors(inner)]
-        nested = nested if len(nested) == 1 else []
-    if nested and depth < MAX_NESTING:
-        return _find_state(found[nested[0]], path, depth + 1)
-    if nested or not tensors:
-        holds = f"keys {_first([str(key) for key in found])}" if found else f"a {type(value).__name__}"
-        raise ValueError(f"{path} holds no state dict that can be told from others: {holds}")
-    return tensors
-
-
-def _has_tensors(value: Mapping[Any, Any]) -> bool:
-    return any(isinstance(item, Tensor) for item in value.values())
 
 
 def _from_folder(path: Path) -> Source:
