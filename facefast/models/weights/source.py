@@ -19,7 +19,7 @@ from facefast.models.weights.layouts import (
     recognise,
 )
 from facefast.models.weights.readers import read
-from facefast.recipe import ImageSpec, from_json
+from facefast.recipe import ImageSpec, ModelConfig, from_json
 from facefast.runtime import files, manifest
 
 IMAGENET = "imagenet"
@@ -202,17 +202,18 @@ def _from_folder(path: Path) -> Source:
             continue
         manifest.verify(folder)
         config = files.read_json(document)
-        try:
-            return Source(
-                name=str(path),
-                backbone=config["backbone"],
-                embedding=config["embedding"],
-                image=from_json(ImageSpec, config["image"]),
-                fixed=WHOLE_CONTRACT,
-                state=read(weights[0]),
-            )
-        except KeyError as error:
-            raise ValueError(f"{document} has no entry {error}; it is not a facefast model") from error
+        lacking = [name for name in ("backbone", "embedding", "image") if not isinstance(config, dict) or name not in config]
+        if lacking:
+            raise ValueError(f"{document} has no entry {lacking[0]!r}; it is not a facefast model")
+        model = from_json(ModelConfig, {name: config[name] for name in ("backbone", "embedding")})
+        return Source(
+            name=str(path),
+            backbone=model.backbone,
+            embedding=model.embedding,
+            image=from_json(ImageSpec, config["image"]),
+            fixed=WHOLE_CONTRACT,
+            state=read(weights[0]),
+        )
     raise ValueError(
         f"source folder {path} holds no facefast model (model.json beside model.safetensors); give "
         "a run folder, a checkpoint folder, a package or a weights file"
