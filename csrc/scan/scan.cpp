@@ -348,7 +348,8 @@ struct Loaded {
 using Hashes = py::array_t<uint64_t, py::array::c_style>;
 
 py::tuple read_rows(const py::object& paths, const py::object& offsets, const py::object& lengths, int threads,
-                    uint64_t max_pixels, const std::optional<Hashes>& hashes) {
+                    uint64_t max_pixels, const std::optional<Hashes>& hashes, int64_t keep_bytes) {
+  constexpr int64_t kAlwaysKept = int64_t{1} << 20;
   const Rows rows(paths, offsets, lengths);
   const int64_t count = rows.count();
   if (hashes && (hashes->ndim() != 2 || hashes->shape(0) != count || hashes->shape(1) != 2)) {
@@ -358,7 +359,7 @@ py::tuple read_rows(const py::object& paths, const py::object& offsets, const py
   std::vector<Loaded> batch(count);
   {
     const py::gil_scoped_release release;
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> next{0}, kept{0};
     const auto work = [&] {
       Source source(AT_FDCWD, max_pixels);
       std::string path;
@@ -395,6 +396,11 @@ py::tuple read_rows(const py::object& paths, const py::object& offsets, const py
           uint8_t* const shorter = static_cast<uint8_t*>(std::realloc(loaded.bytes.get(), loaded.size));
           if (shorter) static_cast<void>(loaded.bytes.release()), loaded.bytes.reset(shorter);
         }
+        // A batch of large pictures is looked at and not kept: whoever wants one reads it again.
+        if (loaded.bytes && loaded.size > kAlwaysKept && kept.fetch_add(loaded.size) + loaded.size > keep_bytes) {
+          kept.fetch_sub(loaded.size);
+          loaded.bytes.reset();
+        }
       }
     };
     // The calling thread reads too. Starting another one costs as much as reading two or three pictures.
@@ -415,7 +421,7 @@ py::tuple read_rows(const py::object& paths, const py::object& offsets, const py
     fault[row] = static_cast<uint8_t>(loaded.picture.fault);
     width[row] = loaded.picture.width, height[row] = loaded.picture.height;
     orientation[row] = loaded.picture.orientation;
-    if (loaded.picture.fault != Fault::kNone) {
+    if (loaded.picture.fault != Fault::kNone || !loaded.bytes) {
       data[row] = py::array_t<uint8_t>(0);
       continue;
     }
@@ -449,9 +455,10 @@ PYBIND11_MODULE(_scan, module) {
              "fault). `progress` is called with the rows done so far, ten times a second.");
   module.def(
       "read", &read_rows, py::arg("paths"), py::arg("offsets"), py::arg("lengths"), py::arg("threads"),
-      py::arg("max_pixels"), py::arg("hashes") = py::none(),
+      py::arg("max_pixels"), py::arg("hashes") = py::none(), py::arg("keep_bytes") = INT64_MAX,
       "Reads B pictures at absolute paths, compares them with their hashes, and returns (data, fault, width, height, "
-      "orientation): a list of uint8 arrays, empty where fault is not 0, and columns [B].");
+      "orientation): a list of uint8 arrays, and columns [B]. An array is empty where fault is not 0, and where a "
+      "picture above 1 MiB would make the batch longer than `keep_bytes`.");
   module.def(
       "inspect",
       [](const py::bytes& data, uint64_t max_pixels) {
