@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from facefast.data.sampler import Sampler, make_sampler
 from facefast.data.walk import is_picture, top_entries
 from facefast.recipe import Reading
 from facefast.runtime.exits import DataError
+from facefast.runtime.untrusted import open_regular, read_npz
 
 __all__ = [
     "FAULTS",
@@ -141,7 +141,7 @@ def _state_on_disk(index: FaceIndex) -> str:
 
 def _state_of_cache(cache: str | os.PathLike[str]) -> str | None:
     try:
-        with np.load(cache, allow_pickle=False) as stored:
-            return str(stored["state"])
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        with open_regular(cache) as file:
+            return str(read_npz(file)["state"])
+    except (OSError, KeyError, ValueError):
         return None

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 import facefast._scan as _scan
 from facefast.recipe import IndexFacts, Reading
 from facefast.runtime.files import replacing
+from facefast.runtime.untrusted import open_regular, read_npz
 
 FAULTS: tuple[str, ...] = _scan.FAULTS
 """Reasons by the numbers in `FaceIndex.faults`; 0 is sound."""
@@ -27,6 +28,8 @@ def advice(fault: str) -> str:
     return " (convert it to JPEG or PNG)" if fault.startswith("unsupported") else ""
 
 
+FARTHEST = 1 << 24
+"""Of a landmark or a corner from the picture's, in pixels."""
 SPLITS = ("train", "val", "test")
 """Names by the numbers in `FaceIndex.splits`."""
 
@@ -270,10 +273,9 @@ class FaceIndex:
         """
         names = [f.name for f in dataclasses.fields(cls)]
         try:
-            if not Path(path).is_file():
-                raise ValueError("it is no regular file")
-            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-                stored: dict[str, Any] = {name: file[name] for name in names if name in file.files}
+            with open_regular(path) as file:
+                arrays = read_npz(file)
+            stored: dict[str, Any] = {name: arrays[name] for name in names if name in arrays}
             stored["root"] = str(stored["root"])
             for name in ("class_names", "attribute_names"):
                 stored[name] = tuple(stored[name].tolist())
@@ -443,8 +445,29 @@ def _check_stored(stored: dict[str, Any]) -> None:
     for name, (least, end) in {**limits, "orientations": (1, 9)}.items():
         if rows and not least <= stored[name].min() <= stored[name].max() < end:
             raise ValueError(f"column {name} has values outside {least} to {end - 1}")
+    if min(stored[name].min(initial=0) for name in ("widths", "heights")) < 0:
+        raise ValueError("a picture's width or height is below 0")
+    if min(stored[name].min(initial=-1) for name in ("offsets", "lengths")) < -1:
+        raise ValueError("a picture's place in its file is below 0")
+    for name, most in (("landmarks", FARTHEST), ("boxes", FARTHEST), ("attributes", np.finfo(np.float32).max)):
+        column = stored.get(name)
+        if column is not None and (abs(column) > most).any():
+            raise ValueError(f"column {name} has numbers beyond {most:g}")
+    outside = _first_outside(stored["paths"])
+    if outside is not None:
+        raise ValueError(f"it names {printable(outside)}, which leads out of the folder {escaped(stored['root'])}")
+    if not all(isinstance(name, str) for name in (*stored["class_names"], *stored["attribute_names"])):
+        raise ValueError("names are no texts")
     if len(set(stored["class_names"])) < len(stored["class_names"]):
         raise ValueError("it has a class name twice")
+
+
+def _first_outside(paths: NDArray[np.bytes_]) -> bytes | None:
+    """A path that is absolute, empty, or climbs out of the folder it is relative to."""
+    for path in paths.tolist():
+        if not path or path.startswith(b"/") or (b".." in path and b".." in path.split(b"/")):
+            return bytes(path)
+    return None
 
 
 def _column(values: ArrayLike | None, neutral: int, rows: int, dtype: Any) -> NDArray[Any]:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from facefast.models import FaceModel, load_source, model_from_source
+from facefast.models.face import require_numbers
 from facefast.models.precision import Precision
+from facefast.models.weights.readers import read_safetensors
 from facefast.recipe import Plan, Recipe, from_json, to_json
 from facefast.runtime import files, manifest
 from facefast.runtime.exits import StorageError
@@ -178,12 +180,15 @@ def check_same_run(path: Path, recipe: Recipe, plan: Plan) -> None:
         f"{name}: {old!r} there, {new!r} now" for name, old, new in files.differences(theirs, ours) if name not in free
     ]
     old_plan = files.read_json(path / "plan.json")
-    for old, new in zip(old_plan["phases"], plan.phases, strict=False):
-        if old["fingerprint"] != new.fingerprint:
-            differs.append(
-                f"photographs of phase {new.name}: {old['num_rows']} of {old['num_classes']} identities there, "
-                f"{new.num_rows} of {new.num_classes} now; names, labels, landmarks or content differ"
-            )
+    try:
+        for old, new in zip(old_plan["phases"], plan.phases, strict=False):
+            if old["fingerprint"] != new.fingerprint:
+                differs.append(
+                    f"photographs of phase {new.name}: {old['num_rows']} of {old['num_classes']} identities there, "
+                    f"{new.num_rows} of {new.num_classes} now; names, labels, landmarks or content differ"
+                )
+    except (KeyError, TypeError) as error:
+        raise StorageError(f"{path / 'plan.json'} is no plan of facefast's: {error}") from error
     if differs:
         raise ValueError(
             f"{path} belongs to another run ({'; '.join(differs)}); give the run another --out, or --resume never "
@@ -199,7 +204,7 @@ def discard(run_folder: Path) -> None:
 def read_tensors(path: Path, stem: str) -> dict[str, Tensor]:
     """The named tensors of one file of a checkpoint, on the CPU; empty where the checkpoint has no such file."""
     file = path / f"{stem}.safetensors"
-    return safetensors.torch.load_file(file) if file.exists() else {}
+    return read_safetensors(file) if file.exists() else {}
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -253,7 +258,10 @@ def read_recipe(model: Path) -> dict[str, Any] | None:
     if not model.is_dir():
         return None
     path = find_model(model) / "recipe.json"
-    return dict(files.read_json(path)) if path.exists() else None
+    recipe = files.read_json(path) if path.exists() else None
+    if not isinstance(recipe, dict | None):
+        raise ValueError(f"{path} holds no recipe, but {recipe!r:.80}")
+    return recipe
 
 
 def precision_of(path: Path, model: FaceModel) -> Precision:
@@ -285,6 +293,13 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> FaceMode
         return model.to(device).eval()
     folder = find_model(path)
     manifest.verify(folder)
-    model = FaceModel.from_config(files.read_json(folder / "model.json"))
-    model.load_state_dict(read_tensors(folder, "ema") or read_tensors(folder, "model"))
+    document = files.read_json(folder / "model.json")
+    weights = read_tensors(folder, "ema") or read_tensors(folder, "model")
+    held = sum(tensor.numel() for tensor in weights.values())
+    require_numbers(lambda: FaceModel.from_config(document), held, str(folder / "model.json"))
+    model = FaceModel.from_config(document)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: model.json and the weights are of two models: {error}"[:2000]) from error
     return model.to(device).eval()

@@ -23,10 +23,16 @@ import safetensors
 
 from facefast.runtime.exits import StorageError
 
+from facefast.runtime.untrusted import read_whole
+
 ANOTHER = "choose another --out, or make room"
 """What to do where a command's output cannot be written."""
 _TORCH_REFUSALS = ("unexpected pos", "PytorchStreamWriter", "Parent directory", "cannot be opened", "iostream error")
 """What torch's writers say, as RuntimeError, where a file cannot be written."""
+LARGEST_JSON = 64 << 20
+"""Bytes; the names of a million classes are a third of it."""
+MOST_PARTS = 1 << 20
+"""Lists and objects in a JSON file."""
 
 
 def sync(path: Path) -> None:
@@ -101,8 +107,20 @@ def _shortened(name: str) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Reads JSON written by `write_json`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Reads JSON written by `write_json`.
+
+    Raises:
+        ValueError: it is no regular file, too long, nested too deeply, or no JSON in UTF-8.
+        OSError: it cannot be read.
+    """
+    content = read_whole(path, LARGEST_JSON)
+    parts = content.count(b"[") + content.count(b"{")
+    if parts > MOST_PARTS:  # each costs thirty times its bytes
+        raise ValueError(f"{path} has {parts} lists and objects; at most {MOST_PARTS} are read")
+    try:
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON that can be read: {error}") from error
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
