@@ -31,6 +31,7 @@ from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Reading, to_json
 from facefast.recipe.options import parse
 from facefast.runtime import exits, files, manifest, process
+from facefast.runtime.terminal import say
 
 FORMAT = 1
 PACKAGE = ("model-int8.onnx", "int8.json", "manifest.json")
@@ -291,8 +292,8 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"compress runs in one process, not in {run.world.size}; start it without torchrun")
             threads = process.decode_threads(0, run.world)
             document = compress(given, checkpoint.load_model(given.model), threads)
-        print(gate_text(document))
-        print(f"{given.out}: passed")
+        say(gate_text(document))
+        say(f"{given.out}: passed")
     return outcome.code
 
 

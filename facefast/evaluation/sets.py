@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from facefast.data import PairSet, read_bin, read_lfw
 from facefast.data.prepare import EvaluationSet, check_budget, divide, photographs_of, require_sound
+from facefast.data.walk import require_there
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Reading, Recipe, from_json
 
@@ -50,6 +52,7 @@ def find_evaluation_set(
     """
     if not data.root:
         raise ValueError("evaluate needs photographs: --data.root DIR, or --bin SET")
+    require_there(data.root)
     trained = _asked_again(_recipe_of(path), data)
     index = photographs_of(trained, trained.data.reading(threads))
     known = set(model.class_names) & set(index.class_names)
@@ -75,7 +78,7 @@ def _asked_again(trained: Recipe, data: DataConfig) -> Recipe:
     names = [f.name for f in dataclasses.fields(default)]
     given = {name: getattr(data, name) for name in names if getattr(data, name) != getattr(default, name)}
     merged = dataclasses.replace(trained.data, **given | {"format": data.format})
-    if Path(data.root).resolve() == Path(trained.data.root).resolve():
+    if os.path.realpath(data.root) == os.path.realpath(trained.data.root):
         return dataclasses.replace(trained, data=merged)
     merged = dataclasses.replace(merged, more=(), corrections=data.corrections, labels=data.labels)
     return Recipe(

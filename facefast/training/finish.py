@@ -16,6 +16,7 @@ from facefast.models.checkpoint import FOLDER
 from facefast.recipe import EvalConfig
 from facefast.runtime import exits, files
 from facefast.runtime.log import RunLog, verdict
+from facefast.runtime.terminal import say
 from facefast.training.step import TrainState
 
 
@@ -108,7 +109,7 @@ def finish(folder: Path, state: TrainState, datasets: tuple[PhaseData, ...], log
         log.embeddings(embeddings[seen], names, state.step)
     log.close()
     if run.is_main:
-        print(summary(folder, state, bound), flush=True)
+        say(summary(folder, state, bound))
         write_status(folder, "done", exits.EXIT_DONE, step=state.step, best=best_of(state), **bound)
         report.write(folder)
     run.barrier()
