@@ -30,6 +30,7 @@ from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Reading, to_json
 from facefast.recipe.options import parse, typed
 from facefast.runtime import exits, files, manifest, process
+from facefast.runtime.terminal import say
 
 FORMAT = 1
 PACKAGE = ("model-int8.onnx", "int8.json", "manifest.json")
@@ -121,7 +122,9 @@ def divide(
     if len(counts) > 1 and counts.max() > 1:
         config = EvalConfig(pairs=given.pairs)
         eval_pairs = frozenset({"eval.pairs"} if "pairs" in said else ())
-        evaluation_set = find_evaluation_set(given.model, model, given.data, config, given.seed, reading.threads, said | eval_pairs)
+        evaluation_set = find_evaluation_set(
+            given.model, model, given.data, config, given.seed, reading.threads, said | eval_pairs
+        )
     if evaluation_set is None or evaluation_set.verification is None or evaluation_set.pairs is None:
         # From the other end of the order: the two overlap only in a set that is smaller than both together.
         judged = index.select(shuffled[::-1][:MOST_UNPAIRED])
@@ -295,8 +298,8 @@ def main(arguments: list[str] | None = None) -> int:
             threads = process.decode_threads(0, run.world)
             said = typed(CompressArguments, arguments)
             document = compress(given, checkpoint.load_model(given.model), threads, said)
-        print(gate_text(document))
-        print(f"{given.out}: passed")
+        say(gate_text(document))
+        say(f"{given.out}: passed")
     return outcome.code
 
 

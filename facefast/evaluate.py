@@ -19,6 +19,7 @@ from facefast.recipe import DataConfig, EvalConfig
 from facefast.recipe.options import parse, typed
 from facefast.runtime import exits, files, process
 from facefast.runtime.process import decode_threads
+from facefast.runtime.terminal import say
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
             precision = checkpoint.precision_of(given.model, model)
             results = evaluate(model, evaluation_set, given.eval, run, precision, reading)
             if run.is_main and given.json:
-                print(json.dumps(files.strict(results)))
+                say(json.dumps(files.strict(results)))
             elif run.is_main:
                 width = max(map(len, results))
-                print(*(f"{name:{width}}  {value:.6g}" for name, value in results.items()), sep="\n")
+                say("\n".join(f"{name:{width}}  {value:.6g}" for name, value in results.items()))
     return outcome.code
 
 

@@ -20,6 +20,7 @@ from facefast.recipe import Reading
 from facefast.recipe.options import parse
 from facefast.runtime import exits, files
 from facefast.runtime.exits import DataError
+from facefast.runtime.terminal import say
 
 EXAMPLES = 3
 """Names on a line of the table; the JSON report has them all."""
@@ -141,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
                 out.parent.mkdir(parents=True, exist_ok=True)
             index.save(out)
         found = findings(index)
-        print(json.dumps(found, indent=2) if given.json else findings_text(found))
+        say(json.dumps(found, indent=2) if given.json else findings_text(found))
         if found["bad"] > given.max_bad_fraction * found["pictures"] or found["bad"] == found["pictures"]:
             reason, (first, *_) = next(iter(found["faults"].items()))
             none_left = found["bad"] == found["pictures"]

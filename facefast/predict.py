@@ -18,7 +18,7 @@ import tyro
 
 from facefast.data import FaceIndex, oracle
 from facefast.data.index import FAULTS, advice, printable
-from facefast.data.walk import DECODED, list_pictures
+from facefast.data.walk import DECODED, list_pictures, require_there
 from facefast.evaluation.embed import embed_rows
 from facefast.faces.detect import Detector
 from facefast.models import FaceModel, checkpoint
@@ -26,6 +26,7 @@ from facefast.models.precision import Precision
 from facefast.recipe import Reading
 from facefast.recipe.options import parse
 from facefast.runtime import exits, files, process
+from facefast.runtime.terminal import say
 
 OTHER = "choose another --embeddings, or make room"
 
@@ -56,6 +57,7 @@ def find_images(given: tuple[Path, ...]) -> list[Path]:
     """
     found: list[Path] = []
     for path in given:
+        require_there(path)
         if os.path.isdir(path):
             found += [path / os.fsdecode(inside) for inside in list_pictures(path)]
         elif os.path.isfile(path):
@@ -142,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_embeddings(given.embeddings, embedded)
         for answer in answers:
             answer.pop("embedding", None)
-            print(json.dumps(answer) if given.json else _line(answer))
+            say(json.dumps(answer) if given.json else _line(answer))
         if not embedded:
             raise exits.DataError(f"none of {len(answers)} pictures could be embedded")
     return outcome.code

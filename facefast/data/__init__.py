@@ -19,7 +19,7 @@ from facefast.data.formats.webdataset import read_webdataset, recognises_webdata
 from facefast.data.index import FAULTS, FaceIndex, PairSet, printable
 from facefast.data.loader import Batch, Loader, make_loader
 from facefast.data.sampler import Sampler, make_sampler
-from facefast.data.walk import is_picture, top_entries
+from facefast.data.walk import is_picture, require_there, top_entries
 from facefast.recipe import Reading
 from facefast.runtime.exits import DataError
 from facefast.runtime.untrusted import open_regular, read_npz
@@ -83,8 +83,7 @@ def read_index(
         ValueError: there is nothing at `root`, its format is not known, or a reader finds a fault.
     """
     place = Path(root)
-    if not place.exists():
-        raise ValueError(f"{place} does not exist; give the folder that holds the photographs")
+    require_there(place)
     if place.suffix.lower() == ".npz":
         return FaceIndex.load(place)
     index = READERS[_format(place, format)](place)

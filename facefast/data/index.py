@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 import facefast._scan as _scan
 from facefast.recipe import IndexFacts, Reading
 from facefast.runtime.files import replacing
+from facefast.runtime.terminal import escape_letter
 from facefast.runtime.untrusted import open_regular, read_npz
 
 FAULTS: tuple[str, ...] = _scan.FAULTS
@@ -368,21 +368,7 @@ def escaped(text: str) -> str:
 
     Backslashes are doubled, so that different texts stay different.
     """
-    return "".join(map(_escape, text))
-
-
-def _escape(letter: str) -> str:
-    if letter == "\\":
-        return "\\\\"
-    if "\udc80" <= letter <= "\udcff":  # a byte that is no UTF-8, as the file system's names have it
-        return f"\\x{ord(letter) - 0xDC00:02x}"
-    if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in _DIRECTION:
-        # Only bytes are written as \x80 and above.
-        return letter.encode("unicode_escape").decode() if letter < "\x80" else f"\\u{ord(letter):04x}"
-    return letter
-
-
-_DIRECTION = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
+    return "".join("\\\\" if letter == "\\" else escape_letter(letter) for letter in text)
 
 
 def number_classes(names: Sequence[str], *, by_value: bool = False) -> tuple[NDArray[np.int32], tuple[str, ...]]:

@@ -232,7 +232,7 @@ def check_budget(index: FaceIndex, max_bad_fraction: float) -> None:
     listed = "\n".join(f"  {index.path(row)}: {FAULTS[index.faults[row]]}" for row in bad[:10])
     raise DataError(
         f"{len(bad)} of {len(index)} files are bad, above data.max_bad_fraction {max_bad_fraction}:\n{listed}\n"
-        f"`python -m facefast.index {index.root}` lists them all"
+        f"  `python -m facefast.index {index.root}` lists them all"
     )
 
 

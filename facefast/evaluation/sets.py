@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from facefast.data import FaceIndex, PairSet, read_bin, read_lfw
 from facefast.data.prepare import EvaluationSet, can_be_paired, check_budget, divide, photographs_of, require_sound
 from facefast.data.subsets import with_attributes
+from facefast.data.walk import require_there
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Reading, Recipe, TaskConfig, from_json
 
@@ -64,6 +66,7 @@ def find_evaluation_set(
     """
     if not data.root:
         raise ValueError("evaluate needs photographs: --data.root DIR, or --bin SET")
+    require_there(data.root)
     saved = _recipe_of(path)
     trained = _asked_again(saved or Recipe(phases=(Phase(start="scratch"),)), data, config, typed)
     index = photographs_of(trained, trained.data.reading(threads))
@@ -116,7 +119,7 @@ def _asked_again(trained: Recipe, data: DataConfig, config: EvalConfig, typed: f
     """
     merged = dataclasses.replace(trained.data, **_given(data, "data", typed) | {"format": data.format})
     trained = dataclasses.replace(trained, eval=dataclasses.replace(trained.eval, **_given(config, "eval", typed)))
-    if Path(data.root).resolve() == Path(trained.data.root).resolve():
+    if os.path.realpath(data.root) == os.path.realpath(trained.data.root):
         return dataclasses.replace(trained, data=merged)
     merged = dataclasses.replace(merged, more=(), corrections=data.corrections, labels=data.labels)
     return Recipe(

@@ -22,7 +22,6 @@ from typing import Any
 import safetensors
 
 from facefast.runtime.exits import StorageError
-
 from facefast.runtime.untrusted import read_whole
 
 ANOTHER = "choose another --out, or make room"

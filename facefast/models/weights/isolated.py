@@ -55,9 +55,7 @@ def read_apart(path: Path, read: Callable[[Path], Mapping[str, Tensor]]) -> dict
         os.close(memory)
 
 
-def _answer(
-    path: Path, read: Callable[[Path], Mapping[str, Tensor]], memory: int, size: int
-) -> dict[str, Any]:
+def _answer(path: Path, read: Callable[[Path], Mapping[str, Tensor]], memory: int, size: int) -> dict[str, Any]:
     receiver, sender = os.pipe()
     with warnings.catch_warnings():
         # A child of a process with threads may not take locks that those hold. This one only reads a file, as the
