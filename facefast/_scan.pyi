@@ -53,6 +53,7 @@ def read(
     threads: int,
     max_pixels: int,
     hashes: npt.NDArray[np.uint64] | None = None,
+    keep_bytes: int = ...,
 ) -> tuple[
     list[npt.NDArray[np.uint8]],
     npt.NDArray[np.uint8],
@@ -66,10 +67,11 @@ def read(
         paths: [B] absolute ones; `offsets`, `lengths`, `threads` and `max_pixels` as for `scan`.
         hashes: [B, 2] as `scan` found them; a picture with another one has the fault "changed since it was indexed". 0
             is not known.
+        keep_bytes: of the batch; a picture above 1 MiB that would make it longer is looked at and not kept.
 
     Returns:
-        (data, fault, width, height, orientation): the encoded bytes of each picture, empty where its fault is not 0,
-        and columns [B] as those of `scan`.
+        (data, fault, width, height, orientation): the encoded bytes of each picture, without what follows a JPEG's end,
+        empty where its fault is not 0 or it is not kept, and columns [B] as those of `scan`.
 
     Raises:
         ValueError: the columns differ in length, `paths` are not bytes, or `hashes` have another shape.

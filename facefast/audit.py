@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from facefast.labels.suspects import KINDS, Suspects, find_suspects
 from facefast.recipe import Photographs
 from facefast.recipe.options import parse
 from facefast.runtime import exits, files, process
+from facefast.runtime.terminal import say
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,10 @@ def findings_text(found: dict[str, Any], data: Photographs, out: Path) -> str:
             "their pictures are kept unless you decide"
         )
     form = f" --data.format {data.format}" if data.format != "auto" else ""
+    root, table = shlex.quote(data.root), shlex.quote(str(out / "suspects.csv"))
     lines += [
         f"look at {out}/*.jpg and delete the lines of {out / 'suspects.csv'} that are not true, then",
-        f"  facefast train --data.root {data.root}{form} --data.corrections {out / 'suspects.csv'}",
+        f"  facefast train --data.root {root}{form} --data.corrections {table}",
     ]
     return "\n".join(lines)
 
@@ -162,6 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
         given = parse(AuditArguments, arguments, "audit")
         if (given.out is None) == (given.plant == 0):
             raise ValueError("give either --out DIR, for the findings, or --plant FRACTION, for the self-test")
+        if given.out is not None:
+            files.require_writable(given.out, folder=True)
         with process.start() as run:
             index, rows = embed_photographs(given.model, given.data, run, given.batch_size)
             embeddings = unit_rows(rows)
@@ -174,12 +179,12 @@ def main(arguments: list[str] | None = None) -> int:
                 result = dataclasses.asdict(planted(given, index, embeddings))
                 width = max(map(len, result))
                 if given.json:
-                    print(json.dumps(files.strict(result)))
+                    say(json.dumps(files.strict(result)))
                 else:
-                    print(*(f"{name:{width}}  {value:.4g}" for name, value in result.items()), sep="\n")
+                    say("\n".join(f"{name:{width}}  {value:.4g}" for name, value in result.items()))
             elif run.is_main and given.out is not None:
                 found = audit(given, index, embeddings, given.out)
-                print(json.dumps(found) if given.json else findings_text(found, given.data, given.out))
+                say(json.dumps(found) if given.json else findings_text(found, given.data, given.out))
     return outcome.code
 
 

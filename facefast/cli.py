@@ -11,6 +11,7 @@ import sys
 
 from facefast import __version__
 from facefast.runtime import exits
+from facefast.runtime.terminal import say
 
 COMMANDS = {
     "train": "Train a model on photographs, as a recipe says",
@@ -33,22 +34,23 @@ def main() -> None:
 def run(words: list[str]) -> int:
     """Answers a command line; returns the exit code."""
     first = words[0] if words else ""
-    if first in COMMANDS:
-        code = answer_without_torch(words[1:]) if first == "train" else None
-        return importlib.import_module(f"facefast.{first}").main(words[1:]) if code is None else code
-    if first == "--version":
-        print(f"facefast {__version__}")
-        return exits.EXIT_DONE
-    if first in ("", "-h", "--help"):
-        print(help_text())
-        return exits.EXIT_DONE if first else exits.EXIT_USAGE
-    from facefast.recipe.options import did_you_mean, nearest
+    if first == "train" and (code := answer_without_torch(words[1:])) is not None:
+        return code
+    with exits.exit_codes() as outcome:  # a command's import takes seconds, in which it may be interrupted
+        if first in COMMANDS:
+            command = importlib.import_module(f"facefast.{first}")
+        elif first == "--version":
+            say(f"facefast {__version__}")
+        elif first in ("", "-h", "--help"):
+            say(help_text())
+            outcome.code = exits.EXIT_DONE if first else exits.EXIT_USAGE
+        else:
+            from facefast.recipe.options import did_you_mean, nearest
 
-    near = (
-        did_you_mean(nearest(first, [*COMMANDS, "--help", "--version"])) or f"; the commands are {', '.join(COMMANDS)}"
-    )
-    print(f"error: there is no command {first!r}{near} (facefast --help says what each does)", file=sys.stderr)
-    return exits.EXIT_USAGE
+            near = did_you_mean(nearest(first, [*COMMANDS, "--help", "--version"]))
+            near = near or f"; the commands are {', '.join(COMMANDS)}"
+            raise ValueError(f"there is no command {first!r}{near} (facefast --help says what each does)")
+    return int(command.main(words[1:])) if first in COMMANDS and outcome.code == exits.EXIT_DONE else outcome.code
 
 
 def help_text() -> str:

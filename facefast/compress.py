@@ -9,7 +9,6 @@ embeddings or the verification accuracy moved further than allowed. `facefast.de
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -29,8 +28,9 @@ from facefast.deploy.gate import Array, Gate, compare, seconds_per_picture
 from facefast.evaluation.sets import find_evaluation_set
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Reading, to_json
-from facefast.recipe.options import parse
+from facefast.recipe.options import parse, typed
 from facefast.runtime import exits, files, manifest, process
+from facefast.runtime.terminal import say
 
 FORMAT = 1
 PACKAGE = ("model-int8.onnx", "int8.json", "manifest.json")
@@ -94,10 +94,15 @@ def read_pictures(index: FaceIndex, model: FaceModel, reading: Reading) -> Itera
             yield batch.images[valid].numpy(), batch.rows[valid]
 
 
-def divide(given: CompressArguments, model: FaceModel, reading: Reading) -> tuple[FaceIndex, FaceIndex, PairSet | None]:
+def divide(
+    given: CompressArguments, model: FaceModel, reading: Reading, said: frozenset[str] = frozenset()
+) -> tuple[FaceIndex, FaceIndex, PairSet | None]:
     """Photographs to calibrate on, photographs for the gate, and the gate's pairs where there are any.
 
     Calibration takes photographs that are in no pair first.
+
+    Args:
+        said: options that were typed, though they may be at their default.
 
     Raises:
         ValueError: no photographs were named, or they are too few.
@@ -116,7 +121,10 @@ def divide(given: CompressArguments, model: FaceModel, reading: Reading) -> tupl
     evaluation_set = None
     if len(counts) > 1 and counts.max() > 1:
         config = EvalConfig(pairs=given.pairs)
-        evaluation_set = find_evaluation_set(given.model, model, given.data, config, given.seed, reading.threads)
+        eval_pairs = frozenset({"eval.pairs"} if "pairs" in said else ())
+        evaluation_set = find_evaluation_set(
+            given.model, model, given.data, config, given.seed, reading.threads, said | eval_pairs
+        )
     if evaluation_set is None or evaluation_set.verification is None or evaluation_set.pairs is None:
         # From the other end of the order: the two overlap only in a set that is smaller than both together.
         judged = index.select(shuffled[::-1][:MOST_UNPAIRED])
@@ -138,8 +146,13 @@ def divide(given: CompressArguments, model: FaceModel, reading: Reading) -> tupl
     )
 
 
-def compress(given: CompressArguments, model: FaceModel, threads: int) -> dict[str, Any]:
+def compress(
+    given: CompressArguments, model: FaceModel, threads: int, said: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """Quantises `model`, holds it against its parent and writes `given.out` where it passes.
+
+    Args:
+        said: options that were typed, though they may be at their default.
 
     Returns:
         What int8.json says.
@@ -156,7 +169,7 @@ def compress(given: CompressArguments, model: FaceModel, threads: int) -> dict[s
         raise ValueError("compress needs ONNX's packages: pip install 'facefast[onnx]'") from error
     _check_out(given.out)
     reading = given.data.reading(threads)
-    calibration, judged, pairs = divide(given, model, reading)
+    calibration, judged, pairs = divide(given, model, reading, said)
     parent, size_before = _exported(model)
     original = _load_original(given.original, model) if given.original else None
     pictures = np.concatenate([images for images, _ in read_pictures(calibration, model, reading)])
@@ -229,21 +242,14 @@ def _check_out(out: Path) -> None:
     others = sorted(file.name for file in out.iterdir() if file.name not in PACKAGE) if out.exists() else []
     if others:
         raise ValueError(f"{out} holds {others[0]}, which is no part of an int8 model; choose an empty folder")
+    files.require_writable(out, folder=True)
 
 
 def _write(out: Path, content: bytes, document: dict[str, Any]) -> None:
-    aside = out.with_name(f".{out.name}.tmp")  # OUT appears whole or not at all
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+    with files.replacing_folder(out, len(content)) as aside:  # OUT appears whole or not at all
         (aside / "model-int8.onnx").write_bytes(content)
         files.write_json(aside / "int8.json", document)
         manifest.write(aside, step=0)
-        files.replace_folder(aside, out)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise exits.StorageError(f"cannot write {out}: {error}; choose another --out") from error
 
 
 def gate_text(document: dict[str, Any]) -> str:
@@ -290,9 +296,10 @@ def main(arguments: list[str] | None = None) -> int:
             if run.world.size > 1:
                 raise ValueError(f"compress runs in one process, not in {run.world.size}; start it without torchrun")
             threads = process.decode_threads(0, run.world)
-            document = compress(given, checkpoint.load_model(given.model), threads)
-        print(gate_text(document))
-        print(f"{given.out}: passed")
+            said = typed(CompressArguments, arguments)
+            document = compress(given, checkpoint.load_model(given.model), threads, said)
+        say(gate_text(document))
+        say(f"{given.out}: passed")
     return outcome.code
 
 

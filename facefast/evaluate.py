@@ -16,9 +16,10 @@ from facefast.evaluation.measure import evaluate
 from facefast.evaluation.sets import find_evaluation_set, given_pairs
 from facefast.models import checkpoint
 from facefast.recipe import DataConfig, EvalConfig
-from facefast.recipe.options import parse
+from facefast.recipe.options import parse, typed
 from facefast.runtime import exits, files, process
 from facefast.runtime.process import decode_threads
+from facefast.runtime.terminal import say
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,17 @@ def main(arguments: list[str] | None = None) -> int:
             if given.pairs or given.bin:
                 evaluation_set = given_pairs(given.data.root, reading, pairs=given.pairs, bin=given.bin)
             else:
+                said = typed(EvaluateArguments, arguments)
                 evaluation_set = find_evaluation_set(
-                    given.model, model, given.data, given.eval, given.seed, reading.threads
+                    given.model, model, given.data, given.eval, given.seed, reading.threads, said
                 )
             precision = checkpoint.precision_of(given.model, model)
             results = evaluate(model, evaluation_set, given.eval, run, precision, reading)
             if run.is_main and given.json:
-                print(json.dumps(files.strict(results)))
+                say(json.dumps(files.strict(results)))
             elif run.is_main:
                 width = max(map(len, results))
-                print(*(f"{name:{width}}  {value:.6g}" for name, value in results.items()), sep="\n")
+                say("\n".join(f"{name:{width}}  {value:.6g}" for name, value in results.items()))
     return outcome.code
 
 

@@ -16,6 +16,7 @@ from facefast.deploy.package import export
 from facefast.models import checkpoint
 from facefast.recipe.options import parse
 from facefast.runtime import exits
+from facefast.runtime.terminal import say
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     with exits.exit_codes() as outcome:
         given = parse(ExportArguments, arguments, "export")
         export(checkpoint.load_model(given.model), given.to, given.out, checkpoint.read_recipe(given.model))
-        print(f"{given.out}: {given.to}, checked against {given.model}")
+        say(f"{given.out}: {given.to}, checked against {given.model}")
     return outcome.code
 
 

@@ -18,8 +18,9 @@ from facefast.data import FAULTS, FaceIndex, read_index
 from facefast.data.index import advice
 from facefast.recipe import Reading
 from facefast.recipe.options import parse
-from facefast.runtime import exits
+from facefast.runtime import exits, files
 from facefast.runtime.exits import DataError
+from facefast.runtime.terminal import say
 
 EXAMPLES = 3
 """Names on a line of the table; the JSON report has them all."""
@@ -132,11 +133,16 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
         given = parse(IndexArguments, arguments, "index")
+        out = given.out if given.out is None or given.out.suffix == ".npz" else Path(f"{given.out}.npz")
+        if out is not None:
+            files.require_writable(out)
         index = scan(read_index(given.root, given.format), given.threads, given.max_pixels)
-        if given.out is not None:
-            index.save(given.out if given.out.suffix == ".npz" else f"{given.out}.npz")
+        if out is not None:
+            with files.storing(out):
+                out.parent.mkdir(parents=True, exist_ok=True)
+            index.save(out)
         found = findings(index)
-        print(json.dumps(found, indent=2) if given.json else findings_text(found))
+        say(json.dumps(found, indent=2) if given.json else findings_text(found))
         if found["bad"] > given.max_bad_fraction * found["pictures"] or found["bad"] == found["pictures"]:
             reason, (first, *_) = next(iter(found["faults"].items()))
             none_left = found["bad"] == found["pictures"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,12 +22,13 @@ import tyro
 
 from facefast.data import FaceIndex
 from facefast.data.corrections import Label, write_labels
-from facefast.data.walk import holds_picture, is_folder, is_picture, top_entries
+from facefast.data.walk import holds_picture, is_folder, is_picture, require_there, top_entries
 from facefast.evaluation.embed import embed_photographs
 from facefast.labels.clustering import Floats, Numbers, agreement, assign, cluster, unit_rows
 from facefast.recipe import Photographs
 from facefast.recipe.options import parse
-from facefast.runtime import exits, process
+from facefast.runtime import exits, files, process
+from facefast.runtime.terminal import say
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,10 @@ def counts_text(found: dict[str, Any], given: LabelArguments) -> str:
     lines = [f"{name:{width}}  {value:.4g}" for name, value in found.items()]
     if not given.ignore_labels:
         form = f" --data.format {given.data.format}" if given.data.format != "auto" else ""
+        root = shlex.quote(given.data.root)
         lines += [
             f"look through {given.out}, then",
-            f"  facefast train --data.root {given.data.root}{form} --data.labels {given.out}",
+            f"  facefast train --data.root {root}{form} --data.labels {shlex.quote(str(given.out))}",
             "and label again with the model that comes of it",
         ]
     return "\n".join(lines)
@@ -157,7 +160,10 @@ def counts_text(found: dict[str, Any], given: LabelArguments) -> str:
 def with_format(data: Photographs) -> Photographs:
     """A folder of nothing but loose pictures has no identities yet: "auto" alone would not recognise its layout."""
     root = Path(data.root)
-    if data.format != "auto" or not data.root or not root.is_dir():
+    if data.format != "auto" or not data.root:
+        return data
+    require_there(root)
+    if not root.is_dir():
         return data
     entries = top_entries(root)
     loose = any(is_picture(entry.name) and not is_folder(entry) for entry in entries)
@@ -169,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
         given = parse(LabelArguments, arguments, "label")
+        files.require_writable(given.out)
         given = dataclasses.replace(given, data=with_format(given.data))
         with process.start() as run:
             index, rows = embed_photographs(given.model, given.data, run, given.batch_size)
@@ -178,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
                 pictures = enumerate(zip(names.identities, names.confidences.tolist(), strict=True))
                 write_labels(given.out, (Label(index.name(row), name, sure) for row, (name, sure) in pictures))
                 found = counts(index, names, given.ignore_labels)
-                print(json.dumps(found) if given.json else counts_text(found, given))
+                say(json.dumps(found) if given.json else counts_text(found, given))
     return outcome.code
 
 

@@ -18,14 +18,17 @@ import tyro
 
 from facefast.data import FaceIndex, oracle
 from facefast.data.index import FAULTS, advice, printable
-from facefast.data.walk import DECODED, list_pictures
+from facefast.data.walk import DECODED, list_pictures, require_there
 from facefast.evaluation.embed import embed_rows
 from facefast.faces.detect import Detector
 from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
 from facefast.recipe import Reading
 from facefast.recipe.options import parse
-from facefast.runtime import exits, process
+from facefast.runtime import exits, files, process
+from facefast.runtime.terminal import say
+
+OTHER = "choose another --embeddings, or make room"
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def find_images(given: tuple[Path, ...]) -> list[Path]:
     """
     found: list[Path] = []
     for path in given:
+        require_there(path)
         if os.path.isdir(path):
             found += [path / os.fsdecode(inside) for inside in list_pictures(path)]
         elif os.path.isfile(path):
@@ -69,8 +73,8 @@ def find_images(given: tuple[Path, ...]) -> list[Path]:
 def index_of(paths: list[Path], detector: Detector | None) -> FaceIndex:
     """A scanned index of loose photographs, with the detector's landmarks where there is one."""
     # Loose photographs may lie anywhere: the file system's root is the one folder that holds all of them.
-    files = [os.fsencode(os.path.abspath(path)).lstrip(b"/") for path in paths]
-    index = FaceIndex.build("/", files, np.full(len(files), -1), ()).scanned()
+    names = [os.fsencode(os.path.abspath(path)).lstrip(b"/") for path in paths]
+    index = FaceIndex.build("/", names, np.full(len(names), -1), ()).scanned()
     if detector is None:
         return index
     points = np.full((len(index), 5, 2), np.nan, np.float32)
@@ -122,6 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
         given = parse(PredictArguments, arguments, "predict")
+        if given.embeddings is not None:
+            files.require_writable(_npz(given.embeddings), advice=OTHER, parents=False)
         with process.start() as run:
             model = checkpoint.load_model(given.model, run.device)
             if not model.num_classes and model.attribute_heads is None and given.embeddings is None:
@@ -138,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_embeddings(given.embeddings, embedded)
         for answer in answers:
             answer.pop("embedding", None)
-            print(json.dumps(answer) if given.json else _line(answer))
+            say(json.dumps(answer) if given.json else _line(answer))
         if not embedded:
             raise exits.DataError(f"none of {len(answers)} pictures could be embedded")
     return outcome.code
@@ -148,16 +154,20 @@ def write_embeddings(path: Path, answers: list[dict[str, Any]]) -> None:
     """Paths [N] and embeddings [N, D] to an .npz.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: it cannot be written; a file that was there is as it was.
     """
-    try:
-        np.savez(
-            path,
-            paths=np.array([answer["path"] for answer in answers]),
-            embeddings=np.array([answer["embedding"] for answer in answers], np.float32),
-        )
-    except OSError as error:
-        raise exits.StorageError(f"cannot write {path}: {error}; choose another --embeddings") from error
+    arrays: dict[str, Any] = {
+        "paths": np.array([answer["path"] for answer in answers]),
+        "embeddings": np.array([answer["embedding"] for answer in answers], np.float32),
+    }
+    needed = sum(array.nbytes for array in arrays.values())
+    with files.replacing(_npz(path), needed, OTHER) as aside, open(aside, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def _npz(path: Path) -> Path:
+    """As numpy names it."""
+    return path if path.suffix == ".npz" or path.exists() and not path.is_file() else Path(f"{path}.npz")
 
 
 def _line(answer: dict[str, Any]) -> str:

@@ -21,12 +21,13 @@ from facefast.data.prepare import PhaseData, prepare
 from facefast.models import checkpoint
 from facefast.recipe import EvalConfig, Recipe, flags, resolve, to_json
 from facefast.runtime import exits, files, manifest, process
-from facefast.runtime.exits import NumericsError, StorageError
+from facefast.runtime.exits import NumericsError
 from facefast.runtime.log import RunLog, environment
 from facefast.runtime.process import Runtime
+from facefast.training.alike import same_arguments, same_checkpoint, same_start
 from facefast.training.begin import Start, begin, find_source, find_teacher, settle
 from facefast.training.choice import best_of, measure, report_baselines, report_phase
-from facefast.training.finish import fail, finish, leave, write_status
+from facefast.training.finish import fail, finish, leave, reached, write_status
 from facefast.training.guard import culprit, not_finite, some
 from facefast.training.objective import RowCounts
 from facefast.training.step import TrainState, train_step
@@ -34,17 +35,21 @@ from facefast.training.step import TrainState, train_step
 
 def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     """Runs a recipe in a run folder, from its start or from where it was stopped; returns the exit code."""
+    same_arguments(recipe, folder, resume, run)
     source = find_source(recipe)
     teacher = find_teacher(recipe, source, run.device)
-    datasets = prepare(recipe, folder, run)  #                         files -> index -> splits and evaluations
+    begun = find_index(folder, resume)
+    datasets = prepare(recipe, folder, run, begun)  #                  files -> index -> splits and evaluations
     recipe = settle(recipe, source, teacher, datasets)
     plan = resolve(recipe, tuple(data.facts() for data in datasets), run.world.size)
     state = TrainState(recipe, plan, run)
+    same_start(state, datasets, source, teacher)
     saved = find_saved(folder, resume, state)
     with open_log(folder, state, saved) as log:
         for number in range(state.phase_number, len(datasets)):  # a run that goes on enters the phase it stopped in
             start = begin(folder, state, number, datasets[number], source, teacher, saved, log)
             data = start.data
+            require_room(folder, state)
             if saved is None:
                 measure_untrained(folder, state, start, log)
             saved = None  # it belongs to the phase it was saved in: the next one begins by its own rules
@@ -83,28 +88,36 @@ def open_folder(folder: Path, recipe: Recipe, run: Runtime) -> Iterator[None]:
         StorageError: it cannot.
         ValueError: another run writes to it.
     """
-    with contextlib.ExitStack() as held:
-        problem: Exception | None = None
-        if run.is_main:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(files.locked(folder))
-                _begin_folder(folder, recipe, run)
-            except ValueError as error:
-                problem = error
-            except OSError as error:
-                problem = StorageError(f"cannot write the run folder {folder}: {error}; choose another --out")
-        # Every rank ends with it: one that went on would take the folder for its own.
-        if problem := run.broadcast(problem):
-            raise problem
+    with contextlib.ExitStack() as stack:
+        # Every rank ends with what went wrong: one that went on would take the folder for its own.
+        with run.together():
+            if run.is_main:
+                files.require_writable(folder, folder=True)
+                with files.storing(folder, what="the run folder "):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    run.held = stack.enter_context(files.locked(folder))
+                    files.remove_leftovers(folder)
+                    _begin_folder(folder, recipe, run)
+                files.require_writable(folder / checkpoint.FOLDER, folder=True)  # somebody else's, perhaps
         yield
 
 
 def _begin_folder(folder: Path, recipe: Recipe, run: Runtime) -> None:
-    write_status(folder, "running")
+    write_status(folder, "running", **reached(folder))
     if not (folder / "recipe.json").exists():
         files.write_json(folder / "recipe.json", to_json(recipe))
         files.write_json(folder / "environment.json", environment(run.world.size, run.device))
+
+
+def find_index(folder: Path, resume: str) -> Path | None:
+    """The index of the photographs that the run to go on with began with; None where it starts from nothing."""
+    if resume == "never":
+        return None
+    if resume == "auto":
+        path = folder / "index.npz" if checkpoint.has_any(folder) else None
+    else:
+        path = checkpoint.find_model(Path(resume)).parents[1] / "index.npz"
+    return path if path is not None and path.exists() else None
 
 
 def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
@@ -121,6 +134,7 @@ def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
         path = checkpoint.find_model(Path(resume))
         manifest.verify(path)
     path = state.run.broadcast(path)
+    same_checkpoint(path, state.run)
     if path is not None:
         checkpoint.check_same_run(path, state.recipe, state.plan)
         state.phase_number = files.read_json(path / "state.json")["phase"]
@@ -131,13 +145,15 @@ def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
 def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
     """Writes recipe, plan and environment into the run folder and opens its log."""
     recipe, plan, run = state.recipe, state.plan, state.run
-    if run.is_main:
-        if saved is None:  # checkpoints of an earlier run would be taken for this one's by the next resume
-            checkpoint.discard(folder)
-        files.write_json(folder / "recipe.json", to_json(recipe))
-        files.write_json(folder / "plan.json", to_json(plan))
-        files.write_json(folder / "environment.json", environment(run.world.size, run.device))
-        write_status(folder, "running", step=state.step)
+    with run.together():
+        if run.is_main:
+            with files.storing(folder, what="the run folder "):
+                if saved is None:  # checkpoints of an earlier run would be taken for this one's by the next resume
+                    checkpoint.discard(folder)
+                files.write_json(folder / "recipe.json", to_json(recipe))
+                files.write_json(folder / "plan.json", to_json(plan))
+                files.write_json(folder / "environment.json", environment(run.world.size, run.device))
+            write_status(folder, "running", **({} if saved is None else reached(folder)) | {"step": state.step})
     log = RunLog(
         folder,
         enabled=run.is_main,
@@ -154,6 +170,17 @@ def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
     if saved is not None:
         log.say(f"goes on from {saved} (step {state.step} of {plan.total_steps})")
     return log
+
+
+def require_room(folder: Path, state: TrainState) -> None:
+    """Finds out before any update that not one checkpoint of this phase would find room.
+
+    Raises:
+        StorageError: naming what is needed and what is free.
+    """
+    with state.run.together():
+        if state.run.is_main and state.phase_step < state.phase_plan.steps:
+            checkpoint.require_room(folder, state.tensors())
 
 
 def measure_untrained(folder: Path, state: TrainState, start: Start, log: RunLog) -> None:
@@ -253,6 +280,7 @@ def save(folder: Path, state: TrainState, improved: bool) -> None:
 
     Raises:
         NumericsError: it would hold numbers that are not finite; the one before stays the newest.
+        StorageError: it cannot be written, or the run folder is gone.
     """
     broken = not_finite(state.tensors())
     if state.run.agree(bool(broken)):  # BatchNorm's statistics are each rank's own until they are measured
@@ -261,25 +289,36 @@ def save(folder: Path, state: TrainState, improved: bool) -> None:
             f"({some(broken) or 'on another rank'}) and is not saved; the newest checkpoint is sound: go on from it "
             "with a lower learning rate, or use precision fp32"
         )
-    if state.run.is_main:
-        checkpoint.save(
-            folder,
-            state.step,
-            tensors=state.tensors(),
-            documents=state.documents(),
-            best=improved,
-            keep=state.recipe.keep,
-        )
-        write_status(folder, "running", step=state.step, best=best_of(state))
+    with state.run.together():
+        if state.run.is_main:
+            checkpoint.save(
+                folder,
+                state.step,
+                tensors=state.tensors(),
+                documents=state.documents(),
+                best=improved,
+                keep=state.recipe.keep,
+            )
+            write_status(folder, "running", step=state.step, best=best_of(state))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     ours: Path | None = None  # the run folder, once no other run can be writing to it
-    with exits.exit_codes(lambda code, error: fail(ours, code, error)) as outcome:
+    held: files.Held | None = None
+
+    def failed(code: int, error: str) -> None:
+        if held is None or held.problem() is None:
+            fail(ours, code, error)
+
+    with exits.exit_codes(failed) as outcome:
         recipe, folder, resume = flags.train_arguments(sys.argv[1:] if arguments is None else arguments)
-        with process.start() as run, process.stop_on_signals(run), open_folder(folder, recipe, run):
-            ours = folder
+        with (
+            process.start(rank_timeout=recipe.rank_timeout, on_lost=failed) as run,
+            process.stop_on_signals(run),
+            open_folder(folder, recipe, run),
+        ):
+            ours, held = folder, run.held
             outcome.code = train(recipe, folder, resume, run)
     return outcome.code
 

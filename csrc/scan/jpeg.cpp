@@ -43,7 +43,10 @@ class Jpeg {
         continue;
       }
       at += 2;
-      if (marker == kEoi) return scans_ > 0 ? Fault::kNone : Fault::kNoPicture;
+      if (marker == kEoi) {
+        picture_.used = at;
+        return scans_ > 0 ? Fault::kNone : Fault::kNoPicture;
+      }
       if (marker == kTem || (marker >= kRst0 && marker <= kRst7)) continue;  // markers without a segment
       if (marker == 0 || marker == kSoi) return Fault::kDamagedHeader;
 

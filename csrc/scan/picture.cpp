@@ -322,4 +322,10 @@ Picture inspect(const uint8_t* data, size_t size, uint64_t max_pixels) {
   return picture;
 }
 
+Picture inspect_beginning(const uint8_t* data, size_t size) {
+  Picture picture = inspect(data, size, UINT64_MAX);
+  if (picture.width && picture.height) picture.fault = Fault::kNone;  // cut off behind its size, as it must be
+  return picture;
+}
+
 }  // namespace facefast

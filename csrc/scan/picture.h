@@ -46,7 +46,7 @@ inline constexpr const char* kFaultNames[] = {
     "unreadable (permission or I/O error)",
     "empty file",
     "range outside its file",
-    "too many bytes",
+    "too many bytes (more than 16 MiB and 8 for each pixel)",
     "not a picture",
     "unsupported: GIF",
     "unsupported: AVIF",
@@ -81,7 +81,16 @@ struct Picture {
   uint8_t orientation = 1;  // EXIF, 1 to 8
   uint32_t width = 0,
            height = 0;  // as stored, before orientation; 0 where the header is unreadable
+  size_t used = 0;      // bytes up to the picture's end, where more may follow it; 0 where nobody knows
 };
+
+// An encoded picture may have so many bytes beside those for its pixels, 16-bit RGBA at most: for colour profiles,
+// previews, and the films that phones put behind their photographs.
+constexpr uint64_t kFreeBytes = uint64_t{16} << 20, kBytesPerPixel = 8;
+
+// The size of a picture by its beginning, for a file that is too large to be read before that is known: the first
+// `size` bytes, or of a TIFF the directory behind its header. A fault where it does not show.
+Picture inspect_beginning(const uint8_t* data, size_t size);
 
 // Enough bytes for `inspect` to tell every format that it knows from everything else.
 inline constexpr size_t kSniffBytes = 64;

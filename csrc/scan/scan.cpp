@@ -13,6 +13,7 @@
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -31,10 +32,11 @@ namespace py = pybind11;
 namespace facefast {
 namespace {
 
-// An encoded picture above this is refused unread; 64 megapixels of 16-bit RGBA are half of it.
-constexpr int64_t kMaxBytes = int64_t{1} << 30;
 // A file above this is sniffed first, so that a film with a picture's name is not read whole.
 constexpr int64_t kSniffAbove = int64_t{1} << 20;
+// Above this only as much is read as shows the picture's size, which says how many bytes it may have.
+constexpr int64_t kMeasureAbove = kFreeBytes;
+constexpr int64_t kMeasureBytes = int64_t{1} << 20;
 
 int usable_cores() {
   cpu_set_t set;
@@ -61,7 +63,7 @@ class Team {
 // open from row to row; everything else is opened once and closed.
 class Source {
  public:
-  explicit Source(int folder) : folder_(folder) {}
+  Source(int folder, uint64_t max_pixels) : folder_(folder), max_pixels_(max_pixels) {}
   Source(Source&&) = delete;
   ~Source() { close(); }
 
@@ -76,7 +78,6 @@ class Source {
     if (offset_ > file_size_) return Fault::kOutsideFile;
     const int64_t size = length < 0 ? file_size_ - offset_ : length;
     if (size > file_size_ - offset_) return Fault::kOutsideFile;
-    if (size > kMaxBytes) return Fault::kTooManyBytes;
     if (size > kSniffAbove) {
       uint8_t head[kSniffBytes];
       if (pread(file_, head, kSniffBytes, offset_) != static_cast<ssize_t>(kSniffBytes)) {
@@ -84,6 +85,13 @@ class Source {
       }
       const Picture picture = inspect(head, kSniffBytes, 0);
       if (picture.kind == Kind::kUnknown) return picture.fault;
+      if (size > kMeasureAbove) {
+        const Picture measured = picture.kind == Kind::kTiff ? measure_tiff(head) : measure(size);
+        if (measured.fault != Fault::kNone) return Fault::kTooManyBytes;
+        const uint64_t pixels = uint64_t{measured.width} * measured.height;
+        if (pixels > max_pixels_) return Fault::kTooManyPixels;
+        if (size > static_cast<int64_t>(kFreeBytes + kBytesPerPixel * pixels)) return Fault::kTooManyBytes;
+      }
     }
     size_ = size;
     return Fault::kNone;
@@ -131,7 +139,54 @@ class Source {
     file_ = -1;
   }
 
+  // The beginning of a file, more of it where the size does not show yet: profiles and previews may come first.
+  Picture measure(int64_t size) {
+    Picture picture;
+    for (int64_t part : {kMeasureBytes, kMeasureAbove}) {
+      std::vector<uint8_t> beginning(std::min(part, size));
+      if (!fill(beginning, offset_)) break;
+      picture = inspect_beginning(beginning.data(), beginning.size());
+      if (picture.fault == Fault::kNone) break;
+    }
+    return picture;
+  }
+
+  // A TIFF's directory may be its last bytes. Put right behind the header it is a TIFF of its own.
+  Picture measure_tiff(const uint8_t* head) {
+    constexpr size_t kHeader = 8, kEntry = 12;
+    const bool big = head[0] == 'M';
+    const auto number = [big](const uint8_t* at, int count) {
+      uint64_t value = 0;
+      for (int i = 0; i < count; ++i) value = value << 8 | at[big ? i : count - 1 - i];
+      return value;
+    };
+    Picture picture;
+    picture.fault = Fault::kDamagedHeader;
+    const int64_t at = offset_ + static_cast<int64_t>(number(head + 4, 4));
+    std::vector<uint8_t> entries(2);
+    if (!fill(entries, at)) return picture;
+    entries.resize(2 + kEntry * number(entries.data(), 2));
+    if (!fill(entries, at)) return picture;
+    std::vector<uint8_t> tiff(head, head + kHeader);
+    for (size_t i = 4; i < kHeader; ++i) tiff[i] = 0;
+    tiff[big ? kHeader - 1 : 4] = kHeader;
+    tiff.insert(tiff.end(), entries.begin(), entries.end());
+    return inspect_beginning(tiff.data(), tiff.size());
+  }
+
+  bool fill(std::vector<uint8_t>& to, int64_t at) const {
+    size_t done = 0;
+    while (done < to.size()) {
+      const ssize_t count = pread(file_, to.data() + done, to.size() - done, at + done);
+      if (count < 0 && errno == EINTR) continue;
+      if (count <= 0) return false;
+      done += count;
+    }
+    return true;
+  }
+
   const int folder_;
+  const uint64_t max_pixels_;
   int file_ = -1;
   int64_t file_size_ = 0, offset_ = 0, size_ = 0;
   std::string path_;
@@ -217,7 +272,7 @@ py::dict scan_rows(const py::bytes& root, const py::object& paths, const py::obj
   std::mutex mutex;
   std::condition_variable finished;
   const auto work = [&] {
-    Source source(folder_fd);
+    Source source(folder_fd, max_pixels);
     std::string path;
     std::vector<uint8_t> buffer;
     const auto look = [&](int64_t row) {
@@ -281,8 +336,11 @@ py::dict scan_rows(const py::bytes& root, const py::object& paths, const py::obj
 }
 
 // The picture of one row, held by numpy once it is handed over.
+struct Freed {
+  void operator()(uint8_t* bytes) const { std::free(bytes); }
+};
 struct Loaded {
-  std::unique_ptr<uint8_t[]> bytes;
+  std::unique_ptr<uint8_t, Freed> bytes;
   int64_t size = 0;
   Picture picture;
 };
@@ -290,7 +348,8 @@ struct Loaded {
 using Hashes = py::array_t<uint64_t, py::array::c_style>;
 
 py::tuple read_rows(const py::object& paths, const py::object& offsets, const py::object& lengths, int threads,
-                    uint64_t max_pixels, const std::optional<Hashes>& hashes) {
+                    uint64_t max_pixels, const std::optional<Hashes>& hashes, int64_t keep_bytes) {
+  constexpr int64_t kAlwaysKept = int64_t{1} << 20;
   const Rows rows(paths, offsets, lengths);
   const int64_t count = rows.count();
   if (hashes && (hashes->ndim() != 2 || hashes->shape(0) != count || hashes->shape(1) != 2)) {
@@ -300,9 +359,9 @@ py::tuple read_rows(const py::object& paths, const py::object& offsets, const py
   std::vector<Loaded> batch(count);
   {
     const py::gil_scoped_release release;
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> next{0}, kept{0};
     const auto work = [&] {
-      Source source(AT_FDCWD);
+      Source source(AT_FDCWD, max_pixels);
       std::string path;
       for (int64_t row; (row = next.fetch_add(1)) < count;) {
         Loaded& loaded = batch[row];
@@ -311,7 +370,8 @@ py::tuple read_rows(const py::object& paths, const py::object& offsets, const py
           rows.path(row, path);
           fault = source.open(path, rows.offset(row), rows.length(row));
           if (fault == Fault::kNone) {
-            loaded.bytes.reset(new uint8_t[source.size()]);  // not cleared: read fills it
+            loaded.bytes.reset(static_cast<uint8_t*>(std::malloc(std::max<int64_t>(source.size(), 1))));
+            if (!loaded.bytes) throw std::bad_alloc();
             fault = source.read(loaded.bytes.get());
           }
         } catch (const std::bad_alloc&) {
@@ -328,6 +388,18 @@ py::tuple read_rows(const py::object& paths, const py::object& offsets, const py
           if (content.low != known[2 * row] || content.high != known[2 * row + 1]) {
             loaded.picture.fault = Fault::kChanged;
           }
+        }
+        if (loaded.picture.fault != Fault::kNone) {
+          loaded.bytes.reset();
+        } else if (loaded.picture.used) {  // what follows the picture's end would only lie in memory
+          loaded.size = loaded.picture.used;
+          uint8_t* const shorter = static_cast<uint8_t*>(std::realloc(loaded.bytes.get(), loaded.size));
+          if (shorter) static_cast<void>(loaded.bytes.release()), loaded.bytes.reset(shorter);
+        }
+        // A batch of large pictures is looked at and not kept: whoever wants one reads it again.
+        if (loaded.bytes && loaded.size > kAlwaysKept && kept.fetch_add(loaded.size) + loaded.size > keep_bytes) {
+          kept.fetch_sub(loaded.size);
+          loaded.bytes.reset();
         }
       }
     };
@@ -349,13 +421,13 @@ py::tuple read_rows(const py::object& paths, const py::object& offsets, const py
     fault[row] = static_cast<uint8_t>(loaded.picture.fault);
     width[row] = loaded.picture.width, height[row] = loaded.picture.height;
     orientation[row] = loaded.picture.orientation;
-    if (loaded.picture.fault != Fault::kNone) {
+    if (loaded.picture.fault != Fault::kNone || !loaded.bytes) {
       data[row] = py::array_t<uint8_t>(0);
       continue;
     }
     // numpy takes the buffer over as it is; the capsule frees it with the last array that uses it.
     uint8_t* const bytes = loaded.bytes.release();
-    const py::capsule owner(bytes, [](void* p) { delete[] static_cast<uint8_t*>(p); });
+    const py::capsule owner(bytes, [](void* p) { std::free(p); });
     data[row] = py::array_t<uint8_t>(loaded.size, bytes, owner);
   }
   return py::make_tuple(data, columns["fault"], columns["width"], columns["height"], columns["orientation"]);
@@ -383,9 +455,10 @@ PYBIND11_MODULE(_scan, module) {
              "fault). `progress` is called with the rows done so far, ten times a second.");
   module.def(
       "read", &read_rows, py::arg("paths"), py::arg("offsets"), py::arg("lengths"), py::arg("threads"),
-      py::arg("max_pixels"), py::arg("hashes") = py::none(),
+      py::arg("max_pixels"), py::arg("hashes") = py::none(), py::arg("keep_bytes") = INT64_MAX,
       "Reads B pictures at absolute paths, compares them with their hashes, and returns (data, fault, width, height, "
-      "orientation): a list of uint8 arrays, empty where fault is not 0, and columns [B].");
+      "orientation): a list of uint8 arrays, and columns [B]. An array is empty where fault is not 0, and where a "
+      "picture above 1 MiB would make the batch longer than `keep_bytes`.");
   module.def(
       "inspect",
       [](const py::bytes& data, uint64_t max_pixels) {

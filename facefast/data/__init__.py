@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from facefast.data.formats.webdataset import read_webdataset, recognises_webdata
 from facefast.data.index import FAULTS, FaceIndex, PairSet, printable
 from facefast.data.loader import Batch, Loader, make_loader
 from facefast.data.sampler import Sampler, make_sampler
-from facefast.data.walk import is_picture, top_entries
+from facefast.data.walk import is_picture, require_there, top_entries
 from facefast.recipe import Reading
 from facefast.runtime.exits import DataError
+from facefast.runtime.untrusted import open_regular, read_npz
 
 __all__ = [
     "FAULTS",
@@ -83,8 +83,7 @@ def read_index(
         ValueError: there is nothing at `root`, its format is not known, or a reader finds a fault.
     """
     place = Path(root)
-    if not place.exists():
-        raise ValueError(f"{place} does not exist; give the folder that holds the photographs")
+    require_there(place)
     if place.suffix.lower() == ".npz":
         return FaceIndex.load(place)
     index = READERS[_format(place, format)](place)
@@ -141,7 +140,7 @@ def _state_on_disk(index: FaceIndex) -> str:
 
 def _state_of_cache(cache: str | os.PathLike[str]) -> str | None:
     try:
-        with np.load(cache, allow_pickle=False) as stored:
-            return str(stored["state"])
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        with open_regular(cache) as file:
+            return str(read_npz(file)["state"])
+    except (OSError, KeyError, ValueError):
         return None

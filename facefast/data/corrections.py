@@ -17,18 +17,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from facefast.data.index import FaceIndex
-from facefast.data.lists import LARGEST, read_whole
-from facefast.runtime.exits import DataError, StorageError
+from facefast.runtime.files import replacing
+from facefast.runtime.untrusted import open_regular
 
 ACTIONS = ("drop", "keep", "relabel", "merge")
 KINDS = ("wrong_label", "duplicate", "merge")
 SHOWN = 5
 """Lines that an error names."""
+MOST_LINES = 1 << 26
+LONGEST_LINE = 1 << 18
+"""Bytes; a cell may have half as many (the csv module's own limit)."""
 
 T = TypeVar("T")
 
@@ -95,15 +98,12 @@ def read_corrections(path: str | os.PathLike[str]) -> list[tuple[int, Correction
         ValueError: the file is no such table, or a line has an action, a kind or a number that does not exist.
     """
     lines = list(_read(Path(path), Correction, "facefast audit"))
-    _check(
-        Path(path),
-        [
-            (number, f"{name} {value!r} is none of {', '.join(allowed)}")
-            for number, line in lines
-            for name, value, allowed in (("action", line.action, ACTIONS), ("kind", line.kind, KINDS))
-            if value not in allowed
-        ],
-    )
+    faults = _Faults()
+    for number, line in lines:
+        for name, value, allowed in (("action", line.action, ACTIONS), ("kind", line.kind, KINDS)):
+            if value not in allowed:
+                faults.append((number, f"{name} {value!r:.80} is none of {', '.join(allowed)}"))
+    _check(Path(path), faults)
     return lines
 
 
@@ -124,7 +124,7 @@ def apply_corrections(index: FaceIndex, path: str | os.PathLike[str]) -> FaceInd
     dropped = np.zeros(len(index), bool)
     relabelled: dict[int, int] = {}
     merged: dict[int, int] = {}
-    faults: list[tuple[int, str]] = []
+    faults = _Faults()
     for number, line in read_corrections(path):
         if line.action == "keep":
             continue
@@ -167,7 +167,7 @@ def read_labels(index: FaceIndex, path: str | os.PathLike[str], min_confidence: 
         raise ValueError(f"the least confidence of labels is {min_confidence}; it must lie in [0, 1]")
     rows = _rows_by_name(index)
     given: dict[int, str] = {}
-    faults: list[tuple[int, str]] = []
+    faults = _Faults()
     for number, line in _read(path, Label, "facefast label"):
         if not line.identity or line.confidence < min_confidence:
             continue
@@ -221,12 +221,25 @@ def _last(merged: dict[int, int], label: int) -> int:
     return label
 
 
-def _check(path: Path, faults: Sequence[tuple[int, str]]) -> None:
-    if faults:
-        listed = "".join(f"\n  line {number}: {fault}" for number, fault in faults[:SHOWN])
-        more = f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+class _Faults:
+    """What is wrong with the lines of a table: the first of them, and how many there are."""
+
+    def __init__(self) -> None:
+        self.first: list[tuple[int, str]] = []
+        self.count = 0
+
+    def append(self, fault: tuple[int, str]) -> None:
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append((fault[0], f"{fault[1]:.1000}"))
+
+
+def _check(path: Path, faults: _Faults) -> None:
+    if faults.count:
+        listed = "".join(f"\n  line {number}: {fault}" for number, fault in faults.first)
+        more = f"\n  and {faults.count - SHOWN} more" if faults.count > SHOWN else ""
         raise ValueError(
-            f"{path}: {len(faults)} lines do not fit; mend or delete them, or write the file anew for these "
+            f"{path}: {faults.count} lines do not fit; mend or delete them, or write the file anew for these "
             f"photographs:{listed}{more}"
         )
 
@@ -238,19 +251,13 @@ _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 def _write(path: Path, kind: type[Any], lines: Iterable[Any]) -> None:
     columns = [field.name for field in dataclasses.fields(kind)]
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(aside, "w", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(columns)
-                writer.writerows([_text(getattr(line, column)) for column in columns] for line in lines)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error}; choose another --out") from error
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows([_text(getattr(line, column)) for column in columns] for line in lines)
+    content = text.getvalue().encode()
+    with replacing(path, len(content), parents=True) as aside:
+        aside.write_bytes(content)
 
 
 def _text(value: str | float) -> str:
@@ -262,17 +269,34 @@ def _text(value: str | float) -> str:
 def _read(path: Path, kind: Callable[..., T], command: str) -> Iterator[tuple[int, T]]:
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     try:
-        content = read_whole(path, LARGEST)
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, line {line}, is no CSV file in UTF-8 ({error.reason}); {command} writes it"
-        ) from error
-    except DataError as error:
-        raise ValueError(f"cannot read {path}: {error}; {command} writes it") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    faults = []
+        with open_regular(path) as file:
+            yield from _lines(path, file, kind, fields, command)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; {command} writes it") from error
+
+
+def _texts(path: Path, file: BinaryIO, command: str) -> Iterator[str]:
+    """Line after line, for a table may be longer than memory."""
+    for number in range(1, MOST_LINES + 1):
+        line = file.readline(LONGEST_LINE + 1)
+        if not line:
+            return
+        if len(line) > LONGEST_LINE:
+            raise ValueError(f"{path}, line {number}, has more than {LONGEST_LINE} bytes; {command} writes it anew")
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}, is no CSV file in UTF-8 ({error.reason}); {command} writes it"
+            ) from error
+    raise ValueError(f"{path} has more than {MOST_LINES} lines; {command} writes it anew")
+
+
+def _lines(
+    path: Path, file: BinaryIO, kind: Callable[..., T], fields: Sequence[Any], command: str
+) -> Iterator[tuple[int, T]]:
+    reader = csv.DictReader(_texts(path, file, command))
+    faults = _Faults()
     try:
         columns = list(reader.fieldnames or ())
         _check_columns(path, columns, fields, command)

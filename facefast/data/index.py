@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 
 import facefast._scan as _scan
 from facefast.recipe import IndexFacts, Reading
+from facefast.runtime.files import replacing
+from facefast.runtime.terminal import escape_letter
+from facefast.runtime.untrusted import open_regular, read_npz
 
 FAULTS: tuple[str, ...] = _scan.FAULTS
 """Reasons by the numbers in `FaceIndex.faults`; 0 is sound."""
@@ -26,6 +28,8 @@ def advice(fault: str) -> str:
     return " (convert it to JPEG or PNG)" if fault.startswith("unsupported") else ""
 
 
+FARTHEST = 1 << 24
+"""Of a landmark or a corner from the picture's, in pixels."""
 SPLITS = ("train", "val", "test")
 """Names by the numbers in `FaceIndex.splits`."""
 
@@ -245,21 +249,20 @@ class FaceIndex:
         )
 
     def save(self, path: str | os.PathLike[str], **extra: str) -> None:
-        """Writes the index, and `extra` strings beside it, to one .npz file in one step."""
+        """Writes the index, and `extra` strings beside it, to one .npz file in one step.
+
+        Raises:
+            StorageError: it cannot be written; a file that was there is as it was.
+        """
         arrays: dict[str, Any] = self._columns() | {
             "root": np.array(self.root),
             "class_names": np.array(self.class_names, np.str_),
             "attribute_names": np.array(self.attribute_names, np.str_),
             **{name: np.array(text) for name, text in extra.items()},
         }
-        target = Path(path)
-        aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with open(aside, "wb") as file:
-                np.savez(file, **arrays)
-            os.replace(aside, target)
-        finally:
-            aside.unlink(missing_ok=True)
+        needed = sum(array.nbytes for array in arrays.values())
+        with replacing(Path(path), needed) as aside, open(aside, "wb") as file:
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FaceIndex:
@@ -270,10 +273,9 @@ class FaceIndex:
         """
         names = [f.name for f in dataclasses.fields(cls)]
         try:
-            if not Path(path).is_file():
-                raise ValueError("it is no regular file")
-            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-                stored: dict[str, Any] = {name: file[name] for name in names if name in file.files}
+            with open_regular(path) as file:
+                arrays = read_npz(file)
+            stored: dict[str, Any] = {name: arrays[name] for name in names if name in arrays}
             stored["root"] = str(stored["root"])
             for name in ("class_names", "attribute_names"):
                 stored[name] = tuple(stored[name].tolist())
@@ -366,21 +368,7 @@ def escaped(text: str) -> str:
 
     Backslashes are doubled, so that different texts stay different.
     """
-    return "".join(map(_escape, text))
-
-
-def _escape(letter: str) -> str:
-    if letter == "\\":
-        return "\\\\"
-    if "\udc80" <= letter <= "\udcff":  # a byte that is no UTF-8, as the file system's names have it
-        return f"\\x{ord(letter) - 0xDC00:02x}"
-    if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in _DIRECTION:
-        # Only bytes are written as \x80 and above.
-        return letter.encode("unicode_escape").decode() if letter < "\x80" else f"\\u{ord(letter):04x}"
-    return letter
-
-
-_DIRECTION = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
+    return "".join("\\\\" if letter == "\\" else escape_letter(letter) for letter in text)
 
 
 def number_classes(names: Sequence[str], *, by_value: bool = False) -> tuple[NDArray[np.int32], tuple[str, ...]]:
@@ -443,8 +431,29 @@ def _check_stored(stored: dict[str, Any]) -> None:
     for name, (least, end) in {**limits, "orientations": (1, 9)}.items():
         if rows and not least <= stored[name].min() <= stored[name].max() < end:
             raise ValueError(f"column {name} has values outside {least} to {end - 1}")
+    if min(stored[name].min(initial=0) for name in ("widths", "heights")) < 0:
+        raise ValueError("a picture's width or height is below 0")
+    if min(stored[name].min(initial=-1) for name in ("offsets", "lengths")) < -1:
+        raise ValueError("a picture's place in its file is below 0")
+    for name, most in (("landmarks", FARTHEST), ("boxes", FARTHEST), ("attributes", np.finfo(np.float32).max)):
+        column = stored.get(name)
+        if column is not None and (abs(column) > most).any():
+            raise ValueError(f"column {name} has numbers beyond {most:g}")
+    outside = _first_outside(stored["paths"])
+    if outside is not None:
+        raise ValueError(f"it names {printable(outside)}, which leads out of the folder {escaped(stored['root'])}")
+    if not all(isinstance(name, str) for name in (*stored["class_names"], *stored["attribute_names"])):
+        raise ValueError("names are no texts")
     if len(set(stored["class_names"])) < len(stored["class_names"]):
         raise ValueError("it has a class name twice")
+
+
+def _first_outside(paths: NDArray[np.bytes_]) -> bytes | None:
+    """A path that is absolute, empty, or climbs out of the folder it is relative to."""
+    for path in paths.tolist():
+        if not path or path.startswith(b"/") or (b".." in path and b".." in path.split(b"/")):
+            return bytes(path)
+    return None
 
 
 def _column(values: ArrayLike | None, neutral: int, rows: int, dtype: Any) -> NDArray[Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from facefast.data import oracle
 from facefast.data.dali import Encoded, build_pipeline, decode_probe
 from facefast.data.index import FAULTS, FaceIndex
-from facefast.data.sampler import EpochSampler, Sampler
+from facefast.data.sampler import EpochSampler, Rows, Sampler
 from facefast.data.work import Reader, Work, candidates
 from facefast.recipe import AugmentSpec, ImageSpec, Reading
 from facefast.runtime.exits import DataError
@@ -32,6 +32,9 @@ AHEAD = 4
 """Batches that are read before the decoder asks for them."""
 PREFETCH = 2
 """Batches that are decoded before the caller asks for them."""
+PIXELS, PIXELS_PER_THREAD, PIXELS_ON_GPU = 64_000_000, 12_000_000, 256_000_000
+"""Pixels that are decoded at once, three bytes each: a batch of more is decoded in parts, down to single pictures. What
+comes out is the same, for no picture depends on the others of its batch."""
 SPARES = 8
 """Candidates for empty slots beyond those that are empty, for pictures that turn out bad."""
 FEWEST_BAD = 10
@@ -85,6 +88,7 @@ class Decoder(Protocol):
 # 3. The decoder gives batches back in the order in which it took them: its result is the oldest of `_under_way`.
 # 4. One broken picture fails the decoder's whole run, and with it every batch that it holds. `_take` then decodes their
 #    pictures one by one, takes out those that break, and lets a new decoder begin with these batches, `_repeated`.
+# 5. A batch of very many pixels goes through the decoder in parts, one run each, which `_take` puts together again.
 # Every queue is first in, first out, which is all that keeps images and rows together: no batch carries its step.
 
 
@@ -140,6 +144,8 @@ class Loader:
         self._ahead: deque[Future[Work]] = deque()  # with the reading thread, or read
         self._repeated: deque[Work] = deque()  # to be decoded again by a new decoder
         self._under_way: deque[Work] = deque()  # with the decoder
+        self._parts: deque[tuple[Work, Rows]] = deque()  # of the youngest of them, not yet with it
+        self._most_pixels = PIXELS_ON_GPU if device.type == "cuda" else max(PIXELS, PIXELS_PER_THREAD * reading.threads)
         self._closed = False
         self._decoder: Decoder | None = self._build(self._batch_size, self._feed, PREFETCH)
 
@@ -237,6 +243,7 @@ class Loader:
             future.cancel()
         self._ahead.clear()
         self._repeated.clear()
+        self._parts.clear()
         # A decoder still holds batches of the iteration that was left. With its sources empty it gives those back and
         # stops; then it can be reset, which is cheaper than building another.
         if self._decoder is not None:
@@ -254,6 +261,8 @@ class Loader:
         self._look_ahead()
 
     def _feed(self) -> Encoded:
+        if self._parts:
+            return self._next_part()
         if self._repeated:
             work = self._repeated.popleft()
         elif self._ahead:
@@ -263,14 +272,24 @@ class Loader:
         else:
             raise StopIteration
         self._under_way.append(work)
-        return work.encoded()
+        places = work.parts(self._most_pixels)
+        work.num_parts = len(places)
+        self._parts.extend((work, part) for part in places)
+        return self._next_part()
+
+    def _next_part(self) -> Encoded:
+        return self._reader_of_rows.encoded(*self._parts.popleft())
 
     def _take(self) -> Tensor:
         while True:
             assert self._decoder is not None, "a decoder that failed for good was used again"
             try:
-                return self._decoder.run()
+                images = [self._decoder.run()]
+                while len(images) < self._under_way[0].num_parts:
+                    images.append(self._decoder.run())
+                return torch.cat(images) if len(images) > 1 else images[0]
             except RuntimeError:
+                self._parts.clear()
                 self._drop_decoder()  # after an error it is not to be relied on, see `Pipeline.run`
                 # Every batch under way is searched: which of them made the decoder fail is nowhere promised.
                 if not sum(self._spoil_broken(work) for work in self._under_way):
@@ -290,7 +309,7 @@ class Loader:
         decoder: Decoder | None = None
 
         def feed() -> Encoded:
-            return Encoded([work.data[place]], work.numbers.take([place]), work.sizes[[place]])
+            return self._reader_of_rows.encoded(work, np.array([place]))
 
         for place in work.sound().tolist():
             decoder = decoder or self._build(1, feed, 1)
@@ -299,7 +318,7 @@ class Loader:
             except RuntimeError:
                 decoder.close()
                 decoder = None
-                reason = decode_probe(work.data[place], tuple(work.sizes[place].tolist()))
+                reason = decode_probe(self._reader_of_rows.picture(work, place), tuple(work.sizes[place].tolist()))
                 work.spoil(place, reason or "the decoder fails on it")
                 found += 1
                 self._fill(work)

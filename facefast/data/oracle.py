@@ -16,10 +16,13 @@ from torch import Tensor
 from facefast.data.augment import Draw, draw
 from facefast.data.index import FaceIndex
 from facefast.recipe import AugmentSpec, ImageSpec, Reading
+from facefast.runtime.untrusted import open_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 """What both decoders read; PIL alone would try dozens of formats, and their parsers' faults."""
 
+LARGEST = 1 << 29
+"""Bytes of an encoded picture."""
 Picture = NDArray[np.uint8]
 
 
@@ -32,7 +35,10 @@ def decode(source: bytes | str | os.PathLike[str], max_pixels: int = Reading.max
     """
     name = f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file:
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as encoded,
+            Image.open(encoded, formats=FORMATS) as file,
+        ):
             if file.width * file.height > max_pixels:  # from the header: nothing has been decoded yet
                 raise ValueError(f"{file.width} x {file.height} pixels, more than the {max_pixels} allowed")
             picture = ImageOps.exif_transpose(file)
@@ -158,9 +164,11 @@ def read_bytes(index: FaceIndex, row: int) -> bytes:
     """
     offset, length = int(index.offsets[row]), int(index.lengths[row])
     try:
-        with open(index.path(row), "rb") as file:
+        with open_regular(index.path(row)) as file:
+            if offset < 0 and os.fstat(file.fileno()).st_size > LARGEST:
+                raise ValueError(f"{index.path(row)} has more than the {LARGEST} bytes that a picture may have")
             file.seek(max(offset, 0))
-            return file.read(length)
+            return file.read(min(length, LARGEST) if length >= 0 else -1)
     except OSError as error:
         raise ValueError(f"cannot read {index.path(row)} (row {row}): {error}") from error
 

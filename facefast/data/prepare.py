@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from facefast.data import FaceIndex, PairSet, read_index
 from facefast.data.corrections import apply_corrections, read_labels
 from facefast.data.drawn import synthetic
 from facefast.data.index import FAULTS, SPLITS
+from facefast.data.loader import FEWEST_BAD
 from facefast.data.subsets import joined, with_attributes, with_hidden_labels, with_shots
 from facefast.recipe import AttributeSpec, DataConfig, IndexFacts, Phase, Photographs, Reading, Recipe
+from facefast.runtime import files
 from facefast.runtime.exits import DataError
 from facefast.runtime.process import Runtime, decode_threads
 
@@ -74,26 +79,106 @@ class PhaseData:
         return torch.tensor(self.train.attributes)
 
 
-def prepare(recipe: Recipe, folder: Path, run: Runtime) -> tuple[PhaseData, ...]:
+def prepare(recipe: Recipe, folder: Path, run: Runtime, begun: Path | None = None) -> tuple[PhaseData, ...]:
     """Reads, checks and divides the photographs; every rank gets the same.
 
     Rank 0 scans the files and leaves `index.npz` in the run folder for the others.
 
+    Args:
+        begun: the index that a run began with which goes on: where the pictures are still those it stays, and those
+            that changed count as unreadable, as they do while a run goes.
+
     Raises:
         DataError: more bad files than `data.max_bad_fraction` allows.
         ValueError: the folder's layout is not what the recipe says, or a phase has nothing to be measured on.
+        StorageError: the index cannot be written.
     """
     saved = folder / "index.npz"
     if run.is_main:
-        index = photographs_of(recipe, recipe.data.reading(decode_threads(recipe.threads, run.world)))
+        reading = recipe.data.reading(decode_threads(recipe.threads, run.world))
+        index = as_it_began(begun, recipe, reading) if begun is not None else None
+        if index is None:
+            index = photographs_of(recipe, reading)
         index.save(saved)
     run.barrier()
+    # Where the run folder is not shared by the machines, it holds an old index on another one, or none.
+    run.require_same({"index.npz": files.sha256(saved) if saved.exists() else "missing"}, DataError)
     # Rank 0 too reads what it wrote: no rank can work on an index that differs from the others'.
     index = FaceIndex.load(saved)
     datasets = tuple(divide(index, recipe, phase) for phase in recipe.phases)
     for phase, data in zip(recipe.phases, datasets, strict=True):
         _require_evaluation(data, phase, recipe.data)
     return datasets
+
+
+def as_it_began(begun: Path, recipe: Recipe, reading: Reading) -> FaceIndex | None:
+    """The index that a run began with, if the photographs are still its pictures under the same names; else None.
+
+    A picture that changed, can no longer be read or is gone keeps its row: to the reader it is then unreadable, so the
+    run goes on to the bits to which it would have come without a stop. What it prints names those pictures. A picture
+    more, or another name, landmark or attribute, is another set of photographs.
+
+    Args:
+        begun: the file in which the run left the index.
+
+    Raises:
+        DataError: more of them changed than the loader of a run would bear.
+        ValueError: the folder's layout is not what the recipe says.
+    """
+    try:
+        before = FaceIndex.load(begun)
+    except ValueError:
+        return None
+    # Those that turned bad are counted below, among the run's own pictures.
+    now = photographs_of(recipe, dataclasses.replace(reading, max_bad_fraction=1.0))
+    rows = _places(before, now)
+    if before.root != now.root or -1 in rows or not _same_facts(before.select(rows), now):
+        return None
+    same = np.zeros(len(before), bool)
+    same[rows] = (before.hashes[rows] == now.hashes).all(axis=1)
+    changed = np.flatnonzero(~same).tolist()
+    if not changed:
+        return before
+    named = ", ".join(before.name(row) for row in changed[:3]) + (", ..." if len(changed) > 3 else "")
+    told = f"{len(changed)} of {len(before)} pictures changed or went since the run began ({named})"
+    limit = reading.max_bad_fraction
+    if len(changed) > limit * len(before) and (limit == 0 or len(changed) >= min(FEWEST_BAD, len(before))):
+        raise DataError(
+            f"{told}, above data.max_bad_fraction {limit}; bring them back as they were, or start anew with "
+            "another --out"
+        )
+    print(f"note: {told}: they count as unreadable", flush=True)
+    return before
+
+
+def _places(before: FaceIndex, now: FaceIndex) -> list[int]:
+    """The row of `before` that each row of `now` was, -1 where it is new."""
+    if all(np.array_equal(getattr(before, name), getattr(now, name)) for name in ("paths", "offsets", "lengths")):
+        return list(range(len(before)))  # nearly always: millions of pictures need no dictionary
+
+    def keys(index: FaceIndex) -> Iterator[tuple[bytes, int, int]]:
+        return zip(index.paths.tolist(), index.offsets.tolist(), index.lengths.tolist(), strict=True)
+
+    place = {key: row for row, key in enumerate(keys(before))}
+    return [place.get(key, -1) for key in keys(now)]
+
+
+def _same_facts(one: FaceIndex, other: FaceIndex) -> bool:
+    """Whether the rows have the same names, partition, landmarks and attributes."""
+
+    def names(index: FaceIndex) -> list[str]:
+        return [index.class_names[label] if label >= 0 else "" for label in index.labels.tolist()]
+
+    def equal(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
+        return a is b is None or (a is not None and b is not None and np.array_equal(a, b, equal_nan=True))
+
+    return (
+        names(one) == names(other)
+        and one.attribute_names == other.attribute_names
+        and equal(one.splits, other.splits)
+        and equal(one.landmarks, other.landmarks)
+        and equal(one.attributes, other.attributes)
+    )
 
 
 def _require_evaluation(data: PhaseData, phase: Phase, config: DataConfig) -> None:
@@ -159,7 +244,7 @@ def check_budget(index: FaceIndex, max_bad_fraction: float) -> None:
     listed = "\n".join(f"  {index.path(row)}: {FAULTS[index.faults[row]]}" for row in bad[:10])
     raise DataError(
         f"{len(bad)} of {len(index)} files are bad, above data.max_bad_fraction {max_bad_fraction}:\n{listed}\n"
-        f"`python -m facefast.index {index.root}` lists them all"
+        f"  `python -m facefast.index {index.root}` lists them all"
     )
 
 
@@ -206,16 +291,16 @@ def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> PhaseData:
         people, verification = people.split_identities(recipe.data.verify_fraction, recipe.seed)
         people = people.compact()
     train, test = people.split_per_identity(recipe.data.test_fraction, recipe.seed)
-    if verification is None and _can_be_paired(test):
+    if verification is None and can_be_paired(test):
         verification, held_out = test, False
     train, test = _with_unlabelled(train, test, unlabelled, recipe, phase)
     train, validation = _to_choose_by(train, recipe)
-    choosing, choosing_held_out = (validation, False) if _can_be_paired(validation) else (None, False)
+    choosing, choosing_held_out = (validation, False) if can_be_paired(validation) else (None, False)
     # Names choose where they can; where verification has to, it is that of people never seen, if some were kept out.
     if not len(validation) or not phase.loss.weight or recipe.eval.chooses_by_pairs:
         if verification is not None and held_out and (halves := _halves(verification, recipe.seed)):
             (choosing, verification), choosing_held_out = halves, True
-        elif choosing is None and _can_be_paired(train):
+        elif choosing is None and can_be_paired(train):
             choosing = train
     return PhaseData(
         train=train,
@@ -253,7 +338,7 @@ def _halves(people: FaceIndex, seed: int) -> tuple[FaceIndex, FaceIndex] | None:
     if len(np.unique(people.labels)) < 4:
         return None
     parts = people.split_identities(0.5, seed)
-    return parts if all(map(_can_be_paired, parts)) else None
+    return parts if all(map(can_be_paired, parts)) else None
 
 
 def _with_unlabelled(
@@ -370,7 +455,7 @@ def _divide_yes_and_no(index: FaceIndex) -> tuple[FaceIndex, EvaluationSet, Eval
     return train, sets[0], sets[1]
 
 
-def _can_be_paired(index: FaceIndex) -> bool:
+def can_be_paired(index: FaceIndex) -> bool:
     """Whether there are two pictures of one identity, and another identity."""
     counts = np.bincount(index.labels[index.labels >= 0])
     return bool((counts > 1).any() and (counts > 0).sum() > 1)

@@ -143,6 +143,29 @@ def top_entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[bytes]]:
         ) from error
 
 
+def require_there(path: str | os.PathLike[str]) -> None:
+    """Refuses a path of photographs that leads nowhere, in one way for every command.
+
+    Raises:
+        ValueError: nothing is there, or it is no path.
+        DataError: nobody may look whether there is.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{os.fspath(path)} does not exist; give the folder that holds the photographs") from None
+    except PermissionError as error:
+        raise DataError(
+            f"{os.fspath(path)} cannot be looked at ({error.strerror}); give its readers permission to all folders on "
+            "the way to it, or name another one"
+        ) from error
+    except (OSError, ValueError) as error:  # a link to itself, a name too long, a byte 0
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ValueError(
+            f"{os.fspath(path)} leads nowhere ({why}); give the folder that holds the photographs"
+        ) from error
+
+
 def is_folder(entry: os.DirEntry[bytes]) -> bool:
     """Whether an entry is a folder or a link to one; False where nobody can tell."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from facefast.data.index import FAULTS, FaceIndex
 from facefast.data.sampler import Rows
 from facefast.recipe import AugmentSpec, ImageSpec, Reading
 
+KEPT_BYTES = 64 << 20
+"""Encoded bytes of a batch that wait for the decoder; large pictures beyond them are read again when it wants them."""
 MANY = 1 << 14
 """Rows from which candidates for filling are drawn one by one: to shuffle all of them would take longer."""
 
@@ -28,12 +31,13 @@ class Work:
     asked: Rows  # [B], -1 where the sampler pads
     own: Rows  # [B], each slot's place among the pictures read, -1 where it has none
     rows: Rows  # [n] of the pictures read
-    data: list[NDArray[np.uint8]]
+    data: list[NDArray[np.uint8]]  # empty where it is read again when it is wanted
     numbers: Draw
     sizes: NDArray[np.int32]  # [n, 2] (width, height), upright
     bad: dict[int, str]  # row -> reason, of the rows asked for
     spares: list[int] = field(default_factory=list)  # places of the pictures that fill empty slots, in this order
     broken: set[int] = field(default_factory=set)  # places of the pictures that the decoder breaks on
+    num_parts: int = 1  # that the decoder takes it in
 
     def spoil(self, place: int, reason: str) -> None:
         """Takes a picture out that the decoder breaks on."""
@@ -59,17 +63,24 @@ class Work:
         """[B], -1 where a slot has no picture of its own."""
         return np.where(self.own >= 0, self.asked, -1)
 
-    def encoded(self) -> Encoded:
-        """The batch as the decoder takes it, with empty slots filled."""
+    def parts(self, most_pixels: int) -> list[Rows]:
+        """Places of the pictures for the slots, empty ones filled, in parts of at most so many pixels or of one
+        picture; one empty part where there is no picture at all."""
         # Where the data has no further pictures those that there are take turns.
         places, empty, spares = self.own.copy(), np.flatnonzero(self.own < 0), self.fillers()
         if len(spares) < len(empty):
             spares += self.own[self.own >= 0].tolist()
         if not spares and len(empty):
-            return blank(len(self.asked))
+            return [np.zeros(0, np.int64)]
         if len(empty):
             places[empty] = np.resize(spares, len(empty))
-        return Encoded([self.data[place] for place in places], self.numbers.take(places), self.sizes[places])
+        cuts, pixels = [], 0
+        for slot, count in enumerate(self.sizes[places].astype(np.int64).prod(1).tolist()):
+            pixels += count
+            if slot and pixels > most_pixels:
+                cuts.append(slot)
+                pixels = count
+        return np.split(places, cuts)
 
 
 class Reader:
@@ -98,6 +109,17 @@ class Reader:
         work.bad |= {int(row): FAULTS[fault] for row, fault in zip(asked[slots], faults, strict=True) if fault}
         return work
 
+    def encoded(self, work: Work, places: Rows) -> Encoded:
+        """A part of a batch as the decoder takes it."""
+        if not len(places):
+            return blank(len(work.asked))
+        data = [self.picture(work, place) for place in places.tolist()]
+        return Encoded(data, work.numbers.take(places), work.sizes[places])
+
+    def picture(self, work: Work, place: int) -> NDArray[np.uint8]:
+        """The bytes of one picture of a batch; empty, which no decoder takes, where it is another one by now."""
+        return work.data[place] if len(work.data[place]) else self._read(work.rows[[place]])[0][0]
+
     def fill(self, work: Work, candidates: Rows) -> None:
         """Reads pictures for the empty slots, in the order of `candidates`, as far as they go."""
         done = 0
@@ -109,14 +131,8 @@ class Reader:
     def _add(self, work: Work, rows: Rows) -> tuple[Rows, NDArray[np.uint8]]:
         """Places of the pictures of some rows, read into the batch, -1 of those that cannot be; and their faults."""
         index = self.index
-        data, faults, widths, heights, orientations = _scan.read(
-            np.char.add(self._prefix, index.paths[rows]),
-            index.offsets[rows],
-            index.lengths[rows],
-            self.reading.threads,
-            self.reading.max_pixels,
-            index.hashes[rows],  # a picture that is another one than was looked at may show anybody
-        )
+        kept = sum(len(data) for data in work.data)
+        data, faults, widths, heights, orientations = self._read(rows, max(0, KEPT_BYTES - kept))
         sound = np.flatnonzero(faults == 0)
         places = np.full(len(rows), -1, np.int64)
         places[sound] = len(work.rows) + np.arange(len(sound))
@@ -130,6 +146,18 @@ class Reader:
         work.numbers = Draw(*(np.concatenate(pair) for pair in zip(work.numbers, numbers, strict=True)))
         work.sizes = np.concatenate([work.sizes, sizes])
         return places, faults
+
+    def _read(self, rows: Rows, keep_bytes: int = 1 << 62) -> Any:
+        index = self.index
+        return _scan.read(
+            np.char.add(self._prefix, index.paths[rows]),
+            index.offsets[rows],
+            index.lengths[rows],
+            self.reading.threads,
+            self.reading.max_pixels,
+            index.hashes[rows],  # a picture that is another one than was looked at may show anybody
+            keep_bytes,
+        )
 
 
 def candidates(rows: Rows, asked: Rows, key: tuple[int, ...], number: int) -> Rows:

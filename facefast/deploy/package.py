@@ -8,16 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from facefast.models import FaceModel, checkpoint
 from facefast.runtime import files, manifest
-from facefast.runtime.exits import StorageError
 
 LEAST_COSINE = 0.9999
 """Between the embeddings of the model and of its export."""
+OTHER = "choose another OUT, or make room"
 
 
 PACKAGE = ("model.json", "model.safetensors", "recipe.json", "manifest.json")
@@ -46,15 +45,20 @@ def export(model: FaceModel, to: str, out: Path, recipe: dict[str, Any] | None =
     Raises:
         ValueError: a package for the format is missing, the folder holds something else, or the export's embeddings
             differ.
-        StorageError: `out` cannot be written.
+        StorageError: `out` cannot be written. After any error what was there is as it was.
     """
     if to not in ("onnx", "torch", "safetensors"):
         raise ValueError(f"there is no export to {to!r}; it must be onnx, torch or safetensors")
-    try:
-        with _quiet():
-            _export(model, to, out, recipe)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise StorageError(f"cannot write {out}: {error}; choose another OUT") from error
+    files.require_writable(out, folder=to == "safetensors", advice=OTHER)
+    needed = sum(tensor.nbytes for tensor in model.state_dict().values())
+    with _quiet():
+        if to == "safetensors":
+            _refuse_others(out)
+            with files.replacing_folder(out, needed, OTHER) as aside:
+                _export(model, to, aside, recipe, out)
+        else:
+            with files.replacing(out, needed, OTHER, parents=True) as aside:
+                _export(model, to, aside, recipe, out)
 
 
 @contextlib.contextmanager
@@ -66,22 +70,25 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _export(model: FaceModel, to: str, out: Path, recipe: dict[str, Any] | None) -> None:
+def _export(model: FaceModel, to: str, aside: Path, recipe: dict[str, Any] | None, out: Path) -> None:
+    """Writes to `aside`, which becomes `out` where it gives the model's embeddings."""
     embedder = Embedder(model).eval()
     height, width = model.image.shape
     # Two pictures: an exporter takes a size of 1 for a constant, and the batch must stay free.
     images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     batch: dict[str, dict[int, Any]] = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
-    out.parent.mkdir(parents=True, exist_ok=True)
     if to == "safetensors":
-        write_package(model, out, recipe)
-        found = Embedder(checkpoint.load_model(out))(images)
+        write_package(model, aside, recipe)
+        found = Embedder(checkpoint.load_model(aside))(images)
     elif to == "torch":
         program = torch.export.export(embedder, (images,), dynamic_shapes=batch)
-        torch.export.save(program, out)
-        found = torch.export.load(out).module()(images)
+        # By way of an open file: torch warns of a name that does not end in .pt2.
+        with open(aside, "wb") as file:
+            torch.export.save(program, file)
+        with open(aside, "rb") as file:
+            found = torch.export.load(file).module()(images)
     else:
-        found = _to_onnx(embedder, images, batch, out)
+        found = _to_onnx(embedder, images, batch, aside)
     with torch.inference_mode():
         cosine = float((embedder(images) * found).sum(1).min())  # of two vectors of length 1
     if not cosine >= LEAST_COSINE:
@@ -118,15 +125,19 @@ def write_package(model: FaceModel, out: Path, recipe: dict[str, Any] | None = N
         ValueError: the folder holds something else, which the manifest would take for a part of the model.
     """
     out.mkdir(parents=True, exist_ok=True)
-    others = sorted(file.name for file in out.iterdir() if file.name not in PACKAGE)
-    if others:
-        raise ValueError(f"{out} holds {others[0]}, which is no part of a model; choose an empty folder")
+    _refuse_others(out)
     (out / "recipe.json").unlink(missing_ok=True)  # of another model, where this one has none
     if recipe is not None:
         files.write_json(out / "recipe.json", _without_paths(recipe))
     files.write_json(out / "model.json", model.to_config())
     checkpoint.write_tensors(out / "model.safetensors", model.state_dict())
     manifest.write(out, step=0)  # last: it hashes the others
+
+
+def _refuse_others(out: Path) -> None:
+    others = sorted(file.name for file in out.iterdir() if file.name not in PACKAGE) if out.is_dir() else []
+    if others:
+        raise ValueError(f"{out} holds {others[0]}, which is no part of a model; choose an empty folder")
 
 
 def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:

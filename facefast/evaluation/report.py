@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from facefast.evaluation.baselines import BASELINES
 from facefast.runtime import files
+from facefast.runtime.log import read_lines
 
 COLUMNS = (
     ("top1", "top-1"),
@@ -81,15 +81,19 @@ def with_baselines(evaluation: Mapping[str, float]) -> dict[str, dict[str, float
 
 
 def write(folder: Path) -> Path:
-    """Writes `report.html` from recipe.json, plan.json, environment.json, status.json and metrics.jsonl."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Writes `report.html` from recipe.json, plan.json, environment.json, status.json and metrics.jsonl.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    lines = read_lines(folder / "metrics.jsonl")
     status = files.read_json(folder / "status.json")
-    asked = {line["phase"]: line for line in lines if line["split"] == "test"}  # a row is its last line
+    asked = {line["phase"]: line for line in lines if line.get("split") == "test"}  # a row is its last line
     header, rows = _cells({row: {k: v for k, v in line.items() if v is not None} for row, line in asked.items()})
     rows = _marked(rows, (status.get("best") or {}).get("phase", ""))
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     head = "".join(f"<th>{html.escape(title)}</th>" for title in header)
-    train = [line for line in lines if line["split"] == "train"]
+    train = [line for line in lines if line.get("split") == "train"]
     charts = "".join(
         f"<h3>{title}</h3>{_chart(train, key)}"
         for key, title in (("loss", "Training loss"), ("images_per_second", "Images per second"))
@@ -104,8 +108,9 @@ def write(folder: Path) -> Path:
         f"<h2>On the test part, which has chosen nothing</h2><table><tr>{head}</tr>{cells}</table>"
         f"<h2>Curves</h2>{charts}<h2>Everything else</h2>{documents}"
     )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path, content = folder / "report.html", page.encode("utf-8", "backslashreplace")
+    with files.replacing(path, len(content)) as aside:
+        aside.write_bytes(content)
     return path
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
+from typing import Any
 
-from facefast.data import PairSet, read_bin, read_lfw
-from facefast.data.prepare import EvaluationSet, check_budget, divide, photographs_of, require_sound
+import numpy as np
+
+from facefast.data import FaceIndex, PairSet, read_bin, read_lfw
+from facefast.data.prepare import EvaluationSet, can_be_paired, check_budget, divide, photographs_of, require_sound
+from facefast.data.subsets import with_attributes
+from facefast.data.walk import require_there
 from facefast.models import FaceModel, checkpoint
-from facefast.recipe import DataConfig, EvalConfig, Phase, Reading, Recipe, from_json
+from facefast.recipe import DataConfig, EvalConfig, Phase, Reading, Recipe, TaskConfig, from_json
 
 
 def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | None) -> EvaluationSet:
@@ -36,51 +43,104 @@ def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | 
 
 
 def find_evaluation_set(
-    path: Path, model: FaceModel, data: DataConfig, config: EvalConfig, seed: int, threads: int
+    path: Path,
+    model: FaceModel,
+    data: DataConfig,
+    config: EvalConfig,
+    seed: int,
+    threads: int,
+    typed: frozenset[str] = frozenset(),
 ) -> EvaluationSet:
     """What the model's own recipe kept for testing, or else random pairs of all people in `data`.
+
+    Strangers are also asked for the attributes that the model tells, where the photographs have them.
 
     Args:
         path: MODEL as it was given; its recipe says what was kept for testing.
         config: number of pairs and folds.
         seed: of random pairs.
+        typed: options of `data` and `config` that were given, though they may be at their default: data.test_fraction.
 
     Raises:
         ValueError: no photographs were named.
     """
     if not data.root:
         raise ValueError("evaluate needs photographs: --data.root DIR, or --bin SET")
-    trained = _asked_again(_recipe_of(path), data)
+    require_there(data.root)
+    saved = _recipe_of(path)
+    trained = _asked_again(saved or Recipe(phases=(Phase(start="scratch"),)), data, config, typed)
     index = photographs_of(trained, trained.data.reading(threads))
-    known = set(model.class_names) & set(index.class_names)
-    if known or trained.learns_attributes:
+    if not _has(index, trained.tasks.attributes):
+        trained = dataclasses.replace(trained, tasks=TaskConfig())
+    people = _people_of(path, model, saved)
+    known = set(index.class_names) if people is None else set(people) & set(index.class_names)
+    if known or trained.binary.active:
         # Divided again by the recipe's seed: the pictures that were kept out then, as long as the classes agree.
-        evaluation_set = divide(index, trained, _last_phase(trained)).evaluation
-        if evaluation_set.test is not None and evaluation_set.test.class_names == model.class_names:
-            return evaluation_set
+        divided = divide(index, trained, _last_phase(trained))
+        found = divided.evaluation
+        if people in (None, divided.train.class_names) and (found.test is not None or found.verification is not None):
+            return found
     everybody = index.select(index.labels >= 0).compact()
+    test = _unnamed(index, trained) if trained.tasks.attributes and not known else None
+    if test is not None and not can_be_paired(everybody):
+        return EvaluationSet(test=test, verification=None, pairs=None, held_out=True)
     pairs = PairSet.random(everybody, config.pairs, config.folds, seed)
-    return EvaluationSet(test=None, verification=everybody, pairs=pairs, held_out=not known)
+    return EvaluationSet(test=test, verification=everybody, pairs=pairs, held_out=not known)
 
 
-def _asked_again(trained: Recipe, data: DataConfig) -> Recipe:
+def _people_of(path: Path, model: FaceModel, saved: Recipe | None) -> tuple[str, ...] | None:
+    """Names of those whom a model was trained on, in its order; None where that cannot be told."""
+    # A model that learns no names, from triplets or attributes alone, has seen people all the same.
+    if model.class_names or saved is None or saved.binary.active:
+        return model.class_names
+    begun = checkpoint.find_model(path).parents[1] / "index.npz"  # beside a run's checkpoints
+    if begun.is_file():
+        with contextlib.suppress(ValueError):  # damaged, or of another facefast
+            return divide(FaceIndex.load(begun), saved, _last_phase(saved)).train.class_names
+    return None
+
+
+def _has(index: FaceIndex, attributes: tuple[str, ...]) -> bool:
+    return {name.lower() for name in attributes} <= {name.lower() for name in index.attribute_names}
+
+
+def _unnamed(index: FaceIndex, trained: Recipe) -> FaceIndex:
+    """All rows with the attributes that were learnt, and nobody's names: those stand for no class of the model."""
+    index = with_attributes(index, trained.tasks.attributes)
+    return dataclasses.replace(index, labels=np.full(len(index), -1, np.int32), class_names=())
+
+
+def _asked_again(trained: Recipe, data: DataConfig, config: EvalConfig, typed: frozenset[str]) -> Recipe:
     """The recipe that a model was trained with, for an evaluation on `data`.
 
-    How pictures are divided stays, unless `data` says otherwise. On the photographs that the model was trained on, so
-    does what the recipe knows of them: corrections, further folders, attributes, the people of binary recognition;
-    other photographs have their own.
+    How pictures are divided and paired stays, unless `data` or `config` says otherwise. On the photographs that the
+    model was trained on, so does what the recipe knows of them: corrections, further folders, the people of binary
+    recognition; other photographs have their own.
     """
-    default = DataConfig()
-    # A field that is at its default was not given: how to read and divide is then the recipe's.
-    names = [f.name for f in dataclasses.fields(default)]
-    given = {name: getattr(data, name) for name in names if getattr(data, name) != getattr(default, name)}
-    merged = dataclasses.replace(trained.data, **given | {"format": data.format})
-    if Path(data.root).resolve() == Path(trained.data.root).resolve():
+    merged = dataclasses.replace(trained.data, **_given(data, "data", typed) | {"format": data.format})
+    trained = dataclasses.replace(trained, eval=dataclasses.replace(trained.eval, **_given(config, "eval", typed)))
+    if os.path.realpath(data.root) == os.path.realpath(trained.data.root):
         return dataclasses.replace(trained, data=merged)
     merged = dataclasses.replace(merged, more=(), corrections=data.corrections, labels=data.labels)
     return Recipe(
-        data=merged, image=trained.image, phases=(_last_phase(trained),), eval=trained.eval, seed=trained.seed
+        data=merged,
+        image=trained.image,
+        phases=(_last_phase(trained),),
+        eval=trained.eval,
+        tasks=trained.tasks,
+        seed=trained.seed,
     )
+
+
+def _given(values: DataConfig | EvalConfig, section: str, typed: frozenset[str]) -> dict[str, Any]:
+    """Fields that were given: those that were typed, and those that are not at their default."""
+    default = type(values)()
+    names = [field.name for field in dataclasses.fields(default)]
+    return {
+        name: getattr(values, name)
+        for name in names
+        if f"{section}.{name}" in typed or getattr(values, name) != getattr(default, name)
+    }
 
 
 def _last_phase(trained: Recipe) -> Phase:
@@ -88,7 +148,7 @@ def _last_phase(trained: Recipe) -> Phase:
     return Phase(name=trained.phases[-1].name, split=trained.phases[-1].split, start="scratch")
 
 
-def _recipe_of(model: Path) -> Recipe:
-    """The recipe a model was trained with; a plain one for a source model's weights."""
+def _recipe_of(model: Path) -> Recipe | None:
+    """The recipe a model was trained with; None for a source model's weights."""
     saved = checkpoint.read_recipe(model)
-    return Recipe(phases=(Phase(start="scratch"),)) if saved is None else from_json(Recipe, saved)
+    return None if saved is None else from_json(Recipe, saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from facefast.data import FaceIndex, oracle
 from facefast.labels.clustering import Floats
 from facefast.labels.suspects import Suspect, Suspects
-from facefast.runtime.exits import StorageError
+from facefast.runtime.files import replacing, storing
 
 TILE = 96
 """Pixels on a side of one photograph."""
@@ -48,20 +49,19 @@ def write_sheets(folder: Path, name: str, strips: Sequence[Strip], index: FaceIn
     """Writes `name`_01.jpg and so on, and removes those of an earlier time; returns what was written.
 
     Raises:
-        StorageError: a sheet cannot be written.
+        StorageError: a sheet cannot be written; those of an earlier time are then as they were.
     """
-    written = []
-    try:
+    pages = _pages(strips)
+    written = [folder / f"{name}_{number:02d}.jpg" for number in range(1, len(pages) + 1)]
+    with contextlib.ExitStack() as together, storing(folder, what="contact sheets to "):
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob(f"{name}_*.jpg"):
+        # Each takes its place when all of them could be written.
+        for path, page in zip(written, pages, strict=True):
+            draw_sheet(page, index).save(together.enter_context(replacing(path)), "JPEG", quality=88)
+    with storing(folder):
+        for old in set(folder.glob(f"{name}_*.jpg")) - set(written):
             if re.fullmatch(r"\d\d+", old.stem.removeprefix(f"{name}_")):  # nothing that is the user's
                 old.unlink()
-        for number, page in enumerate(_pages(strips), 1):
-            path = folder / f"{name}_{number:02d}.jpg"
-            draw_sheet(page, index).save(path, quality=88)
-            written.append(path)
-    except OSError as error:
-        raise StorageError(f"cannot write contact sheets to {folder}: {error}; choose another --out") from error
     return written
 
 

@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,17 @@ import torch
 from torch import Tensor
 
 from facefast.models import FaceModel, load_source, model_from_source
+from facefast.models.face import require_numbers
 from facefast.models.precision import Precision
+from facefast.models.weights.readers import read_safetensors
 from facefast.recipe import Plan, Recipe, from_json, to_json
 from facefast.runtime import files, manifest
 from facefast.runtime.exits import StorageError
 
 FOLDER = "checkpoints"
+DOCUMENTS = 16384
+"""Bytes set aside for a checkpoint's JSON and for the header of each file of tensors."""
+UNTOUCHED = "Earlier checkpoints are untouched: make room, and the same command goes on from them"
 
 
 def save(
@@ -56,22 +60,41 @@ def save(
     folder = run_folder / FOLDER
     path = folder / f"step-{step:07d}"
     aside = folder / f".{path.name}.tmp"
-    try:
+    with files.storing(path, advice=UNTOUCHED):
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
-        aside.mkdir()
-        _write_all(aside, tensors, documents)
-        manifest.write(aside, step)
-        files.replace_folder(aside, path)
-        files.replace_link(folder / "last", path.name)
-        if best:
-            files.replace_link(folder / "best", path.name)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+    try:
+        with files.storing(path, needed_bytes(tensors), UNTOUCHED):
+            aside.mkdir()
+            _write_all(aside, tensors, documents)
+            manifest.write(aside, step)
+            files.replace_folder(aside, path)
+            files.replace_link(folder / "last", path.name)
+            if best:
+                files.replace_link(folder / "best", path.name)
+    except StorageError:
         shutil.rmtree(aside, ignore_errors=True)
-        free = f"{shutil.disk_usage(run_folder).free} bytes are free there" if run_folder.exists() else "it is gone"
-        raise StorageError(f"cannot write {path}: {error}; {free}. Earlier checkpoints are untouched.") from error
+        raise
     _remove_old(folder, keep)
     return path
+
+
+def needed_bytes(tensors: dict[str, dict[str, Tensor]]) -> int:
+    """What a checkpoint takes on the disk, about: its tensors, and some room for names and documents."""
+    numbers = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+    return numbers + DOCUMENTS * (1 + len(tensors))
+
+
+def require_room(run_folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Finds out, before any training, that not one checkpoint can be written.
+
+    Raises:
+        StorageError: it has too little room, or the folder refuses.
+    """
+    folder = run_folder / FOLDER
+    files.require_writable(folder, folder=True, advice=UNTOUCHED)
+    with files.storing(folder, needed_bytes(tensors), UNTOUCHED):
+        pass
 
 
 def hand_on(run_folder: Path, name: str, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]) -> Path:
@@ -83,15 +106,16 @@ def hand_on(run_folder: Path, name: str, tensors: dict[str, dict[str, Tensor]], 
     folder = run_folder / FOLDER
     path, aside = folder / name, folder / f".{name}.tmp"
     try:
+        with files.storing(path, needed_bytes(tensors), UNTOUCHED):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            _write_all(aside, tensors, documents)
+            manifest.write(aside, 0)
+            files.replace_folder(aside, path)
+            files.replace_link(folder / "best", path.name)
+    except StorageError:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        _write_all(aside, tensors, documents)
-        manifest.write(aside, 0)
-        files.replace_folder(aside, path)
-        files.replace_link(folder / "best", path.name)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise StorageError(f"cannot write {path}: {error}") from error
+        raise
     return path
 
 
@@ -110,17 +134,18 @@ def amend(path: Path, documents: dict[str, Any]) -> None:
     aside = path.with_name(f".{path.name}.tmp")
     step = files.read_json(path / manifest.NAME)["step"]
     try:
+        with files.storing(path, DOCUMENTS, UNTOUCHED):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            for file in path.iterdir():  # links to the same content cost no room
+                if file.name != manifest.NAME and file.stem not in documents:
+                    os.link(file, aside / file.name)
+            _write_all(aside, {}, documents)
+            manifest.write(aside, step)
+            files.replace_folder(aside, path)
+    except StorageError:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        for file in path.iterdir():  # links to the same content cost no room
-            if file.name != manifest.NAME and file.stem not in documents:
-                os.link(file, aside / file.name)
-        _write_all(aside, {}, documents)
-        manifest.write(aside, step)
-        files.replace_folder(aside, path)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise StorageError(f"cannot write {path}: {error}") from error
+        raise
 
 
 def _write_all(folder: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]) -> None:
@@ -164,6 +189,11 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
+def has_any(run_folder: Path) -> bool:
+    """Whether a run has checkpoints, sound or not."""
+    return bool(_steps(run_folder / FOLDER))
+
+
 def newest(run_folder: Path) -> Path | None:
     """The newest sound checkpoint of a run, or None where it has none; damaged ones are passed over with a warning.
 
@@ -201,33 +231,25 @@ def check_same_run(path: Path, recipe: Recipe, plan: Plan) -> None:
     # By way of a Recipe: a field that is newer than the checkpoint has its default there.
     theirs, ours = to_json(from_json(Recipe, files.read_json(path / "recipe.json"))), to_json(recipe)
     # These may change in the middle of a run: they have no part in its weights.
-    free = ("threads", "log_every", "keep", "save_every", "projector")
+    free = ("threads", "log_every", "keep", "save_every", "projector", "rank_timeout")
     differs = [
-        f"{name}: {old!r} there, {new!r} now" for name, old, new in _differences(theirs, ours) if name not in free
+        f"{name}: {old!r} there, {new!r} now" for name, old, new in files.differences(theirs, ours) if name not in free
     ]
     old_plan = files.read_json(path / "plan.json")
-    for old, new in zip(old_plan["phases"], plan.phases, strict=False):
-        if old["fingerprint"] != new.fingerprint:
-            differs.append(
-                f"photographs of phase {new.name}: {old['num_rows']} of {old['num_classes']} identities there, "
-                f"{new.num_rows} of {new.num_classes} now; names, labels, landmarks or content differ"
-            )
+    try:
+        for old, new in zip(old_plan["phases"], plan.phases, strict=False):
+            if old["fingerprint"] != new.fingerprint:
+                differs.append(
+                    f"photographs of phase {new.name}: {old['num_rows']} of {old['num_classes']} identities there, "
+                    f"{new.num_rows} of {new.num_classes} now; names, labels, landmarks or content differ"
+                )
+    except (KeyError, TypeError) as error:
+        raise StorageError(f"{path / 'plan.json'} is no plan of facefast's: {error}") from error
     if differs:
         raise ValueError(
             f"{path} belongs to another run ({'; '.join(differs)}); give the run another --out, or --resume never "
             "to throw its checkpoints away"
         )
-
-
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for number, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(a, b, f"{name}.{number}")
-    elif old != new:
-        yield name, old, new
 
 
 def discard(run_folder: Path) -> None:
@@ -238,7 +260,7 @@ def discard(run_folder: Path) -> None:
 def read_tensors(path: Path, stem: str) -> dict[str, Tensor]:
     """The named tensors of one file of a checkpoint, on the CPU; empty where the checkpoint has no such file."""
     file = path / f"{stem}.safetensors"
-    return safetensors.torch.load_file(file) if file.exists() else {}
+    return read_safetensors(file) if file.exists() else {}
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -292,7 +314,10 @@ def read_recipe(model: Path) -> dict[str, Any] | None:
     if not model.is_dir():
         return None
     path = find_model(model) / "recipe.json"
-    return dict(files.read_json(path)) if path.exists() else None
+    recipe = files.read_json(path) if path.exists() else None
+    if not isinstance(recipe, dict | None):
+        raise ValueError(f"{path} holds no recipe, but {recipe!r:.80}")
+    return recipe
 
 
 def precision_of(path: Path, model: FaceModel) -> Precision:
@@ -324,6 +349,13 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> FaceMode
         return model.to(device).eval()
     folder = find_model(path)
     manifest.verify(folder)
-    model = FaceModel.from_config(files.read_json(folder / "model.json"))
-    model.load_state_dict(read_tensors(folder, "ema") or read_tensors(folder, "model"))
+    document = files.read_json(folder / "model.json")
+    weights = read_tensors(folder, "ema") or read_tensors(folder, "model")
+    held = sum(tensor.numel() for tensor in weights.values())
+    require_numbers(lambda: FaceModel.from_config(document), held, str(folder / "model.json"))
+    model = FaceModel.from_config(document)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: model.json and the weights are of two models: {error}"[:2000]) from error
     return model.to(device).eval()

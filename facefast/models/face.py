@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,10 @@ from facefast.models.weights.source import Report, Source, apply_source, load_so
 from facefast.recipe import AttributeSpec, ImageSpec, ModelConfig, from_json, to_json
 
 FORMAT = 1
+COUNTERS = 1 << 20
+LARGEST_NETWORK = 1 << 28
+"""Numbers in a backbone; a ResNet-200 has half as many."""
+MOST_CLASSES = 100_000_000
 DEFAULT_BACKBONE = "mobilefacenet"
 
 
@@ -252,7 +256,8 @@ class FaceModel(nn.Module):
         Raises:
             ValueError: another format, or an entry that is missing or wrong.
         """
-        if document.get("format") != FORMAT:
+        if not isinstance(document, Mapping) or document.get("format") != FORMAT:
+            document = document if isinstance(document, Mapping) else {}
             raise ValueError(f"model.json has format {document.get('format')!r}; this facefast reads {FORMAT}")
         fields = ("backbone", "embedding", "head", "dropout")
         wanted = {*fields, "format", "scale", "image", "num_classes", "class_names"}
@@ -260,13 +265,26 @@ class FaceModel(nn.Module):
         if present != wanted:
             differing = ", ".join(sorted(present ^ wanted))
             raise ValueError(f"model.json has wrong or missing entries: {differing}")
+        classes, names, scale = document["num_classes"], document["class_names"], document["scale"]
+        attributes = document.get("attributes", [])
+        if type(classes) is not int or not 0 <= classes <= MOST_CLASSES:
+            raise ValueError(f"model.json: num_classes is {classes!r:.80}; it must be 0 to {MOST_CLASSES}")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("model.json: class_names must be a list of names")
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+            raise ValueError(f"model.json: scale is {scale!r:.80}; it must be a number above 0")
+        if not isinstance(attributes, list):
+            raise ValueError("model.json: attributes must be a list")
+        image = from_json(ImageSpec, document["image"])
+        if not image.size:
+            raise ValueError("model.json: image.size is 0; a model has a size")
         return cls(
             from_json(ModelConfig, {name: document[name] for name in fields}),
-            document["num_classes"],
-            from_json(ImageSpec, document["image"]),
-            document["class_names"],
-            document["scale"],
-            [from_json(AttributeSpec, spec) for spec in document.get("attributes", ())],
+            classes,
+            image,
+            names,
+            float(scale),
+            [from_json(AttributeSpec, spec) for spec in attributes],
         )
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -351,9 +369,39 @@ def build_model(
         )
     config = dataclasses.replace(config, backbone=backbone, embedding=config.embedding or source.embedding)
     image = image.settled(source.image, source.fixed)
+    # Counters are no weights, and older files have none; a partial source may lack a large network, and no more.
+    held = sum(tensor.numel() for tensor in source.state.values()) + (LARGEST_NETWORK if config.partial else COUNTERS)
+    require_numbers(lambda: FaceModel(config, 0, image), held, source.name)
     model = FaceModel(config, num_classes, image, class_names, attributes=attributes)
     model.report = apply_source(model, source, partial=config.partial)
     return model
+
+
+def require_numbers(build: Callable[[], FaceModel], held: int, name: str) -> None:
+    """Refuses to build a model with more numbers than the weights that are to fill it.
+
+    A description of a few hundred bytes may ask for any number of them. They are counted first, without memory.
+
+    Args:
+        build: makes the model.
+        held: numbers in the weights.
+        name: of where the description came from.
+
+    Raises:
+        ValueError: with both numbers; or what `build` raises.
+    """
+    try:
+        with torch.device("meta"):
+            wanted = sum(tensor.numel() for tensor in build().state_dict().values())
+    except RuntimeError as error:
+        if "meta" in str(error):  # a few of timm's networks compute while they are built
+            return
+        raise ValueError(f"{name} describes a model that cannot be built: {error}") from error
+    if wanted > held:
+        raise ValueError(
+            f"{name} describes a model of {wanted} numbers, and its weights hold {held}; one of the two is damaged or "
+            "another model's: take a whole copy of both"
+        )
 
 
 def model_from_source(source: Source) -> FaceModel:

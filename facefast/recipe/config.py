@@ -127,6 +127,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1 or not 0 <= self.drop_path < 1:
             raise ValueError(f"model.dropout {self.dropout} and model.drop_path {self.drop_path} must lie in [0, 1)")
+        if self.embedding < 0:
+            raise ValueError(f"model.embedding is {self.embedding}; it must be at least 0, the backbone's own")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -37,12 +38,22 @@ def from_json(kind: type[T], data: Mapping[str, Any]) -> T:
     Raises:
         ValueError: a key that `kind` does not have, or a value of another type.
     """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{kind.__name__} is {data!r:.80}; it must be an object")
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - known)
     if unknown:
         raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    required = sorted(f.name for f in dataclasses.fields(kind) if _is_required(f))  # type: ignore[arg-type]
+    lacking = [name for name in required if name not in data]
+    if lacking:
+        raise ValueError(f"{kind.__name__} has no {', '.join(lacking)}")
     hints = get_type_hints(kind)
     return kind(**{name: _from_json(hints[name], value, name) for name, value in data.items()})
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.init and field.default is field.default_factory is dataclasses.MISSING
 
 
 def _from_json(hint: Any, value: Any, name: str) -> Any:
@@ -50,17 +61,21 @@ def _from_json(hint: Any, value: Any, name: str) -> Any:
         return from_json(hint, value)
     if get_origin(hint) is tuple:
         inner = get_args(hint)
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name} is {value!r:.80}; it must be a list")
         hints = [inner[0]] * len(value) if len(inner) == 2 and inner[1] is Ellipsis else list(inner)
         if len(hints) != len(value):
             raise ValueError(f"{name} has {len(value)} values; it takes {len(hints)}")
         return tuple(_from_json(h, item, name) for h, item in zip(hints, value, strict=True))
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, get_args(hint)))}")
+            raise ValueError(f"{name} is {value!r:.80}; it must be one of {', '.join(map(str, get_args(hint)))}")
         return value
     # JSON may write a whole number for a float. True and False are ints to Python, and are never meant as numbers.
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > sys.float_info.max:
+            raise ValueError(f"{name} is {value!r:.80}; it must be float")
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{name} is {value!r}; it must be {hint.__name__}")
+        raise ValueError(f"{name} is {value!r:.80}; it must be {hint.__name__}")
     return value

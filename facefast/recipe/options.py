@@ -128,13 +128,28 @@ def parse(kind: type[T], arguments: list[str] | None, command: str) -> T:
         ValueError: an option that the command does not have.
         SystemExit: help was wanted and printed, or a value that is missing or not of its option's type.
     """
-    words = sys.argv[1:] if arguments is None else arguments
     known = [option for option in options(kind) if not option.positional]
     taken = {"--help", *(option.flag for option in known), *(option.negated for option in known)}
-    for word in itertools.takewhile(lambda word: word != "--", words):  # after it come no options
-        flag = hyphenated(word).partition("=")[0]
+    for flag in _flags(arguments):
         # Names before values: tyro would rather say which ones are missing, and knows no --thread=3 for --threads 3.
-        if flag.startswith("--") and flag not in taken and not flag.startswith("--tyro-"):
+        if flag not in taken and not flag.startswith("--tyro-"):
             near = did_you_mean(nearest(flag, ["--help", *(option.flag for option in known)]))
             raise ValueError(f"there is no option {flag}{near} (facefast {command} --help lists all of them)")
-    return tyro.cli(kind, args=words, prog=f"facefast.{command}")
+    return tyro.cli(kind, args=_words(arguments), prog=f"facefast.{command}")
+
+
+def typed(kind: type[Any], arguments: list[str] | None) -> frozenset[str]:
+    """Paths of the options that stand on a command's line, which a value cannot tell: one may be typed that is the
+    default."""
+    flags = set(_flags(arguments))
+    return frozenset(option.path for option in options(kind) if flags & {option.flag, option.negated or option.flag})
+
+
+def _words(arguments: list[str] | None) -> list[str]:
+    return sys.argv[1:] if arguments is None else arguments
+
+
+def _flags(arguments: list[str] | None) -> list[str]:
+    """Names of options, hyphenated, without what is given to them; after -- come none."""
+    words = itertools.takewhile(lambda word: word != "--", _words(arguments))
+    return [hyphenated(word).partition("=")[0] for word in words if word.startswith("--")]

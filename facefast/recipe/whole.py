@@ -34,6 +34,8 @@ class Recipe:
     """Decay of averaged weights, evaluated and saved beside the raw ones; 0 is off."""
     threads: int = 0
     """Decoding threads per process; 0 shares the cores among the processes."""
+    rank_timeout: float = 120.0
+    """Seconds after which a process that no longer answers is named and ends the run, to go on later; 0 waits."""
     save_every: int = 0
     """Steps between step-N checkpoints; 0 saves after each epoch."""
     keep: int = 3
@@ -58,6 +60,8 @@ class Recipe:
                 f"keep {self.keep} and log_every {self.log_every} must be at least 1, save_every "
                 f"{self.save_every} at least 0, ema {self.ema} in [0, 1)"
             )
+        if self.rank_timeout < 0:
+            raise ValueError(f"rank_timeout is {self.rank_timeout}; it must be at least 0 seconds (0 waits for ever)")
         if self.phases[0].start == "previous":
             raise ValueError(f"phase {names[0]} comes first: its start must be source, teacher or scratch")
         for phase in self.phases:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import select
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+from facefast.runtime import terminal
 
 EXIT_DONE = 0
 EXIT_BUG = 1
@@ -34,13 +35,75 @@ class StorageError(OSError):
     """A checkpoint could not be written or read; the process ends with exit code 74."""
 
 
+class RankError(RuntimeError):
+    """Another rank ended or no longer answers; the process ends with that one's exit code, else with 75: the same
+    command goes on."""
+
+    def __init__(self, text: str, code: int = EXIT_PREEMPTED) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+# What only the machine and the paths that people give can cause, wherever it is met. A file that is missing may be our
+# own mistake: that is told where it is opened.
+_STORAGE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG, errno.EMFILE, errno.ENFILE,
+}  # fmt: skip
+_PATHS = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+"""How libraries say it in errors of other types."""
+
+
 def exit_code(error: BaseException) -> int | None:
     """The exit code for an error that a user can act on; None for a bug, which is shown with its traceback."""
+    if isinstance(error, RankError):
+        return error.code
     codes = {DataError: EXIT_DATA, NumericsError: EXIT_NUMERICS, StorageError: EXIT_STORAGE}
     for kind, code in codes.items():
         if isinstance(error, kind):
             return code
+    if _is_out_of_memory(error):
+        return EXIT_USAGE
+    if isinstance(error, OSError):
+        if error.errno in _PATHS and error.filename is not None:
+            return EXIT_USAGE
+        return EXIT_STORAGE if error.errno in _STORAGE or _has_no_folder(error) else None
     return EXIT_USAGE if isinstance(error, ValueError) else None
+
+
+def reason(error: BaseException) -> str:
+    """What is said of an error that has an exit code."""
+    if isinstance(error, StorageError):
+        return str(error)
+    if _is_out_of_memory(error):
+        asked = next(iter(str(error).splitlines()), "") or "no more was given"
+        return (
+            f"there is not enough memory ({asked}); ask for less at once (a smaller batch_size or image.size, fewer "
+            "threads), or take a machine with more"
+        )
+    if _has_no_folder(error):
+        return "the folder that this was started in is gone; change to another one"
+    if isinstance(error, OSError) and error.strerror:
+        where = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes | os.PathLike) else ""
+        return f"the system refuses{where}: {error.strerror}; mend its permissions or its place, or give another path"
+    return str(error) or type(error).__name__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def _has_no_folder(error: BaseException) -> bool:
+    """Whether a relative path was asked for in a folder that has been removed."""
+    if not isinstance(error, FileNotFoundError) or error.filename is not None:
+        return False
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 @dataclass
@@ -51,38 +114,43 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def exit_codes(on_failure: Callable[[int, str], None] = lambda code, text: None) -> Iterator[Outcome]:
+def exit_codes(on_failure: Callable[[int, str], None] | None = None) -> Iterator[Outcome]:
     """Runs a command so that it ends with one of the exit codes above: an error that a user can act on prints one
-    message, a bug its traceback (exit code 1)."""
+    message, a bug its traceback (exit code 1).
+
+    Args:
+        on_failure: told the code and the message. Such a command leaves its result elsewhere; without it the result is
+            what was printed, and a command whose output does not arrive has failed.
+    """
     outcome = Outcome()
-    try:
-        yield outcome
-    except SystemExit as error:  # the argument parser's: 2 is its usage error
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr, flush=True)
-        outcome.code = EXIT_USAGE if error.code == 2 or isinstance(error.code, str) else int(error.code or 0)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        outcome.code = EXIT_INTERRUPTED
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and _output_is_gone():
-            error = StorageError("nobody reads the output any more")
-        code = exit_code(error)
-        if code is None:
-            traceback.print_exc()
-        else:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        outcome.code = EXIT_BUG if code is None else code
-        on_failure(outcome.code, str(error))
+    with terminal.prepared():
+        try:
+            yield outcome
+        except SystemExit as error:  # the argument parser's: 2 is its usage error
+            if isinstance(error.code, str):
+                terminal.complain(terminal.message(error.code))
+            outcome.code = EXIT_USAGE if error.code == 2 or isinstance(error.code, str) else int(error.code or 0)
+        except KeyboardInterrupt:
+            terminal.complain("interrupted")
+            outcome.code = EXIT_INTERRUPTED
+        except Exception as error:
+            outcome.code = _fail(error, on_failure)
+        lost = terminal.broken_output()
+        if lost and outcome.code == EXIT_DONE and on_failure is None:
+            outcome.code = _fail(StorageError(lost), None)
 
 
-def _output_is_gone() -> bool:
-    """Whether who read our output has left, as head does; what is still to be written then goes nowhere."""
-    with contextlib.suppress(OSError, ValueError):  # an output without a file has no reader either
-        output = select.poll()
-        output.register(sys.stdout.fileno(), 0)
-        if any(event & select.POLLERR for _, event in output.poll(0)):
-            # Without this the interpreter writes once more at its end, fails, and leaves with a code of its own.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return True
-    return False
+def _fail(error: Exception, on_failure: Callable[[int, str], None] | None) -> int:
+    """Says what went wrong; returns the exit code."""
+    if isinstance(error, OSError) and error.filename is None and (lost := terminal.broken_output()):
+        error = StorageError(lost)
+    code = exit_code(error)
+    if code is None:
+        terminal.complain(terminal.plain("".join(traceback.format_exception(error)).rstrip()))
+        text = str(error)
+    else:
+        text = reason(error)
+        terminal.complain(f"error: {terminal.message(text)}")
+    if on_failure is not None:
+        on_failure(EXIT_BUG if code is None else code, text)
+    return EXIT_BUG if code is None else code

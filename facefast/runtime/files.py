@@ -1,4 +1,5 @@
-"""Writing that survives a crash: aside, synced, and renamed into place."""
+"""Writing that survives a crash and a full disk: aside, synced, and renamed into place; what storage refuses is said
+with the path, the bytes that are needed and those that are free."""
 
 from __future__ import annotations
 
@@ -10,11 +11,27 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import safetensors
+
+from facefast.runtime.exits import StorageError
+from facefast.runtime.untrusted import read_whole
+
+ANOTHER = "choose another --out, or make room"
+"""What to do where a command's output cannot be written."""
+_TORCH_REFUSALS = ("unexpected pos", "PytorchStreamWriter", "Parent directory", "cannot be opened", "iostream error")
+"""What torch's writers say, as RuntimeError, where a file cannot be written."""
+LARGEST_JSON = 64 << 20
+"""Bytes; the names of a million classes are a third of it."""
+MOST_PARTS = 1 << 20
+"""Lists and objects in a JSON file."""
 
 
 def sync(path: Path) -> None:
@@ -38,25 +55,112 @@ def strict(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON aside, syncs it and renames it into place."""
-    # A reader sees the old file or the new one, never a part: a rename replaces a file in one step. The process number
-    # keeps two writers apart.
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(strict(value), file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    """Writes JSON aside, syncs it and renames it into place.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
+    """
+    # A reader sees the old file or the new one, never a part: a rename replaces a file in one step.
+    text = json.dumps(strict(value), indent=2, allow_nan=False) + "\n"
+    with _aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
-def read_json(path: Path) -> Any:
-    """Reads JSON written by `write_json`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def overwrite_json(path: Path, value: Any) -> None:
+    """Writes JSON into the blocks that a file has already, for a disk where there is no other room.
+
+    A reader sees the old or the new text; a crash in this very moment may leave a part.
+
+    Raises:
+        OSError: there is no such file, or it would have to grow beyond its last block.
+    """
+    text = (json.dumps(strict(value), indent=2, allow_nan=False) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        # Blanks up to the old length, which JSON does not mind: to cut the file short would be a second step.
+        found = os.fstat(descriptor)
+        text = text.ljust(found.st_size)
+        if len(text) > max(found.st_size, 512 * found.st_blocks):  # the part that fits would be no JSON
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.pwrite(descriptor, text, 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def _aside(path: Path) -> Iterator[Path]:
+    """A path beside `path`, which takes its place when it is written and synced; after an error nothing is left."""
+    # The process number keeps two writers apart. A name may have 255 bytes, which a long one's suffix would exceed.
+    aside = path.with_name(f".{_shortened(path.name)}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        sync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _shortened(name: str) -> str:
+    return name if len(os.fsencode(name)) < 200 else os.fsencode(name)[:200].decode("utf-8", "ignore")
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON written by `write_json`.
+
+    Raises:
+        ValueError: it is no regular file, too long, nested too deeply, or no JSON in UTF-8.
+        OSError: it cannot be read.
+    """
+    content = read_whole(path, LARGEST_JSON)
+    parts = content.count(b"[") + content.count(b"{")
+    if parts > MOST_PARTS:  # each costs thirty times its bytes
+        raise ValueError(f"{path} has {parts} lists and objects; at most {MOST_PARTS} are read")
+    try:
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON that can be read: {error}") from error
+
+
+def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ: dotted name, and both values, None where there is none."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from differences(a, b, f"{name}.{number}")
+    elif old != new:
+        yield name, old, new
+
+
+@dataclass(frozen=True)
+class Held:
+    """A folder that is this process's alone."""
+
+    path: Path
+    device: int
+    inode: int
+
+    def problem(self) -> StorageError | None:
+        """What is wrong where the path does not lead to the folder any more; None where it does.
+
+        To write there would make half of the folder anew, or a part of somebody else's.
+        """
+        what = "it was removed, renamed or unmounted"
+        with contextlib.suppress(OSError):
+            found = os.stat(self.path)
+            if (found.st_dev, found.st_ino) == (self.device, self.inode):
+                return None
+            what = "another folder has its name now"
+        return StorageError(
+            f"the run folder {self.path} is gone: {what}; nothing more is written. Bring it back under this name, and "
+            "the same command goes on from its newest checkpoint"
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[Held]:
     """Keeps a folder for this process alone; the kernel gives it free when the process ends, however it ends.
 
     Raises:
@@ -73,9 +177,177 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:  # some network file systems have no locks
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
                 raise
-        yield
+        # While it is open its number stays: file systems that number their files anew would change it otherwise.
+        found = os.fstat(descriptor)
+        yield Held(folder.absolute(), found.st_dev, found.st_ino)
     finally:
         os.close(descriptor)
+
+
+def free_bytes(path: Path) -> int | None:
+    """Bytes that this process can still write where a path lies or would lie; None where that is not known."""
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    with contextlib.suppress(OSError):
+        found = os.statvfs(path)
+        # A file system without a limit, or one behind a network that does not tell, has no blocks.
+        if found.f_blocks:
+            return (found.f_bfree if os.geteuid() == 0 else found.f_bavail) * found.f_frsize
+    return None
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error is of the storage: a full disk, a quota, no permission, a folder that is gone."""
+    # Each library has a way of its own to say it.
+    if isinstance(error, OSError | safetensors.SafetensorError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_REFUSALS)
+
+
+def refused(
+    path: Path, error: BaseException | str, needed: int | None = None, advice: str = ANOTHER, what: str = ""
+) -> StorageError:
+    """What to raise where `path` cannot be written."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    free = free_bytes(path)
+    room = "" if needed is None else f"; {needed} bytes are needed"
+    room += "" if free is None else f"{';' if needed is None else ','} {free} are free there"
+    return StorageError(f"cannot write {what}{path}: {reason}{room}{'. ' if advice[:1].isupper() else '; '}{advice}")
+
+
+@contextlib.contextmanager
+def storing(path: Path, needed: int | None = None, advice: str = ANOTHER, what: str = "") -> Iterator[None]:
+    """Turns what the storage refuses within into one kind of error, and begins nothing for which there is no room.
+
+    Args:
+        path: what is written, for the message.
+        needed: bytes it will take, where they are known.
+        advice: what to do then.
+        what: words before the path.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    free = free_bytes(path)
+    if needed is not None and free is not None and free < needed:
+        raise refused(path, "there is too little room", needed, advice, what)
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        raise refused(path, error, needed, advice, what) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path, needed: int | None = None, advice: str = ANOTHER, *, parents: bool = False) -> Iterator[Path]:
+    """A path to write a file to, which then becomes `path` in one step; `parents`: folders on the way to it are made.
+
+    Whoever looks finds what was there before or the new file, whole; so it is after any error too. What is no file,
+    such as /dev/stdout, is written as it is; a link stays one.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    with storing(path, needed, advice):
+        if parents:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+        if target.exists() and not target.is_file():
+            yield target
+            return
+        with _aside(target) as aside:
+            yield aside
+        _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path, needed: int | None = None, advice: str = ANOTHER) -> Iterator[Path]:
+    """A new folder to write files to, which then becomes `path`, as `replacing` does it for a file; folders on the way
+    to it are made.
+
+    Files of the old folder that the new one does not have are gone afterwards.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    with storing(path, needed, advice):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file", str(path))
+        # A mount point cannot be renamed, nor can anything in a folder that is not ours.
+        fixed = target.is_dir() and (os.path.ismount(target) or not _allowed(target.parent))
+        name = f".{_shortened(target.name)}.{os.getpid()}.tmp"
+        aside = target / name if fixed else target.with_name(name)
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            yield aside
+            if fixed:
+                _move_into(aside, target)
+            else:
+                replace_folder(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move_into(aside: Path, target: Path) -> None:
+    """Lets the files of a folder within `target` take the place of all others there; what is written last, last."""
+    ours = sorted(aside.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    for file in ours:
+        sync(file)
+    for file in target.iterdir():
+        if file != aside and file.name not in {one.name for one in ours}:
+            file.unlink()
+    for file in ours:
+        os.replace(file, target / file.name)
+    _sync_folder(target)
+
+
+def require_writable(path: Path, *, folder: bool = False, advice: str = ANOTHER, parents: bool = True) -> None:
+    """Finds out, before any work is done for it, that an output cannot be written.
+
+    Args:
+        folder: whether `path` is to be a folder.
+        parents: whether folders on the way to it will be made.
+
+    Raises:
+        StorageError: saying why.
+    """
+    target = Path(os.path.realpath(path))
+    with storing(path, advice=advice):
+        if target.exists() and target.is_dir() != folder:
+            kind = (errno.ENOTDIR, "it is a file, and must be a folder") if folder else (errno.EISDIR, "it is a folder")
+            raise OSError(*kind)
+        if target.exists() and not folder and not target.is_file():
+            return
+        place = target if folder else target.parent
+        while parents and not place.exists():
+            place = place.parent
+        if not place.exists():
+            raise FileNotFoundError(errno.ENOENT, f"there is no folder {place}")
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{place} is no folder")
+        if not _allowed(place):
+            read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+            number = errno.EROFS if read_only else errno.EACCES
+            raise OSError(number, f"{os.strerror(number)} ({place})")
+
+
+def _allowed(folder: Path) -> bool:
+    """Whether this process may make files in a folder."""
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _sync_folder(path: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot: then it is theirs to keep what was renamed
+        sync(path)
 
 
 def follow_umask(path: Path) -> None:
@@ -131,3 +403,13 @@ def replace_link(link: Path, target: str) -> None:
     aside.symlink_to(target)
     os.replace(aside, link)
     sync(link.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Takes away what a process that was killed while it wrote a file of a folder has left beside it: `.NAME.123.tmp`.
+
+    Only for a folder that no other process writes to.
+    """
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\.\w+\.\w+\.\d+\.tmp", path.name) and path.is_file():
+            path.unlink(missing_ok=True)

@@ -6,14 +6,16 @@ Written by rank 0 alone. The device is read when a line is due, never in between
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TextIO
 
@@ -58,6 +60,9 @@ class Speed(NamedTuple):
 class RunLog:
     """Writes one run's metrics; on a rank other than 0 it only counts.
 
+    What it writes is for people to look at: where it cannot, a full disk or a bug of a library, that is said once and
+    counted, and training goes on.
+
     Args:
         first_step: that of the checkpoint a run goes on from; None for a new start, which keeps nothing of a run that
             was in the folder before.
@@ -69,13 +74,34 @@ class RunLog:
         self._lost = 0
         self._said_unknown = False
         self.speeds: list[Speed] = []
+        self.failures = 0
+        """Lines, curves and pictures that could not be written."""
+        self._failed: set[str] = set()
         self._restart()
         self._loader_waited = 0.0
+        self._lines: _Lines | None = None
+        self._board: SummaryWriter | None = None
         if enabled:
-            self._file: TextIO = _open_from(folder / "metrics.jsonl", first_step)
-            purge = 0 if first_step is None else first_step + 1  # TensorBoard hides what was logged from there on
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
             self._bar = tqdm(total=total_steps, initial=first_step or 0, unit="step", dynamic_ncols=True, mininterval=1)
+            self._excepthook = _without_tensorboards_thread()
+            with self.tolerant("metrics.jsonl"):
+                self._lines = _Lines(folder / "metrics.jsonl", first_step)
+            purge = 0 if first_step is None else first_step + 1  # TensorBoard hides what was logged from there on
+            with self.tolerant("TensorBoard's files"):
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+    @contextlib.contextmanager
+    def tolerant(self, what: str) -> Iterator[None]:
+        """Within it nothing that fails ends the run: it is said once for each `what`, and counted."""
+        try:
+            yield
+        except Exception as error:
+            self.failures += 1
+            if what not in self._failed:
+                self._failed.add(what)
+                reason = f"{type(error).__name__}: {error}" if not files.is_refusal(error) else str(error)
+                text = f"warning: {what} cannot be written ({reason}); training goes on, what is lost is counted"
+                (self.say if self._enabled else tell)(text)
 
     def _restart(self) -> None:
         self._sums: Tensor | None = None
@@ -140,12 +166,13 @@ class RunLog:
             }
         self._write(at, "train", fields)
         if self._enabled:
-            self._bar.n = at.step
-            self._bar.set_description(at.phase)
-            self._bar.set_postfix_str(
-                f"loss {fields['loss']:.3f} acc {fields['accuracy']:.3f} lr {at.lr:.2g} "
-                f"{fields['images_per_second']:.0f} img/s, data wait {fields['data_wait_fraction']:.1%}"
-            )
+            with _heard():
+                self._bar.n = at.step
+                self._bar.set_description(at.phase)
+                self._bar.set_postfix_str(
+                    f"loss {fields['loss']:.3f} acc {fields['accuracy']:.3f} lr {at.lr:.2g} "
+                    f"{fields['images_per_second']:.0f} img/s, data wait {fields['data_wait_fraction']:.1%}"
+                )
         self._restart()
         if self._lost >= LOST_UPDATES:
             names = [name for name, count in zip(terms, broken, strict=True) if count]
@@ -186,26 +213,47 @@ class RunLog:
             return
         finite = files.strict(fields)
         record = {"step": at.step, "phase": at.phase, "epoch": round(at.epoch, 4), "split": split}
-        self._file.write(json.dumps(record | finite) + "\n")
-        self._file.flush()  # a run that is killed leaves every line but a torn last one
-        for name, value in finite.items():
-            if value is not None:
-                self._board.add_scalar(f"{split}/{name}", value, at.step)
+        with self.tolerant("metrics.jsonl"):
+            if self._lines is None:
+                raise OSError("it could not be opened")
+            self._lines.append(record | finite)
+
+        def draw(board: SummaryWriter) -> None:
+            for name, value in finite.items():
+                if value is not None:
+                    board.add_scalar(f"{split}/{name}", value, at.step)
+
+        self._on_board(draw)
+
+    def _on_board(self, draw: Callable[[SummaryWriter], Any]) -> None:
+        with self.tolerant("TensorBoard's files"):
+            if self._board is None:
+                raise OSError("they could not be opened")
+            try:
+                draw(self._board)
+            except Exception:
+                self._board = None  # its writer does not recover
+                raise
 
     def pictures(self, name: str, pictures: NDArray[np.uint8], step: int) -> None:
         """A batch as TensorBoard pictures: uint8 [B, H, W, 3], RGB."""
         if self._enabled:
-            self._board.add_images(name, pictures, step, dataformats="NHWC")
+            self._on_board(lambda board: board.add_images(name, pictures, step, dataformats="NHWC"))
 
     def embeddings(self, embeddings: Tensor, names: list[str], step: int) -> None:
         """[N, D] embeddings with a name each, for TensorBoard's projector."""
         if self._enabled:
-            self._board.add_embedding(embeddings, metadata=names, global_step=step)
+            self._on_board(lambda board: board.add_embedding(embeddings, metadata=names, global_step=step))
 
     def say(self, text: str) -> None:
         """A line on the terminal that does not break the progress bar."""
         if self._enabled:
-            self._bar.write(text)
+            with _heard():
+                self._bar.write(text)
+
+    def all_speeds(self) -> list[Speed]:
+        """`speeds`; of a run that had nothing left to do, those that its lines tell of."""
+        return self.speeds or (_speeds_in(self._lines.path) if self._lines is not None else [])
 
     def __enter__(self) -> Self:
         return self
@@ -216,9 +264,13 @@ class RunLog:
     def close(self) -> None:
         """Flushes and closes; safe to call twice."""
         if self._enabled:
-            self._bar.close()
-            self._board.close()
-            self._file.close()
+            if self._board is not None:
+                self._on_board(SummaryWriter.close)
+            if self._lines is not None:
+                self._lines.close()
+            with _heard():
+                self._bar.close()
+            threading.excepthook = self._excepthook
             self._enabled = False
 
 
@@ -230,22 +282,136 @@ def _answer(explain: Callable[[], str]) -> str:
         return f"the search for the cause failed ({error})"
 
 
-def _open_from(path: Path, first_step: int | None) -> TextIO:
-    """metrics.jsonl without the lines a run wrote after the checkpoint it resumes from, and without a torn last
-    line."""
-    # The run makes the updates after its checkpoint again: with the old lines every one of them would stand twice.
-    kept = []
-    if path.exists() and first_step is not None:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= first_step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
+class _Lines:
+    """metrics.jsonl: each line is there whole or not at all, also on a disk that is full for a while.
+
+    Args:
+        path: begun without the lines that a run wrote after the checkpoint it resumes from, and without damaged ones.
+        first_step: the checkpoint's; None keeps none.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path, first_step: int | None) -> None:
+        self.path = path
+        # The run makes the updates after its checkpoint again: with the old lines every one of them would stand twice.
+        kept = (
+            b""
+            if first_step is None
+            else b"".join(line for line, record in _records(path) if record["step"] <= first_step)
+        )
+        before = path.read_bytes() if path.exists() else b""
+        if not before.startswith(kept):
+            with files.replacing(path, len(kept)) as aside:
+                aside.write_bytes(kept)
+        # Unbuffered: a run that is killed leaves every line, and what a full disk did not take is known at once.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 -- closed by `close`
+        self._file.truncate(len(kept))  # which needs no room
+        self._torn = False
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Raises OSError where the line cannot be written."""
+        line = json.dumps(record).encode() + b"\n"
+        if self._torn:  # what is left of the line before ends here
+            line = b"\n" + line
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        except OSError:
+            self._torn = True
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+                self._torn = False
+            raise
+        self._torn = False
+
+    def close(self) -> None:
+        """Closes the file."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Lines of metrics.jsonl with what they say; those that a crash or a full disk has torn are left out."""
+    content = path.read_bytes() if path.exists() else b""
+    for line in content.splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:  # of bytes that are no text, too
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int and line.endswith(b"\n"):
+            yield line, record
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What the whole lines of metrics.jsonl say; none where there is no such file."""
+    return [record for _, record in _records(path)]
+
+
+def _speeds_in(path: Path) -> list[Speed]:
+    found, before = [], 0
+    with contextlib.suppress(OSError):
+        for line in read_lines(path):
+            rate, waited = line.get("images_per_second"), line.get("data_wait_fraction")
+            if line.get("split") != "train" or not rate or waited is None:
                 continue
-    file = open(path, "w", encoding="utf-8")  # noqa: SIM115 -- closed by RunLog.close
-    file.writelines(kept)
-    file.flush()
-    return file
+            pictures = line["rows"] + line["unreadable_rows"]
+            found.append(Speed(line["step"] - before, pictures, pictures / rate, waited * pictures / rate))
+            before = line["step"]
+    return found
+
+
+def tell(text: str) -> None:
+    """A line on standard output, where somebody listens."""
+    with _heard():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    """What is said into a closed pipe or onto a full disk is lost, and no more than that."""
+    try:
+        yield
+    except (OSError, ValueError):  # ValueError: a closed file
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                _empty(stream)
+
+
+def _empty(stream: TextIO) -> None:
+    """Throws away what a stream could not write: it would fail again at the interpreter's end, with a code of its
+    own."""
+    with contextlib.suppress(OSError, ValueError):
+        number = stream.fileno()
+        here, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, number)
+            stream.flush()
+        finally:
+            os.dup2(here, number)
+            os.close(here)
+            os.close(nowhere)
+
+
+def _without_tensorboards_thread() -> Callable[[threading.ExceptHookArgs], Any]:
+    """Lets TensorBoard's writer thread end without a traceback: its error is raised again where the next is written.
+
+    Returns:
+        What showed the errors of threads before.
+    """
+    before = threading.excepthook
+
+    def show(args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            before(args)
+
+    threading.excepthook = show
+    return before
 
 
 def _human(name: str, value: float) -> str:

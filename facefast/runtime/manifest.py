@@ -59,14 +59,17 @@ def verify(path: Path) -> None:
 def _read(path: Path) -> dict[str, tuple[int, str]]:
     """Size and hash by file name."""
     try:
-        manifest = files.read_json(path / NAME)
+        text = (path / NAME).read_text(encoding="utf-8")
+        manifest = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"{path} is not a finished checkpoint: {error}") from error
     # One flipped bit may turn a key, a number or a bracket into anything: what is not as written is not sound.
     keys = set(manifest) if isinstance(manifest, dict) else set()
     if keys - {"digest"} != {"format", "step", "files"}:  # the first checkpoints had no digest
         raise StorageError(f"{path / NAME} is damaged: it holds {', '.join(sorted(keys)) or 'no object'}")
-    if "digest" in keys and manifest["digest"] != _digest(manifest):
+    # Letter by letter too: a manifest that lost its last byte may still be read.
+    written = text == json.dumps(manifest, indent=2) + "\n"
+    if "digest" in keys and not (written and manifest["digest"] == _digest(manifest)):
         raise StorageError(f"{path / NAME} does not match its own digest: it was changed or damaged")
     if isinstance(manifest["format"], int) and manifest["format"] > FORMAT:
         raise NewerFormatError(

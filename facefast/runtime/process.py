@@ -14,15 +14,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from facefast.runtime.exits import EXIT_PREEMPTED
+from facefast.runtime import ranks
+from facefast.runtime.exits import EXIT_PREEMPTED, StorageError
+from facefast.runtime.files import Held
 
 T = TypeVar("T")
 
@@ -30,6 +32,9 @@ T = TypeVar("T")
 # user's choice ahead of the time limit.
 INSISTING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STOP_SIGNALS = (*INSISTING, signal.SIGUSR1, signal.SIGUSR2)
+JOIN = 600.0
+"""Seconds for all ranks to arrive, where no limit is set."""
+GLOO_TIMEOUT, NCCL_TIMEOUT = datetime.timedelta(days=7), datetime.timedelta(minutes=10)
 SAME_REQUEST = 1.0
 """Seconds within which a second signal is the first one, come another way."""
 
@@ -89,8 +94,12 @@ class Runtime:
     device: torch.device
     control: dist.ProcessGroup | None = None
     """A group for messages between hosts: through NCCL even a flag would queue behind the device's work."""
+    ranks: ranks.Ranks | None = None
+    """All processes of the run, where there are several."""
     stop_requested: bool = False
     """Set by a signal of `stop_on_signals`; the ranks agree on it at a step boundary."""
+    held: Held | None = None
+    """The folder that this process alone writes to, on rank 0; where it is gone, nothing is written in its place."""
 
     @property
     def is_main(self) -> bool:
@@ -116,6 +125,37 @@ class Runtime:
         if self.control is not None:
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def require_same(self, facts: Mapping[str, Any], error: type[ValueError] = ValueError) -> None:
+        """Ends the run, on every rank, where a rank differs from rank 0; every rank must ask.
+
+        Args:
+            facts: a JSON object. Whatever a later collective operation depends on must be compared before it.
+            error: what is raised.
+
+        Raises:
+            ValueError: naming the rank, the field and both values.
+        """
+        if self.control is None or self.ranks is None:
+            return
+        gathered: list[Any] = [None] * self.world.size
+        dist.all_gather_object(gathered, (self.ranks.me, dict(facts)), group=self.control)
+        self.barrier()  # a rank that ended before the others have read would look like a lost connection to them
+        if text := ranks.difference(gathered):
+            raise error(f"the processes of this run differ: {text}; start all of them alike, and on the same files")
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Lets every rank end with what rank 0 could not write within, or because the folder it holds is gone; every
+        rank must enter."""
+        problem: Exception | None = self.held.problem() if self.held else None
+        if problem is None:
+            try:
+                yield
+            except (StorageError, ValueError) as error:
+                problem = (self.held.problem() if self.held else None) or error
+        if problem := self.broadcast(problem):
+            raise problem
 
     def broadcast_buffers(self, module: torch.nn.Module) -> None:
         """Rank 0's buffers of `module`, such as BatchNorm statistics, on every rank."""
@@ -150,40 +190,80 @@ class Runtime:
 
 
 @contextlib.contextmanager
-def start(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Runtime]:
+def start(
+    device: str = "auto", rank_timeout: float = 0.0, on_lost: ranks.OnLost = lambda code, text: None
+) -> Iterator[Runtime]:
     """Opens the process group where there is more than one process, and always closes it.
 
     Args:
         device: auto takes a GPU where there is one.
-        timeout_minutes: a collective that waits longer than this ends the run with an error.
+        rank_timeout: seconds after which a rank that no longer answers is named and ends the run with 75; at 0 it is
+            waited for.
+        on_lost: told so, by exit code and reason, before the process ends.
 
     Raises:
-        ValueError: more local processes than GPUs, or contradictory launch variables.
+        ValueError: more local processes than GPUs, contradictory launch variables, or ranks that differ.
+        RankError: another rank ended, or has not arrived.
     """
     world = World.from_environment()
     run = Runtime(world, _choose_device(device, world))
     _share_cores(world)
     if run.device.type == "cpu":
         _keep_memory()
-    if world.size > 1:
-        _end_if_orphaned()
-        _die_with_parent()
-        # torchrun sets both. Under a plain `srun` the port follows the job, so that two jobs on a machine do not meet.
-        os.environ.setdefault("MASTER_ADDR", socket.gethostname())
-        os.environ.setdefault("MASTER_PORT", str(29500 + int(os.environ.get("SLURM_JOB_ID", "0")) % 1000))
+    if world.size == 1:
+        yield run
+        return
+    _end_if_orphaned()
+    _die_with_parent()
+    run.ranks = _meet(world, max(rank_timeout, ranks.LEAST_PATIENCE) if rank_timeout else JOIN)
+    failure: BaseException | None = None
+    try:
+        if rank_timeout:
+            run.ranks.watch(rank_timeout, on_lost)
         dist.init_process_group(
             "nccl" if run.device.type == "cuda" else "gloo",
+            store=run.ranks.store,
             rank=world.rank,
             world_size=world.size,
-            timeout=datetime.timedelta(minutes=timeout_minutes),
+            # NCCL's own check of its network. Between hosts `ranks` sees who no longer answers, and rank 0 may work
+            # alone for as long as a million files take.
+            timeout=NCCL_TIMEOUT if run.device.type == "cuda" else GLOO_TIMEOUT,
             device_id=run.device if run.device.type == "cuda" else None,
         )
-        run.control = dist.new_group(backend="gloo")
-    try:
+        run.control = dist.new_group(backend="gloo", timeout=GLOO_TIMEOUT)
         yield run
+    except BaseException as error:
+        failure = run.ranks.explain(error) or error
+        if failure is not error:
+            raise failure from error
+        raise
     finally:
+        run.ranks.leave(failure)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet(world: World, patience: float) -> ranks.Ranks:
+    """Finds the other ranks, at the address that torchrun sets or a plain `srun` implies."""
+    # The port follows the job, so that two jobs on a machine do not meet.
+    host = os.environ.setdefault("MASTER_ADDR", socket.gethostname())
+    port = _number("MASTER_PORT", str(29500 + int(os.environ.get("SLURM_JOB_ID", "0")) % 1000))
+    os.environ["MASTER_PORT"] = str(port)
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if by_torchrun:
+        _end_without_torchrun(host, port)
+    place = ranks.Place(host, port, by_torchrun, os.environ.get("TORCHELASTIC_RESTART_COUNT", ""))
+    return ranks.Ranks(world.rank, world.size, place, patience)
+
+
+def _end_without_torchrun(host: str, port: int) -> None:
+    """A worker whose torchrun was killed while it was importing learns of it by nobody else: its store is gone."""
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except ConnectionRefusedError:
+        _leave_orphaned()
+    except OSError:  # slow, or unreachable: the store's client says so in time
+        pass
 
 
 def _share_cores(world: World) -> None:
@@ -270,8 +350,13 @@ def _end_if_orphaned() -> None:
     except OSError:  # not to be seen: it may be torchrun
         return
     if not any(word in command for word in (b"torch", b"python")):
+        _leave_orphaned()
+
+
+def _leave_orphaned() -> None:
+    with contextlib.suppress(OSError):  # nobody may be reading any more
         print("torchrun is gone: this worker ends too", file=sys.stderr, flush=True)
-        os._exit(EXIT_PREEMPTED)
+    os._exit(EXIT_PREEMPTED)
 
 
 def _die_with_parent() -> None:
@@ -291,7 +376,7 @@ def _die_with_parent() -> None:
         time.sleep(60)
         os._exit(EXIT_PREEMPTED)
 
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+    threading.Thread(target=watch, name=f"{ranks.WATCHERS}_parent", daemon=True).start()
 
 
 def decode_threads(asked: int, world: World) -> int:

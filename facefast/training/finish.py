@@ -14,14 +14,46 @@ from facefast.evaluation.embed import embed_rows
 from facefast.models import Source
 from facefast.models.checkpoint import FOLDER
 from facefast.runtime import exits, files
-from facefast.runtime.log import RunLog, verdict
+from facefast.runtime.log import RunLog, tell, verdict
 from facefast.training.choice import best_of, hand_on, handed_on, named_metric, said
 from facefast.training.step import TrainState
 
+SHORTER = (2000, 400, 80)
+"""Letters of an error in status.json where there is no room but that of the file before."""
+
 
 def write_status(folder: Path, state: str, code: int | None = None, **fields: Any) -> None:
-    """status.json: what a scheduler reads, since torchrun turns every worker's exit code into 1."""
-    files.write_json(folder / "status.json", {"state": state, "exit_code": code, **fields})
+    """status.json: what a scheduler reads, since torchrun turns every worker's exit code into 1.
+
+    Raises:
+        StorageError: not even over the file that is there.
+    """
+    path, status = folder / "status.json", {"state": state, "exit_code": code, **fields}
+    try:
+        files.write_json(path, status)
+    except OSError as error:
+        # A full disk: no room is needed to write over the old file. Its block holds some thousand bytes, for which a
+        # long error is cut.
+        for letters in SHORTER:
+            if "error" in status:
+                status["error"] = status["error"][:letters]
+            with contextlib.suppress(OSError):
+                files.overwrite_json(path, status)
+                return
+        raise files.refused(path, error, advice="make room, and the same command goes on") from error
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What status.json says; empty where there is none, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        status = files.read_json(folder / "status.json")
+        return dict(status) if isinstance(status, dict) else {}
+    return {}
+
+
+def reached(folder: Path) -> dict[str, Any]:
+    """Step and best of a run as its status has them, where it has: what is still true when it fails or goes on."""
+    return {name: value for name, value in read_status(folder).items() if name in ("step", "best")}
 
 
 def leave(folder: Path, state: TrainState, log: RunLog) -> int:
@@ -30,7 +62,7 @@ def leave(folder: Path, state: TrainState, log: RunLog) -> int:
     log.close()
     if state.run.is_main:
         code = exits.EXIT_PREEMPTED
-        write_status(folder, "preempted", code, step=state.step, best=best_of(state))
+        write_status(folder, "preempted", code, step=state.step, best=best_of(state), **_losses(log))
     state.run.barrier()  # torchrun ends all ranks when one leaves with this code: the status must be written by then
     return exits.EXIT_PREEMPTED
 
@@ -41,31 +73,28 @@ def fail(folder: Path | None, code: int, error: str) -> None:
     Where one rank fails the others fail after it, for want of an answer: the first cause stays, and one that a user can
     act on replaces a bug's (code 1), which a lost connection is taken for.
     """
-    if folder is not None and folder.is_dir():
+    if folder is not None and folder.is_dir() and not _has_reason(folder):
         with contextlib.suppress(OSError):  # a full disk: the exit code must still be that of the first error
-            if not _has_reason(folder):
-                write_status(folder, "failed", code, error=error)
+            write_status(folder, "failed", code, **reached(folder), error=error)
 
 
 def _has_reason(folder: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        status = files.read_json(folder / "status.json")
-        return bool(status["state"] == "failed" and status["exit_code"] != exits.EXIT_BUG)
-    return False
+    status = read_status(folder)
+    return status.get("state") == "failed" and status.get("exit_code") != exits.EXIT_BUG
 
 
-def finish(
-    folder: Path, state: TrainState, source: Source | None, datasets: tuple[PhaseData, ...], log: RunLog
-) -> int:
+def finish(folder: Path, state: TrainState, source: Source | None, datasets: tuple[PhaseData, ...], log: RunLog) -> int:
     """Settles what is handed on and writes the summary on the terminal, the projector, report.html and the final
     status; returns the exit code."""
     recipe, run = state.recipe, state.run
+    with run.together():  # a folder that is gone is told before the slow part
+        pass
     hand_on(folder, state, source, datasets[-1], log)
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     train, test = datasets[-1].train, datasets[-1].evaluation.test
     decoded = int(3 * np.mean(train.widths.astype(np.float64) * train.heights))  # bytes: at most what travels
     # All-reduce and embedding need every rank, so none returns earlier.
-    bound = verdict(log.speeds, run.allreduce_seconds(trained), run.transfer_seconds(decoded))
+    bound = verdict(log.all_speeds(), run.allreduce_seconds(trained), run.transfer_seconds(decoded))
     if recipe.projector and test is not None:
         embeddings, seen = embed_rows(
             state.evaluated, test, run, state.precision, state.reading, batch_size=recipe.eval.batch_size
@@ -74,11 +103,20 @@ def finish(
         log.embeddings(embeddings[seen], names, state.step)
     log.close()
     if run.is_main:
-        print(summary(folder, state, datasets[-1], bound), flush=True)
-        write_status(folder, "done", exits.EXIT_DONE, step=state.step, best=best_of(state), **bound)
-        report.write(folder)
+        tell(summary(folder, state, datasets[-1], bound))
+        status = {"step": state.step, "best": best_of(state), **bound}
+        write_status(folder, "done", exits.EXIT_DONE, **status, **_losses(log))  # the report shows it
+        before = log.failures
+        with log.tolerant("report.html"):
+            report.write(folder)
+        if log.failures > before:
+            write_status(folder, "done", exits.EXIT_DONE, **status, **_losses(log))
     run.barrier()
     return exits.EXIT_DONE
+
+
+def _losses(log: RunLog) -> dict[str, int]:
+    return {"log_failures": log.failures} if log.failures else {}
 
 
 def summary(folder: Path, state: TrainState, data: PhaseData, bound: dict[str, Any]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import resource
 import socket
 import struct
 import threading
@@ -22,6 +24,7 @@ from tests.support.pictures import encode, smooth_picture
 FAULTY = faulty_pictures()
 SOUND = sound_pictures()
 LIMIT = 64_000_000
+TOO_LONG = "too many bytes (more than 16 MiB and 8 for each pixel)"
 
 
 def inspect(data: bytes, max_pixels: int = LIMIT) -> tuple[str, str, int, int, int]:
@@ -177,7 +180,48 @@ def test_a_huge_file_that_is_no_picture_is_not_read(tmp_path: Path) -> None:
         file.write(jpeg())
         file.truncate(2 << 30)
     found = scan(tmp_path, ["film.jpg", "monster.jpg"])
-    assert [_scan.FAULTS[f] for f in found["fault"]] == ["not a picture", "too many bytes"]
+    assert [_scan.FAULTS[f] for f in found["fault"]] == ["not a picture", TOO_LONG]
+
+
+def test_a_tail_behind_a_picture_is_not_kept_and_a_long_one_not_read(tmp_path: Path) -> None:
+    tiff, other = io.BytesIO(), b"#" * 4096
+    Image.new("RGB", (64, 64)).save(tiff, "TIFF")
+    # The directory at the end of the file, as some programs write it, behind a hole.
+    moved = bytearray(tiff.getvalue())
+    start = struct.unpack("<I", moved[4:8])[0]
+    count = struct.unpack("<H", moved[start : start + 2])[0]
+    moved[4:8] = struct.pack("<I", 1 << 30)
+    files = {"long.jpg": jpeg(), "long.png": SOUND["png"][0], "long.webp": SOUND["webp"][0], "long.tif": bytes(moved)}
+    for name, data in files.items():
+        with open(tmp_path / name, "wb") as file:
+            file.write(data)
+            file.truncate(1 << 30)
+            if name == "long.tif":
+                file.seek(1 << 30)
+                file.write(moved[start : start + 2 + 12 * count + 4])
+    (tmp_path / "short.jpg").write_bytes(jpeg() + other)
+    (tmp_path / "cut.jpg").write_bytes(jpeg()[:300] + b"#" * (20 << 20))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = scan(tmp_path, [*files, "short.jpg", "cut.jpg"])
+    faults = [_scan.FAULTS[fault] for fault in found["fault"]]
+    assert faults == [TOO_LONG] * 4 + ["ok", TOO_LONG]
+    paths = np.array([os.fsencode(tmp_path / name) for name in [*files, "short.jpg"]])
+    whole = np.full(len(paths), -1, np.int64)
+    data, read_faults, *_ = _scan.read(paths, whole, whole, 2, LIMIT, found["hash"][: len(paths)])
+    assert [_scan.FAULTS[fault] for fault in read_faults] == faults[:5]
+    assert data[4].tobytes() == jpeg(), "the hash is the file's, the bytes are the picture's"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
+
+
+def test_a_long_file_with_the_pixels_to_match_is_read(tmp_path: Path) -> None:
+    for name in ("a.bmp", "a.tif"):
+        Image.new("RGB", (3000, 2500)).save(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 16 << 20
+    found = scan(tmp_path, ["a.bmp", "a.tif"])
+    assert not found["fault"].any() and found["width"].tolist() == [3000, 3000]
+    assert [_scan.FAULTS[fault] for fault in scan(tmp_path, ["a.bmp", "a.tif"], max_pixels=7_000_000)["fault"]] == [
+        "too many pixels"
+    ] * 2
 
 
 def test_progress_reaches_the_end_and_an_error_in_it_stops_the_scan(tmp_path: Path) -> None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -134,63 +131,6 @@ def test_checkpoints_are_counted_not_spelt(tmp_path: Path) -> None:
     write(tmp_path, 9_999_999)
     write(tmp_path, 10_000_000)
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints" / "step-10000000"
-
-
-CALLS = ("mkdir", "rename", "replace", "fsync", "rmdir", "unlink", "symlink", "open")
-
-
-def killed_while(folder: Path, step: int, value: float, at: int) -> int:
-    """Saves in a process of its own, which a SIGKILL ends at the `at`-th call to the file system; 0 lets it live.
-
-    Returns:
-        The calls that it made, or -1 where it was killed.
-    """
-    child = os.fork()
-    if child == 0:
-        calls = 0
-
-        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **keywords: Any) -> Any:
-                nonlocal calls
-                for moment in ("before", "after"):
-                    calls += 1
-                    if calls == at:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    if moment == "before":
-                        result = function(*arguments, **keywords)
-                return result
-
-            return call
-
-        for name in CALLS:
-            setattr(os, name, counted(getattr(os, name)))
-        files._exchange = counted(files._exchange)
-        tensors = {"model": {"weight": torch.full((3,), value)}}
-        checkpoint.save(folder, step, tensors=tensors, documents={"state": {"value": value}}, best=True, keep=1)
-        os._exit(calls)
-    _, status = os.waitpid(child, 0)
-    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1
-
-
-@pytest.mark.parametrize("step", [1, 2])
-def test_a_kill_at_any_call_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path, step: int) -> None:
-    """Of the same step, or of a later one, where only one is kept."""
-    total = killed_while(tmp_path / "counted", step, 1.0, 0)
-    assert 20 < total < 256
-    # Every call of the case that lost checkpoints before, every third of the other: each takes four processes.
-    for at in range(1, total + 30, 1 if step == 1 else 3):  # saving the same step again makes a few calls more
-        folder = tmp_path / str(at)
-        assert killed_while(folder, 1, 1.0, 0) > 0
-        ended = killed_while(folder, step, 2.0, at)
-        path = checkpoint.newest(folder)
-        assert path is not None, at
-        value = files.read_json(path / "state.json")["value"]
-        assert value in (1.0, 2.0) and checkpoint.read_tensors(path, "model")["weight"].unique().tolist() == [value]
-        if ended > 0:
-            break
-        killed_while(folder, 3, 3.0, 0)  # the next save clears away what was left
-        assert not list((folder / "checkpoints").glob(".*"))
-    assert at > 40
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.safetensors", "state.json"])

@@ -6,13 +6,17 @@ python -m tests.support.ranks    # the server: requests on standard input, answe
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import functools
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -29,17 +33,54 @@ def run_ranks(target: Callable[..., int], world: int, *arguments: Any) -> list[i
         target: a function of a test module.
         arguments: JSON values.
     """
-    server = _server()
+    return start_ranks(target, world, *arguments).wait()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Processes that run, by rank."""
+
+    processes: list[int]
+
+    def codes(self) -> list[int | None]:
+        """Exit codes so far, None of a process that runs."""
+        return list(_ask({"codes": self.processes}))
+
+    def running(self) -> bool:
+        """Whether one of them does."""
+        return None in self.codes()
+
+    def kill(self, *ranks: int) -> None:
+        """SIGKILL to these, or to all; no process that has ended is meant, its number is kept until `wait`."""
+        for process in [self.processes[rank] for rank in ranks] or self.processes:
+            os.kill(process, signal.SIGKILL)
+
+    def wait(self) -> list[int]:
+        """Exit codes once all have ended; to be called once."""
+        while self.running():
+            time.sleep(0.02)
+        return list(_ask({"reap": self.processes}))
+
+
+def start_ranks(target: Callable[..., int], world: int, *arguments: Any) -> Ranks:
+    """As `run_ranks`, without waiting for their end."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    request = [target.__module__, target.__name__, world, port, arguments]
-    assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(json.dumps(request) + "\n")
-    server.stdin.flush()
-    answer = server.stdout.readline()
-    assert answer, f"the server of ranks ended with {server.wait()}"
-    codes: list[int] = json.loads(answer)
-    return codes
+    return Ranks(_ask({"start": [target.__module__, target.__name__, world, port, arguments]}))
+
+
+_asking = threading.Lock()
+
+
+def _ask(request: dict[str, Any]) -> Any:
+    with _asking:
+        server = _server()
+        assert server.stdin is not None and server.stdout is not None
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        assert answer, f"the server of ranks ended with {server.wait()}"
+        return json.loads(answer)
 
 
 @functools.cache
@@ -56,14 +97,30 @@ def _serve() -> None:
     os.dup2(2, 1)  # what a rank prints is no answer
     importlib.import_module("facefast.train")
     for line in sys.stdin:
-        module, name, world, port, arguments = json.loads(line)
-        processes = []
-        for rank in range(world):
-            processes.append(os.fork())
-            if processes[-1] == 0:
-                _enter(module, name, rank, world, port, arguments)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
-        print(json.dumps(codes), file=answers, flush=True)
+        ((word, what),) = json.loads(line).items()
+        print(json.dumps(_start(*what) if word == "start" else _look(what, word)), file=answers, flush=True)
+
+
+def _start(module: str, name: str, world: int, port: int, arguments: list[Any]) -> list[int]:
+    processes = []
+    for rank in range(world):
+        processes.append(os.fork())
+        if processes[-1] == 0:
+            _enter(module, name, rank, world, port, arguments)
+    return processes
+
+
+def _look(processes: list[int], word: str) -> list[int | None]:
+    """Exit codes; a process that ended is kept, so that its number stays its own, until it is reaped."""
+    found: list[int | None] = []
+    for process in processes:
+        flags = os.WEXITED | os.WNOHANG | (0 if word == "reap" else os.WNOWAIT)
+        end = os.waitid(os.P_PID, process, flags)
+        if end is None:
+            found.append(None)
+        else:
+            found.append(end.si_status if end.si_code == os.CLD_EXITED else -end.si_status)
+    return found
 
 
 def _enter(module: str, name: str, rank: int, world: int, port: int, arguments: list[Any]) -> None:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from facefast.data.drawn.canvas import HEIGHT, WIDTH
 from facefast.data.drawn.drawing import draw
 from facefast.data.drawn.persona import Identity, Shot, draw_identity, draw_shot
+from facefast.runtime.files import storing
 
 VERSION = 1
 """Raised whenever the same spec would give other pixels."""
@@ -98,6 +99,7 @@ def write(root: str | os.PathLike[str], spec: DrawnSpec, processes: int = 0, pro
 
     Raises:
         ValueError: `root` holds another set, or something else.
+        StorageError: it cannot be written.
     """
     root = Path(root)
     if _holds(root, spec):
@@ -106,15 +108,16 @@ def write(root: str | os.PathLike[str], spec: DrawnSpec, processes: int = 0, pro
         raise ValueError(f"processes is {processes}; it must be 0 (one per core) or more")
     part = root.absolute().with_name(f".{root.absolute().name}.part-{os.getpid()}")
     try:
-        pictures = part / "img_align_celeba"
-        pictures.mkdir(parents=True)
-        _write_set(part, spec, processes, progress)
-        try:
-            part.replace(root)
-        except OSError:
-            # Another process finished the same set first.
-            if not _holds(root, spec):
-                raise
+        with storing(root):
+            pictures = part / "img_align_celeba"
+            pictures.mkdir(parents=True)
+            _write_set(part, spec, processes, progress)
+            try:
+                part.replace(root)
+            except OSError:
+                # Another process finished the same set first.
+                if not _holds(root, spec):
+                    raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return root

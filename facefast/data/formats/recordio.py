@@ -6,11 +6,8 @@ lfw2pack.py. Pictures stay where they are: a row is a byte range.
 
 from __future__ import annotations
 
-import io
+import mmap
 import os
-import pickle
-import pickletools
-import stat
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,13 +16,18 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from facefast.data.formats import bin_pickle
 from facefast.data.index import FaceIndex, PairSet
-from facefast.data.lists import read_whole
 from facefast.data.walk import top_entries
 from facefast.runtime.exits import DataError
+from facefast.runtime.untrusted import open_regular
 
 MAGIC = 0xCED7230A
 FRAME = 8  # bytes of magic and length
+LARGEST_BIN = 4 << 30
+"""Bytes of a verification set; the largest published one has a tenth of it."""
+LONGEST_LINE = 1 << 10
+"""Bytes of a line of an .idx, which has two numbers."""
 HEADER = 24  # bytes of flag, label and two ids
 EXACT = 1 << 24  # 32-bit floats tell all whole numbers below apart
 RECORD = np.dtype(
@@ -127,29 +129,34 @@ def recognises_recordio(root: Path) -> bool:
 def read_bin(path: str | os.PathLike[str]) -> tuple[FaceIndex, PairSet]:
     """An InsightFace verification set (lfw.bin, agedb_30.bin, ...): 2P pictures, and their P pairs.
 
-    The pickle is read by an unpickler that knows bytes, numbers, lists, tuples and numpy arrays
-    and refuses everything else; the pictures are then found in the file as it is.
+    The pickle may hold bytes, numbers, lists, tuples and numpy arrays, and is refused if it holds anything else; the
+    pictures stay where they are in the file.
 
     Raises:
         DataError: the file is damaged, holds anything else, or its pictures are not stored raw.
     """
-    content = read_whole(path)
     try:
-        bins, same = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-        # The unpickler gives contents; where they lie in the file is found by the pickle's opcodes.
-        pictures = [bytes(picture) for picture in bins]
-        flags = np.array([_flag(flag) for flag in same], bool)
-        places = _raw_strings(content)
-    except Exception as error:  # a damaged pickle raises nearly anything
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > LARGEST_BIN:
+                raise ValueError(f"it has {size} bytes; at most {LARGEST_BIN} are read")
+            if not size:
+                raise ValueError("it is empty")
+            # Mapped: where the pictures lie is all that is wanted of them.
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                pictures, same = bin_pickle.read(content)
+    except (OSError, ValueError, OverflowError) as error:
         raise DataError(
             f"{os.fspath(path)} is no verification set ({error}); it must be a pickle of "
             "(pictures, is_same) as InsightFace writes it"
         ) from error
+    flags = np.array(same, bool)
     if len(pictures) != 2 * len(flags):
         raise DataError(
             f"{os.fspath(path)} has {len(pictures)} pictures for {len(flags)} pairs; it must have two for each"
         )
-    packed = sum(picture not in places for picture in pictures)
+    raw = [picture for picture in pictures if picture is not None]
+    packed = len(pictures) - len(raw)
     if packed > 0:
         raise DataError(
             f"{packed} of {len(pictures)} pictures of {os.fspath(path)} are not stored raw; "
@@ -160,17 +167,11 @@ def read_bin(path: str | os.PathLike[str]) -> tuple[FaceIndex, PairSet]:
         [os.fsencode(os.path.basename(path))] * len(pictures),
         None,
         (),
-        offsets=[places[picture] for picture in pictures],
-        lengths=[len(picture) for picture in pictures],
+        offsets=[picture.begin for picture in raw],
+        lengths=[picture.length for picture in raw],
     )
     rows = np.arange(len(pictures))
     return index, PairSet.of(rows[0::2], rows[1::2], flags)
-
-
-def _flag(value: Any) -> bool:
-    if isinstance(value, bytes | str) or value not in (0, 1):
-        raise ValueError(f"a pair is the same person or not, 1 or 0; one is {value!r:.80}")
-    return bool(value)
 
 
 def _rec_files(root: Path) -> list[Path]:
@@ -180,13 +181,16 @@ def _rec_files(root: Path) -> list[Path]:
 def _bytes_of(file: Path) -> NDArray[np.uint8]:
     """The file, mapped."""
     try:
-        status = os.stat(file)
-        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-            what = "empty" if stat.S_ISREG(status.st_mode) else "no regular file"
-            raise DataError(f"{file} is {what}; take a whole copy")
-        return np.memmap(file, np.uint8, "r")
+        with open_regular(file) as opened:
+            if not os.fstat(opened.fileno()).st_size:
+                raise DataError(f"{file} is empty; take a whole copy")
+            return np.memmap(opened, np.uint8, "r")
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); give its readers permission") from error
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def _end(file: Path, announced: float, keys: NDArray[np.int64], is_identity: NDArray[np.bool_]) -> int:
@@ -239,8 +243,9 @@ def _keys(file: Path, data: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArr
         return np.arange(len(offsets)), offsets
     try:
         with warnings.catch_warnings(action="ignore"):  # of an empty file, which is refused below
+            _require_lines(listing)
             table = np.loadtxt(listing, np.int64, ndmin=2)
-    except ValueError as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise DataError(f"{listing} must have a key and an offset on each line: {error}") from error
     if table.shape[1:] != (2,) or len(table) == 0 or table.min() < 0:
         raise DataError(f"{listing} must have a key and an offset on each line; it is {table.shape}")
@@ -250,6 +255,14 @@ def _keys(file: Path, data: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArr
             raise DataError(f"{listing} has {what} {values[counts > 1][0]} more than once; it is damaged")
     table = table[np.argsort(table[:, 0], kind="stable")]  # key 0, InsightFace's header, comes first
     return table[:, 0], table[:, 1]
+
+
+def _require_lines(listing: Path) -> None:
+    """Refuses a file without ends of lines: NumPy would take all of it for one."""
+    with open_regular(listing) as file:
+        while block := file.read(64 * LONGEST_LINE):
+            if len(block) == 64 * LONGEST_LINE and b"\n" not in block:
+                raise ValueError(f"it has a line of more than {LONGEST_LINE} bytes")
 
 
 def _walk(file: Path, data: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -274,39 +287,3 @@ def _records(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArr
         windows = sliding_window_view(data, RECORD.itemsize)
         records[inside] = windows[offsets[inside]].view(RECORD)[:, 0]
     return records, inside
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds what a verification set is made of; no other name is looked up, let alone called."""
-
-    ALLOWED = frozenset(
-        {("numpy", "dtype"), ("numpy", "ndarray")}
-        | {
-            (f"numpy.{core}.{name}", function)
-            for core in ("core", "_core")
-            for name, function in (
-                ("multiarray", "_reconstruct"),
-                ("multiarray", "scalar"),
-                ("numeric", "_frombuffer"),
-            )
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The class or function `module.name`, if it is one of numpy's harmless few."""
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it wants {module}.{name}, which is not allowed")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
-def _raw_strings(content: bytes) -> dict[bytes, int]:
-    """Where each byte string of a pickle begins."""
-    places = {}
-    for opcode, _, position in pickletools.genops(content):
-        width = {"BINBYTES": 4, "BINSTRING": 4, "BINBYTES8": 8, "BYTEARRAY8": 8}.get(opcode.name)
-        width = 1 if opcode.name in ("SHORT_BINBYTES", "SHORT_BINSTRING") else width
-        if width is not None and position is not None:
-            begin = position + 1 + width
-            length = int.from_bytes(content[begin - width : begin], "little")
-            places[content[begin : begin + length]] = begin
-    return places

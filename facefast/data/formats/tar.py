@@ -8,12 +8,12 @@ Here each header's checksum is verified, and nothing but zeros may follow the en
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from facefast.runtime.exits import DataError
+from facefast.runtime.untrusted import open_regular
 
 BLOCK = 512
 LONGEST_NAME = 1 << 16
@@ -59,9 +59,9 @@ def open_shard(path: Path) -> BinaryIO:
         DataError: it cannot be read.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise DataError(f"{path} is no regular file; give a tar file")
-        return open(path, "rb")
+        return open_regular(path)
+    except ValueError as error:
+        raise DataError(f"{path} is no regular file; give a tar file") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); give its readers permission") from error
 

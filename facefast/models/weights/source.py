@@ -19,21 +19,10 @@ from facefast.models.weights.layouts import (
     recognise,
 )
 from facefast.models.weights.readers import read
-from facefast.recipe import ImageSpec, from_json
+from facefast.recipe import ImageSpec, ModelConfig, from_json
 from facefast.runtime import files, manifest
 
 IMAGENET = "imagenet"
-# Where training programs keep the network inside a checkpoint, the surest name first.
-CONTAINERS = (
-    "net_state_dict",
-    "state_dict_backbone",
-    "model_state_dict",
-    "state_dict",
-    "backbone",
-    "model",
-    "net",
-    "weights",
-)
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "net.")
 HEADS = ("head.", "attribute_heads.")
 CLASSIFIERS = (
@@ -47,7 +36,6 @@ CLASSIFIERS = (
     "margin.",
     "arc_face.",
 )
-MAX_NESTING = 4
 SHOWN = 4
 
 
@@ -114,7 +102,7 @@ def load_source(source: str | Path, backbone: str = "auto") -> Source:
     path = Path(source)
     if path.is_dir():
         return _from_folder(path)
-    state = strip_prefixes(_find_state(read(path), path), path)
+    state = strip_prefixes(read(path), path)
     layout = recognise(state, backbone) or Layout("")
     if backbone in NAMES and layout.backbone not in ("", backbone):
         raise ValueError(f"{path} holds a {layout.backbone}, model.backbone is {backbone}; leave that out to take it")
@@ -204,28 +192,6 @@ def strip_prefixes(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]
     return stripped
 
 
-def _find_state(value: Any, path: Path, depth: int = 0) -> dict[str, Tensor]:
-    """The state dict in what a file holds, however a training program wrapped it."""
-    # A wrapper's well-known name, the surest first; then the tensors at hand; then an unknown wrapper, if there is just
-    # one: a choice among several would be a guess.
-    found = value if isinstance(value, Mapping) else {}
-    nested = [key for key in CONTAINERS if isinstance(found.get(key), Mapping)]
-    tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if not nested and not tensors:
-        nested = [key for key, inner in found.items() if isinstance(inner, Mapping) and _has_tensors(inner)]
-        nested = nested if len(nested) == 1 else []
-    if nested and depth < MAX_NESTING:
-        return _find_state(found[nested[0]], path, depth + 1)
-    if nested or not tensors:
-        holds = f"keys {_first([str(key) for key in found])}" if found else f"a {type(value).__name__}"
-        raise ValueError(f"{path} holds no state dict that can be told from others: {holds}")
-    return tensors
-
-
-def _has_tensors(value: Mapping[Any, Any]) -> bool:
-    return any(isinstance(item, Tensor) for item in value.values())
-
-
 def _from_folder(path: Path) -> Source:
     """A run's best model, a checkpoint or a package; averaged weights where there are some."""
     for folder in (path / "checkpoints" / "best", path / "checkpoints" / "last", path):
@@ -236,17 +202,20 @@ def _from_folder(path: Path) -> Source:
             continue
         manifest.verify(folder)
         config = files.read_json(document)
-        try:
-            return Source(
-                name=str(path),
-                backbone=config["backbone"],
-                embedding=config["embedding"],
-                image=from_json(ImageSpec, config["image"]),
-                fixed=WHOLE_CONTRACT,
-                state=read(weights[0]),
-            )
-        except KeyError as error:
-            raise ValueError(f"{document} has no entry {error}; it is not a facefast model") from error
+        lacking = [
+            name for name in ("backbone", "embedding", "image") if not isinstance(config, dict) or name not in config
+        ]
+        if lacking:
+            raise ValueError(f"{document} has no entry {lacking[0]!r}; it is not a facefast model")
+        model = from_json(ModelConfig, {name: config[name] for name in ("backbone", "embedding")})
+        return Source(
+            name=str(path),
+            backbone=model.backbone,
+            embedding=model.embedding,
+            image=from_json(ImageSpec, config["image"]),
+            fixed=WHOLE_CONTRACT,
+            state=read(weights[0]),
+        )
     raise ValueError(
         f"source folder {path} holds no facefast model (model.json beside model.safetensors); give "
         "a run folder, a checkpoint folder, a package or a weights file"

@@ -7,6 +7,7 @@ number of its type; tables and objects carry an index, by which they are referre
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,11 @@ DTYPES = {
     "Cuda": "<f4", "CudaDouble": "<f8",
 }  # fmt: skip
 MAX_AXES = 16
+MAX_DEPTH = 64
+"""Tables around a weight."""
+MAX_ENTRIES = 1 << 20
+"""Entries looked at in search of weights. Tables may be referred to from many places, and 60 that each hold the next
+one twice have more paths through them than can be counted."""
 LEARNT = ("weight", "bias", "running_mean", "running_var")
 """The tensors of a module that are its weights; the others are room for its results and gradients."""
 
@@ -35,21 +41,26 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     try:
         value = _Reader(path.read_bytes()).value()
-        return dict(_weights(value, "", ()))
+        return dict(_weights(value, "", (), [MAX_ENTRIES]))
     except (ValueError, RuntimeError, struct.error, RecursionError) as error:
         raise ValueError(f"{path} is not a sound binary .t7 file of Torch7: {error}") from error
 
 
-def _weights(value: Any, at: str, around: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Weights in a table and in those within it; `around` are the tables that it lies in, which it may refer to."""
+def _weights(value: Any, at: str, around: tuple[int, ...], left: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """Weights in a table and in those within it; `around` are the tables that it lies in, which it may refer to, and
+    `left` counts the entries that may still be looked at."""
     if not isinstance(value, dict) or id(value) in around:
         return
+    left[0] -= len(value)
+    if left[0] < 0 or len(around) > MAX_DEPTH:
+        raise ValueError(f"its tables hold each other more than {MAX_DEPTH} deep or in more than {MAX_ENTRIES} places")
     # Lua hands out a table's numbers in any order.
     for key in sorted(value, key=lambda key: (isinstance(key, str), key)):
         inner = value[key]
         if isinstance(inner, Tensor) and key in LEARNT:
             yield f"{at}{key}", inner
-        yield from _weights(inner, f"{at}{key}.", (*around, id(value)))
+        elif isinstance(inner, dict):
+            yield from _weights(inner, f"{at}{key}.", (*around, id(value)), left)
 
 
 class _Reader:
@@ -66,7 +77,7 @@ class _Reader:
             return None
         if kind == NUMBER:
             number = self.unpack("<d")
-            return int(number) if number.is_integer() else number
+            return int(number) if number.is_integer() and abs(number) < 1 << 53 else number
         if kind == STRING:
             return self.string()
         if kind == BOOLEAN:
@@ -123,6 +134,9 @@ class _Reader:
             return torch.empty(0)
         if not isinstance(storage, Tensor):
             raise ValueError("a tensor without its numbers")
+        # A stride of 0 would make one number a million.
+        if min(size) < 0 or math.prod(size) > storage.numel():
+            raise ValueError(f"a tensor of shape {size} with {storage.numel()} numbers")
         return storage.as_strided(size, stride, first)
 
     def string(self) -> str:

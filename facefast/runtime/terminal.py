@@ -1,0 +1,129 @@
+"""What people read: names that cannot steer a terminal, warnings of one line, and an output that may be closed, full or
+ASCII."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import select
+import sys
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from typing import TextIO
+
+# Marks that turn the direction of writing, and so let a name pretend to end elsewhere.
+_DIRECTION = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
+
+
+def escape_letter(letter: str) -> str:
+    """A letter as it is, or as `\\n`, `\\x1b` or `\\u202e` where it ends a line or steers a terminal; a byte that is no
+    UTF-8 as the file system's names have it is `\\xff`."""
+    if "\udc80" <= letter <= "\udcff":
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in _DIRECTION:
+        # Only bytes are written as \x80 and above.
+        return letter.encode("unicode_escape").decode() if letter < "\x80" else f"\\u{ord(letter):04x}"
+    return letter
+
+
+def plain(text: str) -> str:
+    """A text that cannot steer a terminal, whatever names it holds; its line ends stay.
+
+    Backslashes stay single: names that were escaped before come out as they went in.
+    """
+    return text if text.isascii() and text.isprintable() else "\n".join(_escaped(line) for line in text.split("\n"))
+
+
+def message(text: str) -> str:
+    """`plain`, and a line end is one only where two blanks follow: what a name holds cannot begin a line, and so cannot
+    pass for a message of ours."""
+    return "\n".join(map(_escaped, re.split(r"\n(?=  )", text)))
+
+
+def _escaped(text: str) -> str:
+    return "".join(map(escape_letter, text))
+
+
+def say(text: str) -> None:
+    """Prints a result at once; paths and names in it are escaped where that is needed."""
+    print(plain(text), flush=True)
+
+
+def complain(text: str) -> None:
+    """A message on standard error, or nothing where nobody hears it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def prepared() -> Iterator[None]:
+    """Makes printing safe: streams that were closed at the start swallow what is said, letters that the terminal does
+    not have are escaped, and a warning is one line without the place in our code."""
+    _open_missing()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # a stream of somebody else's, in a notebook
+            if stream.errors in ("strict", "surrogateescape"):
+                stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    before = warnings.formatwarning
+    warnings.formatwarning = _format_warning
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def _open_missing() -> None:
+    # The next file that is opened would get the number of a closed stream, and what libraries print with it.
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 -- as long as the process
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"warning: {_escaped(' '.join(str(message).split()))}\n"
+
+
+def broken_output() -> str | None:
+    """Why what was printed does not arrive: nobody reads it any more, as after head, or its disk is full; None if it
+    does. What is still to be written then goes nowhere."""
+    reasons = []
+    for stream in (sys.stdout, sys.stderr):
+        reason = None
+        try:
+            if _has_no_reader(stream):
+                reason = "nobody reads the output any more"
+            stream.flush()
+        except OSError as error:
+            reason = reason or (
+                "nobody reads the output any more"
+                if error.errno == errno.EPIPE
+                else f"the output cannot be written: {error.strerror}; give it another place"
+            )
+        except ValueError:  # closed by whoever called us
+            continue
+        if reason is not None:
+            reasons.append(reason)
+            # Without this the interpreter writes once more at its end, fails, and leaves with a code of its own.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return reasons[0] if reasons else None
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    try:
+        output = select.poll()
+        output.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in output.poll(0))
+    except (OSError, ValueError):  # an output without a file has no reader to lose
+        return False
