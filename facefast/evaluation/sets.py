@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from facefast.data import PairSet, read_bin, read_lfw
+from facefast.data import PairSet, read_bin, read_pair_list
 from facefast.data.prepare import EvaluationSet, check_budget, divide, photographs_of, require_sound
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Reading, Recipe, from_json
@@ -16,7 +16,7 @@ def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | 
 
     Args:
         root: folder of the photographs that `pairs` names.
-        pairs: LFW's pairs.txt.
+        pairs: a list of pairs in any form that `read_pair_list` knows.
         bin: an InsightFace .bin; one of the two.
 
     Raises:
@@ -24,7 +24,7 @@ def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | 
         DataError: more bad pictures than allowed.
     """
     if pairs is not None and bin is None:
-        index, found = read_lfw(root, pairs)
+        index, found = read_pair_list(root, pairs)
     elif bin is not None and pairs is None:
         index, found = read_bin(bin)
     else:
