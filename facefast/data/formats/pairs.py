@@ -310,8 +310,8 @@ def _columns_of_pairs(table: _Table, path: str | os.PathLike[str]) -> tuple[int,
             first, second, label = (table.columns[name] for name in ("first", "second", "label"))
             return first, second, label, table.columns.get("fold")
         raise DataError(
-            f"{os.fspath(path)}: the first line names columns for {', '.join(table.columns)}; columns of both pictures and "
-            "of the label are needed, such as a,b,label"
+            f"{os.fspath(path)}: the first line names columns for {', '.join(table.columns)}; columns of both pictures "
+            "and of the label are needed, such as a,b,label"
         )
     number, words = table.lines[0]
     if len(words) == 3:
@@ -320,8 +320,8 @@ def _columns_of_pairs(table: _Table, path: str | os.PathLike[str]) -> tuple[int,
         if words[0].lower() in SAME + DIFFERENT:
             return 1, 2, 0, None
     raise DataError(
-        f"{os.fspath(path)}, line {number} is no pair: {shown(' '.join(words))}; write `a b label` with a label of 1 or 0, "
-        "LFW's pairs.txt, or columns with names: a,b,label"
+        f"{os.fspath(path)}, line {number} is no pair: {shown(' '.join(words))}; write `a b label` with a label of 1 "
+        "or 0, LFW's pairs.txt, or columns with names: a,b,label"
     )
 
 
