@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from facefast.data import PairSet, read_bin, read_pair_list
+from facefast.data import FaceIndex, PairSet, read_bin, read_pair_list
 from facefast.data.prepare import EvaluationSet, check_budget, divide, photographs_of, require_sound
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Reading, Recipe, from_json
@@ -29,10 +29,19 @@ def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | 
         index, found = read_bin(bin)
     else:
         raise ValueError("give --pairs or --bin, not both")
+    return EvaluationSet(test=None, verification=checked(index, reading), pairs=found, held_out=True)
+
+
+def checked(index: FaceIndex, reading: Reading) -> FaceIndex:
+    """An index scanned, all rows of it, whatever is wrong with them.
+
+    Raises:
+        DataError: more bad pictures than allowed.
+    """
     index = index.scanned(threads=reading.threads, max_pixels=reading.max_pixels)
     check_budget(index, reading.max_bad_fraction)
     require_sound(index)
-    return EvaluationSet(test=None, verification=index, pairs=found, held_out=True)
+    return index
 
 
 def find_evaluation_set(

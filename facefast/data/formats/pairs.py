@@ -6,6 +6,7 @@ Of pictures, only those that a list names are read.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -115,6 +116,10 @@ class TemplateSet:
     """[T] person of each template, -1 where the list does not say."""
     pairs: PairSet
     """Rows are templates."""
+
+    def of(self, index: FaceIndex) -> TemplateSet:
+        """The same with another index of the same rows, such as a scanned one."""
+        return dataclasses.replace(self, index=index)
 
 
 def read_templates(
