@@ -52,13 +52,17 @@ class Overlap:
 
     def sentence(self) -> str:
         """In a line, for people."""
-        near = "not compared" if self.near is None else str(self.near)
-        example = f" (first: {self.first})" if self.first else ""
-        why = f"; {self.why}" if self.why else ""
+        if not self.trained:
+            return f"shared with training: {self.names} people by name{self._example()}; {self.why}"
+        near = f", {self.near} nearly the same" if self.near is not None else ""
+        why = f"; not compared by thumbnails: {self.why}" if self.why else ""
         return (
             f"shared with the {self.trained} training pictures: {self.names} people by name, {self.files} of "
-            f"{self.measured} files, {near} nearly the same{example}{why}"
+            f"{self.measured} files{near}{self._example()}{why}"
         )
+
+    def _example(self) -> str:
+        return f" (first: {self.first})" if self.first else ""
 
 
 def training_rows(path: Path) -> FaceIndex | None:

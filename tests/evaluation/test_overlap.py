@@ -84,10 +84,13 @@ def test_what_was_not_compared_is_said(
     shutil.copytree(run / "checkpoints" / "step-0000001", package)
     found = overlap.overlap_of(package, model, [test], held_out=True)
     assert (found.trained, found.names, found.near) == (0, 4, None)
-    assert "keeps no list of its training pictures: names alone" in found.why and "not compared" in found.sentence()
+    assert "keeps no list of its training pictures: names alone" in found.why and found.sentence().startswith(
+        "shared with training: 4"
+    )
     monkeypatch.setattr(overlap, "MOST_PICTURES", 10)
     found = overlap.overlap_of(run, model, [test], held_out=True)
     assert found.near is None and "16 pictures are too many" in found.why
+    assert "0 of 8 files (first: 1); not compared by thumbnails: 16 pictures" in found.sentence()
     monkeypatch.setattr(overlap, "MOST_PICTURES", 100)
     other = tmp_path / "moved"
     shutil.copytree(run, other, symlinks=True)
