@@ -20,6 +20,7 @@ COMMANDS = {
     "label": "Give names to photographs that have none",
     "evaluate": "Measure how well a model recognises and verifies people",
     "predict": "Name the people in photographs, or embed them",
+    "gallery": "Enroll people, find them in photographs, and forget them",
     "export": "Write a model as ONNX, torch.export or safetensors",
     "compress": "Write an int8 copy of a model, refused where it recognises worse",
 }

@@ -1,6 +1,7 @@
 """What a finished model is worth: `python -m facefast.evaluate MODEL --data.root DIR`.
 
-Closed-set accuracy and open-set verification, on all ranks, with exact counts.
+Closed-set accuracy and open-set verification, on all ranks, with exact counts; pairs of any list, templates, or
+identification in a gallery.
 """
 
 from __future__ import annotations
@@ -9,13 +10,20 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import tyro
+from torch import Tensor
 
-from facefast.evaluation.measure import evaluate
-from facefast.evaluation.sets import find_evaluation_set, given_pairs
-from facefast.models import checkpoint
-from facefast.recipe import DataConfig, EvalConfig
+from facefast.data import FaceIndex, read_templates
+from facefast.data.prepare import read_photographs
+from facefast.evaluation import exam
+from facefast.evaluation.embed import embed_rows
+from facefast.evaluation.measure import Embed, evaluate
+from facefast.evaluation.overlap import overlap_of
+from facefast.evaluation.sets import checked, find_evaluation_set, given_pairs
+from facefast.models import FaceModel, checkpoint
+from facefast.recipe import DataConfig, EvalConfig, Photographs, Reading
 from facefast.recipe.options import parse, typed
 from facefast.runtime import exits, files, process
 from facefast.runtime.process import decode_threads
@@ -30,9 +38,25 @@ class EvaluateArguments:
     """A run folder, a checkpoint folder, an exported package or a source model's weights file."""
     data: DataConfig = field(default_factory=DataConfig)
     pairs: Path | None = None
-    """LFW's pairs.txt, for the folder in data.root."""
+    """A list of pairs of pictures in data.root: LFW's pairs.txt, `a b label` a line, or CSV; beside templates, of pairs
+    of those."""
     bin: Path | None = None
     """An InsightFace verification set (.bin)."""
+    templates: Path | None = None
+    """A list of media as IJB has them (path, template, subject, medium): sets of pictures are compared."""
+    weights: Literal["equal", "length"] = "equal"
+    """How pictures weigh in a template: length goes by that of their embeddings."""
+    identify: Path | None = None
+    """A gallery, a folder per person: who of data.root is found in it, and how many strangers are."""
+    join: Literal["mean", "max"] = "mean"
+    """How identify scores a person: by the mean of their pictures, or by the one most like the probe."""
+    draws: int = 5
+    """Draws of random pairs whose spread is told."""
+    groups: str = ""
+    """An attribute of the photographs, or a CSV file with columns path and others: errors of each group at one
+    threshold."""
+    hardest: int = 0
+    """Pairs of each kind listed that are hardest to tell."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     seed: int = 0
     """Of the random pairs, where no list of pairs is given."""
@@ -44,24 +68,95 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
         given = parse(EvaluateArguments, arguments, "evaluate")
+        _require_sense(given)
         with process.start() as run:
             reading = given.data.reading(decode_threads(0, run.world))
             model = checkpoint.load_model(given.model, run.device)
-            if given.pairs or given.bin:
-                evaluation_set = given_pairs(given.data.root, reading, pairs=given.pairs, bin=given.bin)
+            precision = checkpoint.precision_of(given.model, model)
+
+            def embed(index: FaceIndex) -> tuple[Tensor, Tensor]:
+                return embed_rows(model, index, run, precision, reading, batch_size=given.eval.batch_size)
+
+            remembered = exam.remembering(embed)
+            if given.templates or given.identify:
+                results = _of_sets(given, model, remembered, reading)
             else:
                 said = typed(EvaluateArguments, arguments)
-                evaluation_set = find_evaluation_set(
-                    given.model, model, given.data, given.eval, given.seed, reading.threads, said
-                )
-            precision = checkpoint.precision_of(given.model, model)
-            results = evaluate(model, evaluation_set, given.eval, run, precision, reading)
+                results = _of_pictures(given, said, model, remembered, run, reading)
             if run.is_main and given.json:
-                say(json.dumps(files.strict(results)))
+                say(json.dumps(files.strict(results), allow_nan=False))
             elif run.is_main:
-                width = max(map(len, results))
-                say("\n".join(f"{name:{width}}  {value:.6g}" for name, value in results.items()))
+                say("\n".join(exam.lines(results)))
     return outcome.code
+
+
+def _require_sense(given: EvaluateArguments) -> None:
+    """Refuses options that would have no effect beside others."""
+    wishes = {"--identify": given.identify, "--templates": given.templates, "--pairs": given.pairs, "--bin": given.bin}
+    named = [name for name, wish in wishes.items() if wish is not None]
+    if len(named) > 1 and named != ["--templates", "--pairs"]:
+        raise ValueError(f"give {' or '.join(named)}, not both")
+    idle = {
+        "--join": given.join != "mean" and given.identify is None,
+        "--weights": given.weights != "equal" and given.templates is None,
+        "--groups": bool(given.groups) and bool(given.identify or given.templates),
+        "--hardest": given.hardest != 0 and given.identify is not None,
+        "--draws": given.draws != EvaluateArguments.draws and bool(named),
+    }
+    for name, without_effect in idle.items():
+        if without_effect:
+            raise ValueError(f"{name} has no effect {'with ' + ' and '.join(named) if named else 'here'}; leave it out")
+    if given.draws < 1 or given.hardest < 0:
+        raise ValueError(f"--draws is {given.draws} and must be at least 1, --hardest {given.hardest} and at least 0")
+
+
+def _of_sets(given: EvaluateArguments, model: FaceModel, embed: Embed, reading: Reading) -> dict[str, Any]:
+    """Templates, or probes and a gallery."""
+    if given.templates:
+        templates = read_templates(given.data.root, given.templates, given.pairs)
+        templates = templates.of(checked(templates.index, reading))
+        found = exam.verify_templates(embed, templates, given.weights == "length", given.hardest)
+        return found | _shared(given, model, [templates.index], held_out=True)
+    if not given.data.root:
+        raise ValueError("identify needs photographs to look for: --data.root DIR")
+    probes = read_photographs(given.data, reading)
+    gallery = read_photographs(Photographs(root=str(given.identify)), reading)
+    found = exam.identify(embed, probes, gallery, given.join)
+    return found | _shared(given, model, [probes, gallery], held_out=True)
+
+
+def _of_pictures(
+    given: EvaluateArguments,
+    said: frozenset[str],
+    model: FaceModel,
+    embed: Embed,
+    run: process.Runtime,
+    reading: Reading,
+) -> dict[str, Any]:
+    """Test pictures and pairs."""
+    if given.pairs or given.bin:
+        asked = given_pairs(given.data.root, reading, pairs=given.pairs, bin=given.bin)
+    else:
+        asked = find_evaluation_set(given.model, model, given.data, given.eval, given.seed, reading.threads, said)
+    precision = checkpoint.precision_of(given.model, model)
+    results: dict[str, Any] = evaluate(model, asked, given.eval, run, precision, reading, embed=embed)
+    if asked.verification is not None and asked.pairs is not None:
+        drawn = not (given.pairs or given.bin)
+        questions = exam.Questions(given.draws, given.groups, given.hardest, given.seed)
+        prefix = "" if asked.held_out else "known_"
+        results |= exam.verify_in_full(embed, asked.verification, asked.pairs, questions, drawn=drawn, prefix=prefix)
+    elif given.groups or given.hardest:
+        raise ValueError(
+            "--groups and --hardest need pairs, and there are none: give --pairs, or people with 2 pictures"
+        )
+    parts = [part for part in (asked.test, asked.verification) if part is not None]
+    return results | _shared(given, model, parts[:1] if len({id(p) for p in parts}) == 1 else parts, asked.held_out)
+
+
+def _shared(given: EvaluateArguments, model: FaceModel, measured: list[FaceIndex], held_out: bool) -> dict[str, Any]:
+    """What the measured pictures share with the training pictures."""
+    found = overlap_of(given.model, model, measured, held_out)
+    return {"overlap": found.to_json() if given.json else found.sentence()}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from facefast.data.formats.afad import read_afad, recognises_afad
 from facefast.data.formats.celeba import read_celeba, recognises_celeba
 from facefast.data.formats.folder import read_folder, recognises_folder
 from facefast.data.formats.lfw import read_lfw, read_pairs, recognises_lfw
+from facefast.data.formats.pairs import TemplateSet, read_pair_list, read_templates
 from facefast.data.formats.recordio import read_bin, read_recordio, recognises_recordio
 from facefast.data.formats.webdataset import read_webdataset, recognises_webdataset
 from facefast.data.index import FAULTS, FaceIndex, PairSet, printable
@@ -32,12 +33,15 @@ __all__ = [
     "Loader",
     "PairSet",
     "Sampler",
+    "TemplateSet",
     "make_loader",
     "make_sampler",
     "read_bin",
     "read_index",
     "read_lfw",
+    "read_pair_list",
     "read_pairs",
+    "read_templates",
 ]
 
 READERS: dict[str, Callable[[str | os.PathLike[str]], FaceIndex]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from facefast.models.precision import Precision
 from facefast.recipe import EvalConfig, Reading
 from facefast.runtime.process import Runtime
 
+Embed = Callable[[FaceIndex], tuple[Tensor, Tensor]]
+"""An index to embeddings [N, D] of any length, and [N] whether a row could be read."""
+
 
 def evaluate(
     model: FaceModel,
@@ -27,11 +31,13 @@ def evaluate(
     precision: Precision,
     reading: Reading,
     known: LabelledEmbeddings | None = None,
+    embed: Embed | None = None,
 ) -> dict[str, float]:
     """Every number the evaluation has, the same on every rank.
 
     Args:
         known: embeddings of the training pictures by this model, where its `baselines` are wanted too.
+        embed: gives the embeddings of an index, where the caller keeps them; `embed_rows` without it.
 
     Returns:
         Closed set: loss, top1, top5, per_class, test_rows, and those of `baselines`. Attributes: NAME/accuracy,
@@ -41,9 +47,10 @@ def evaluate(
         identities were trained on.
     """
 
-    def embed(index: FaceIndex) -> tuple[Tensor, Tensor]:
+    def embed_now(index: FaceIndex) -> tuple[Tensor, Tensor]:
         return embed_rows(model, index, run, precision, reading, batch_size=config.batch_size)
 
+    embed = embed or embed_now
     was_training = model.training
     results: dict[str, float] = {}
     cached: tuple[Tensor, Tensor] | None = None

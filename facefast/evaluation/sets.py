@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from facefast.data import FaceIndex, PairSet, read_bin, read_lfw
+from facefast.data import FaceIndex, PairSet, read_bin, read_pair_list
 from facefast.data.prepare import EvaluationSet, can_be_paired, check_budget, divide, photographs_of, require_sound
 from facefast.data.subsets import with_attributes
 from facefast.data.walk import require_there
@@ -23,7 +23,7 @@ def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | 
 
     Args:
         root: folder of the photographs that `pairs` names.
-        pairs: LFW's pairs.txt.
+        pairs: a list of pairs in any form that `read_pair_list` knows.
         bin: an InsightFace .bin; one of the two.
 
     Raises:
@@ -31,15 +31,24 @@ def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | 
         DataError: more bad pictures than allowed.
     """
     if pairs is not None and bin is None:
-        index, found = read_lfw(root, pairs)
+        index, found = read_pair_list(root, pairs)
     elif bin is not None and pairs is None:
         index, found = read_bin(bin)
     else:
         raise ValueError("give --pairs or --bin, not both")
+    return EvaluationSet(test=None, verification=checked(index, reading), pairs=found, held_out=True)
+
+
+def checked(index: FaceIndex, reading: Reading) -> FaceIndex:
+    """An index scanned, all rows of it, whatever is wrong with them.
+
+    Raises:
+        DataError: more bad pictures than allowed.
+    """
     index = index.scanned(threads=reading.threads, max_pixels=reading.max_pixels)
     check_budget(index, reading.max_bad_fraction)
     require_sound(index)
-    return EvaluationSet(test=None, verification=index, pairs=found, held_out=True)
+    return index
 
 
 def find_evaluation_set(

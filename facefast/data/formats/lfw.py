@@ -6,6 +6,7 @@ Format: the README of LFW (Huang et al., 2007).
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -129,15 +130,20 @@ def _words(line: str) -> list[str]:
     return [word.strip() for word in (line.split("\t") if "\t" in line else line.split())]
 
 
+def is_lfw_line(words: Sequence[str]) -> bool:
+    """Whether the words of a list's first line are LFW's: the number of folds and pairs, or a pair."""
+    return _is_head(words) or _is_pair(words)
+
+
 def _is_number(word: str) -> bool:
     return word.isascii() and word.isdecimal() and len(word) <= 9
 
 
-def _is_head(words: list[str]) -> bool:
+def _is_head(words: Sequence[str]) -> bool:
     return len(words) <= 2 and all(map(_is_number, words)) and (len(words) == 1 or 0 < int(words[0]) <= MOST_FOLDS)
 
 
-def _is_pair(words: list[str]) -> bool:
+def _is_pair(words: Sequence[str]) -> bool:
     numbered = len(words) in (3, 4) and _is_number(words[1]) and _is_number(words[-1])
     return numbered and (len(words) == 3 or words[0] != words[2])
 

@@ -1,0 +1,157 @@
+"""Photographs to what a gallery takes: whose they are, their embeddings, and what speaks against some of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from facefast.data import FaceIndex, read_index
+from facefast.data.index import FAULTS, advice
+from facefast.data.prepare import divide, photographs_of
+from facefast.data.walk import DECODED, list_pictures
+from facefast.deploy.gallery import Offer
+from facefast.evaluation.embed import embed_rows
+from facefast.evaluation.thresholds import Thresholds
+from facefast.models import FaceModel, checkpoint
+from facefast.models.precision import Precision
+from facefast.recipe import Reading, Recipe, from_json
+from facefast.runtime import files
+from facefast.runtime.process import Runtime, decode_threads
+
+LEAST_SIDE = 40
+"""Pixels of a picture's shorter side; what is smaller shows too little of a face to know it again by."""
+BATCH_SIZE = 64
+THRESHOLDS = "thresholds.json"
+"""Beside a checkpoint's or a package's model.json."""
+
+Quality = Callable[[FaceIndex], Sequence[str]]
+"""What speaks against each row's picture, in words; empty for good ones."""
+
+
+class Embedder(NamedTuple):
+    """A model ready for photographs."""
+
+    model: FaceModel
+    precision: Precision
+    run: Runtime
+
+    @classmethod
+    def load(cls, path: Path, run: Runtime) -> Embedder:
+        """From a run, a checkpoint, a package or source weights.
+
+        Raises:
+            ValueError: there is no model there.
+            StorageError: a file of it is damaged.
+        """
+        model = checkpoint.load_model(path, run.device)
+        return cls(model, checkpoint.precision_of(path, model), run)
+
+    def embed(self, index: FaceIndex) -> tuple[Tensor, list[str]]:
+        """[N, D] of any length, 0 for pictures that could not be read, and [N] why they could not."""
+        faults = [FAULTS[fault] + advice(FAULTS[fault]) if fault else "" for fault in index.faults.tolist()]
+        sound = np.flatnonzero(index.faults == 0)
+        embeddings = torch.zeros(len(index), self.model.embedding_size)
+        if len(sound):
+            reading = Reading(decode_threads(0, self.run.world), max_bad_fraction=1.0)  # each fault is an answer
+            part = index.select(sound)
+            found, seen = embed_rows(self.model, part, self.run, self.precision, reading, batch_size=BATCH_SIZE)
+            embeddings[torch.from_numpy(sound)] = found
+            for place in torch.nonzero(~seen).flatten().tolist():
+                faults[sound[place]] = "it could not be decoded"
+        return embeddings, faults
+
+
+def photographs(given: Sequence[str | os.PathLike[str]]) -> FaceIndex:
+    """A scanned index of loose photographs and of folders of them, in the order given.
+
+    Raises:
+        ValueError: a path is not there, or there is no photograph.
+    """
+    found: list[str] = []
+    for path in [os.fspath(path) for path in given]:
+        if os.path.isdir(path):
+            found += [os.path.join(path, os.fsdecode(inside)) for inside in list_pictures(path)]
+        elif os.path.isfile(path):
+            found.append(path)
+        else:
+            raise ValueError(f"{path} is neither a photograph nor a folder")
+    if not found:
+        endings = ", ".join(sorted(map(os.fsdecode, DECODED)))
+        raise ValueError(f"no photographs in {', '.join(os.fspath(path) for path in given)}; they end in {endings}")
+    # Loose photographs may lie anywhere: the file system's root is the one folder that holds all of them.
+    paths = [os.fsencode(os.path.abspath(path)).lstrip(b"/") for path in found]
+    return FaceIndex.build("/", paths, None, ()).scanned()
+
+
+def people_of(root: str | os.PathLike[str]) -> FaceIndex:
+    """A scanned index of people: a folder each, or any layout that `read_index` knows; pictures without a name are left
+    out.
+
+    Raises:
+        ValueError: there are none, or their layout is not known.
+    """
+    index = read_index(root)
+    named = index.select(index.labels >= 0)
+    if not len(named):
+        raise ValueError(f"no picture in {os.fspath(root)} has a name; give NAME DIR, or a folder per person")
+    return named.scanned()
+
+
+def people_of_run(path: Path, threads: int = 0) -> FaceIndex:
+    """The pictures that a model was trained on, as its recipe divides them; what was kept for testing is not enrolled.
+
+    Raises:
+        ValueError: the model has no recipe or no people, or its photographs are not where they were.
+        DataError: more of them are bad than the recipe allows.
+    """
+    saved = checkpoint.read_recipe(path)
+    if saved is None:
+        raise ValueError(f"{path} is no run: nothing tells its people; enroll folders instead")
+    recipe = from_json(Recipe, saved)
+    if not recipe.data.root or recipe.learns_attributes:
+        what = "has attributes instead of people" if recipe.learns_attributes else "does not say where its pictures are"
+        raise ValueError(f"{path} {what}; enroll folders instead")
+    train = divide(photographs_of(recipe, recipe.data.reading(threads)), recipe, recipe.phases[-1]).train
+    return train.select(train.labels >= 0)
+
+
+def large_enough(index: FaceIndex) -> list[str]:
+    """The least quality that a scan tells."""
+    sides = np.minimum(index.widths, index.heights).tolist()
+    return [
+        f"its shorter side has {side} pixels, {LEAST_SIDE} are needed" if 0 < side < LEAST_SIDE else ""
+        for side in sides
+    ]
+
+
+def offer_of(index: FaceIndex, embedder: Embedder, name: str | None = None, quality: Quality = large_enough) -> Offer:
+    """The pictures of an index as they are offered to a gallery.
+
+    Args:
+        index: scanned; with labels where `name` is None.
+        embedder: the model.
+        name: whose all of them are.
+        quality: what speaks against pictures that can be read.
+    """
+    embeddings, faults = embedder.embed(index)
+    against = quality(index)
+    names = [name if name is not None else index.class_names[label] for label in index.labels.tolist()]
+    return Offer(names, embeddings, index.hashes, tuple(a or b for a, b in zip(faults, against, strict=True)))
+
+
+def thresholds_of(path: Path) -> Thresholds:
+    """The thresholds that a model was given, none where it has none.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    if not path.is_dir():
+        return Thresholds()
+    document = checkpoint.find_model(path) / THRESHOLDS
+    return Thresholds.from_json(files.read_json(document)) if document.exists() else Thresholds()
