@@ -23,10 +23,11 @@ import tyro
 from torch import Tensor
 
 from facefast.data import FaceIndex, PairSet, make_loader
-from facefast.data.prepare import read_photographs
+from facefast.data.prepare import Locate, read_photographs
 from facefast.deploy import package
 from facefast.deploy.gate import Array, Gate, compare, seconds_per_picture
 from facefast.evaluation.sets import find_evaluation_set
+from facefast.faces.align import locator
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Reading, to_json
 from facefast.recipe.options import parse
@@ -94,7 +95,9 @@ def read_pictures(index: FaceIndex, model: FaceModel, reading: Reading) -> Itera
             yield batch.images[valid].numpy(), batch.rows[valid]
 
 
-def divide(given: CompressArguments, model: FaceModel, reading: Reading) -> tuple[FaceIndex, FaceIndex, PairSet | None]:
+def divide(
+    given: CompressArguments, model: FaceModel, reading: Reading, locate: Locate | None = None
+) -> tuple[FaceIndex, FaceIndex, PairSet | None]:
     """Photographs to calibrate on, photographs for the gate, and the gate's pairs where there are any.
 
     Calibration takes photographs that are in no pair first.
@@ -104,7 +107,7 @@ def divide(given: CompressArguments, model: FaceModel, reading: Reading) -> tupl
     """
     if not given.data.root:
         raise ValueError("compress needs photographs: --data.root DIR, of the kind that the model will see")
-    index = read_photographs(given.data, reading)
+    index = read_photographs(given.data, reading, locate)
     if len(index) < FEWEST:
         raise ValueError(
             f"{given.data.root} holds {len(index)} readable photographs; int8 needs at least {FEWEST}, some hundred "
@@ -116,7 +119,9 @@ def divide(given: CompressArguments, model: FaceModel, reading: Reading) -> tupl
     evaluation_set = None
     if len(counts) > 1 and counts.max() > 1:
         config = EvalConfig(pairs=given.pairs)
-        evaluation_set = find_evaluation_set(given.model, model, given.data, config, given.seed, reading.threads)
+        evaluation_set = find_evaluation_set(
+            given.model, model, given.data, config, given.seed, reading.threads, locate
+        )
     if evaluation_set is None or evaluation_set.verification is None or evaluation_set.pairs is None:
         # From the other end of the order: the two overlap only in a set that is smaller than both together.
         judged = index.select(shuffled[::-1][:MOST_UNPAIRED])
@@ -138,7 +143,7 @@ def divide(given: CompressArguments, model: FaceModel, reading: Reading) -> tupl
     )
 
 
-def compress(given: CompressArguments, model: FaceModel, threads: int) -> dict[str, Any]:
+def compress(given: CompressArguments, model: FaceModel, threads: int, locate: Locate | None = None) -> dict[str, Any]:
     """Quantises `model`, holds it against its parent and writes `given.out` where it passes.
 
     Returns:
@@ -156,7 +161,7 @@ def compress(given: CompressArguments, model: FaceModel, threads: int) -> dict[s
         raise ValueError("compress needs ONNX's packages: pip install 'facefast[onnx]'") from error
     _check_out(given.out)
     reading = given.data.reading(threads)
-    calibration, judged, pairs = divide(given, model, reading)
+    calibration, judged, pairs = divide(given, model, reading, locate)
     parent, size_before = _exported(model)
     original = _load_original(given.original, model) if given.original else None
     pictures = np.concatenate([images for images, _ in read_pictures(calibration, model, reading)])
@@ -290,7 +295,8 @@ def main(arguments: list[str] | None = None) -> int:
             if run.world.size > 1:
                 raise ValueError(f"compress runs in one process, not in {run.world.size}; start it without torchrun")
             threads = process.decode_threads(0, run.world)
-            document = compress(given, checkpoint.load_model(given.model), threads)
+            model = checkpoint.load_model(given.model)
+            document = compress(given, model, threads, locator(model.image, model.faces, given.data.detect, run))
         print(gate_text(document))
         print(f"{given.out}: passed")
     return outcome.code

@@ -14,6 +14,7 @@ import tyro
 
 from facefast.evaluation.measure import evaluate
 from facefast.evaluation.sets import find_evaluation_set, given_pairs
+from facefast.faces.align import locator
 from facefast.models import checkpoint
 from facefast.recipe import DataConfig, EvalConfig
 from facefast.recipe.options import parse
@@ -46,11 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
         with process.start() as run:
             reading = given.data.reading(decode_threads(0, run.world))
             model = checkpoint.load_model(given.model, run.device)
+            faces = locator(model.image, model.faces, given.data.detect, run)
             if given.pairs or given.bin:
-                evaluation_set = given_pairs(given.data.root, reading, pairs=given.pairs, bin=given.bin)
+                evaluation_set = given_pairs(given.data.root, reading, pairs=given.pairs, bin=given.bin, locate=faces)
             else:
                 evaluation_set = find_evaluation_set(
-                    given.model, model, given.data, given.eval, given.seed, reading.threads
+                    given.model, model, given.data, given.eval, given.seed, reading.threads, faces
                 )
             precision = checkpoint.precision_of(given.model, model)
             results = evaluate(model, evaluation_set, given.eval, run, precision, reading)

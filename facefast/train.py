@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,14 @@ from facefast.data.prepare import PhaseData, prepare
 from facefast.evaluation.baselines import LabelledEmbeddings
 from facefast.evaluation.measure import evaluate
 from facefast.evaluation.report import with_baselines
+from facefast.faces.align import Locator
 from facefast.models import checkpoint
 from facefast.recipe import EvalConfig, Recipe, flags, resolve, to_json
 from facefast.runtime import exits, files, manifest, process
 from facefast.runtime.exits import NumericsError, StorageError
 from facefast.runtime.log import Position, RunLog, environment
 from facefast.runtime.process import Runtime
-from facefast.training.begin import Start, begin, find_source, find_teacher, settle
+from facefast.training.begin import Start, begin, find_source, find_teacher, pictures_of, settle
 from facefast.training.finish import best_of, fail, finish, leave, named_metric, write_status
 from facefast.training.guard import culprit, not_finite, some
 from facefast.training.objective import RowCounts
@@ -38,12 +39,15 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     """Runs a recipe in a run folder, from its start or from where it was stopped; returns the exit code."""
     source = find_source(recipe)
     teacher = find_teacher(recipe, source, run.device)
-    datasets = prepare(recipe, folder, run)  #                         files -> index -> splits and evaluations
+    said: list[str] = []  # the log is opened when the photographs are known
+    faces = Locator(pictures_of(recipe, source, teacher), recipe.data.detect, run, alone=True, say=said.append)
+    datasets = prepare(recipe, folder, run, faces)  #                  files -> index -> splits and evaluations
     recipe = settle(recipe, source, teacher, datasets)
     plan = resolve(recipe, tuple(data.facts() for data in datasets), run.world.size)
     state = TrainState(recipe, plan, run)
+    state.faces = faces.document()
     saved = find_saved(folder, resume, state)
-    with open_log(folder, state, saved) as log:
+    with open_log(folder, state, saved, said) as log:
         for number in range(state.phase_number, len(datasets)):  # a run that goes on enters the phase it stopped in
             start = begin(folder, state, number, datasets[number], source, teacher, saved, log)
             data = start.data
@@ -129,8 +133,8 @@ def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
     return path
 
 
-def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
-    """Writes recipe, plan and environment into the run folder and opens its log."""
+def open_log(folder: Path, state: TrainState, saved: Path | None, said: Sequence[str] = ()) -> RunLog:
+    """Writes recipe, plan and environment into the run folder and opens its log, in which `said` comes first."""
     recipe, plan, run = state.recipe, state.plan, state.run
     if run.is_main:
         if saved is None:  # checkpoints of an earlier run would be taken for this one's by the next resume
@@ -146,6 +150,8 @@ def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
         first_step=None if saved is None else state.step,
         every=recipe.log_every,
     )
+    for text in said:
+        log.say(text)
     height, width = recipe.image.shape
     log.say(
         f"{recipe.model.backbone}, {width} x {height} px, template {recipe.image.template}, "

@@ -6,12 +6,14 @@ import dataclasses
 from pathlib import Path
 
 from facefast.data import PairSet, read_bin, read_lfw
-from facefast.data.prepare import EvaluationSet, check_budget, divide, photographs_of, require_sound
+from facefast.data.prepare import EvaluationSet, Locate, check_budget, divide, photographs_of, require_sound
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Reading, Recipe, from_json
 
 
-def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | None) -> EvaluationSet:
+def given_pairs(
+    root: str, reading: Reading, *, pairs: Path | None, bin: Path | None, locate: Locate | None = None
+) -> EvaluationSet:
     """A published verification set.
 
     Args:
@@ -32,11 +34,19 @@ def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | 
     index = index.scanned(threads=reading.threads, max_pixels=reading.max_pixels)
     check_budget(index, reading.max_bad_fraction)
     require_sound(index)
+    if locate is not None:  # a pair counts places in this index: all rows stay
+        index = locate(index, reading, faceless=True)
     return EvaluationSet(test=None, verification=index, pairs=found, held_out=True)
 
 
 def find_evaluation_set(
-    path: Path, model: FaceModel, data: DataConfig, config: EvalConfig, seed: int, threads: int
+    path: Path,
+    model: FaceModel,
+    data: DataConfig,
+    config: EvalConfig,
+    seed: int,
+    threads: int,
+    locate: Locate | None = None,
 ) -> EvaluationSet:
     """What the model's own recipe kept for testing, or else random pairs of all people in `data`.
 
@@ -51,7 +61,7 @@ def find_evaluation_set(
     if not data.root:
         raise ValueError("evaluate needs photographs: --data.root DIR, or --bin SET")
     trained = _asked_again(_recipe_of(path), data)
-    index = photographs_of(trained, trained.data.reading(threads))
+    index = photographs_of(trained, trained.data.reading(threads), locate)
     known = set(model.class_names) & set(index.class_names)
     if known or trained.learns_attributes:
         # Divided again by the recipe's seed: the pictures that were kept out then, as long as the classes agree.

@@ -10,19 +10,22 @@ landmarks is taken for its face.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from facefast.data import FaceIndex
 from facefast.data.index import NO_FACE
-from facefast.faces.detect import Detector, find_detector, upright_sizes
+from facefast.faces.detect import Detector, find_detector, look, upright_sizes
+from facefast.faces.found import Faces
 from facefast.faces.frames import Frame, recognise
 from facefast.faces.landmarks import UNREADABLE, Found, cache_file, find_landmarks
 from facefast.recipe import ImageSpec, Reading
@@ -92,91 +95,160 @@ class Locator:
     """auto, mtcnn, none, or a file of YuNet."""
     run: Runtime
     alone: bool = False
-    """Whether rank 0 alone reads the photographs, and the others follow by `Locator.follow`."""
+    """Whether rank 0 alone reads the photographs; the others wait while it broadcasts None."""
     detector: Detector | None = None
     """The one to ask; by default what `detect` names."""
     keep: bool = True
     """Whether what a detector said is kept in the user's cache."""
+    say: Callable[[str], None] = functools.partial(print, file=sys.stderr)
+    """Where rank 0 says what was done; beside a command's output."""
+    readable: NDArray[np.bool_] = dataclasses.field(default_factory=lambda: np.ones(0, bool))
+    """[N] whether `every_face` could decode a picture that it looked at."""
     done: list[How] = dataclasses.field(default_factory=list)
 
-    def __call__(self, index: FaceIndex, reading: Reading) -> FaceIndex:
+    def __call__(self, index: FaceIndex, reading: Reading, *, faceless: bool = False) -> FaceIndex:
         """The rows of a scanned index that show a face, with landmarks where these pictures need them.
+
+        With `faceless` the others stay too, without landmarks: the middle of such a picture is taken.
 
         Raises:
             ValueError: there is no detector where one is needed, or it would change nothing.
             DataError: these are no photographs of faces.
         """
         if self.alone or self.run.world.size == 1:
-            located, how = self._locate(index, reading)
-        elif self.run.is_main:
-            problem: Exception | None = None
-            try:
-                located, how = self._locate(index, reading)
-            except (ValueError, DataError) as error:
-                problem = error
-            if problem := self.run.broadcast(problem or (located, how)):
-                if isinstance(problem, Exception):
-                    raise problem
+            located, how = self._locate(index, reading, faceless)
         else:
-            answer = self.follow()
+            answer: Exception | tuple[FaceIndex, How]
+            if self.run.is_main:
+                try:
+                    answer = self._locate(index, reading, faceless)
+                except (ValueError, DataError) as error:
+                    answer = error
+                self.run.broadcast(answer)
+            else:  # what rank 0 broadcasts after its last sign of life
+                while (answer := self.run.broadcast(None)) is None:  # type: ignore[assignment]
+                    pass
             if isinstance(answer, Exception):
                 raise answer
             located, how = answer
-        self.done.append(how)
+        self._note(how)
         return located
 
-    def follow(self) -> Any:
-        """What rank 0 broadcasts after its last sign of life."""
-        while (answer := self.run.broadcast(None)) is None:
-            pass
-        return answer
+    def document(self) -> dict[str, Any] | None:
+        """For model.json, of the first set that was read; None before any."""
+        return self.done[0].document() if self.done else None
 
-    def _locate(self, index: FaceIndex, reading: Reading) -> tuple[FaceIndex, How]:
-        template, rows = self.image.template, np.arange(len(index))
-        named = self.detect not in ("auto", "none")
-        if template == "none" and named:
+    def every_face(self, index: FaceIndex, reading: Reading) -> tuple[FaceIndex, NDArray[np.int64]]:
+        """A row for each face of a scanned index's pictures, and the picture [M] that each belongs to.
+
+        Pictures that are aligned already have one row, their own. Those of a picture come together, the one that it is
+        of first; one without a face has none.
+
+        Raises:
+            ValueError: as for a call.
+        """
+        template, named = self.image.template, self.detect not in ("auto", "none")
+        rows = np.arange(len(index))
+        if not named and (template in ("none", "auto") or self.detect == "none"):
+            self._note(How("not aligned", template, len(index)))
+            return index, rows
+        self._refuse_no_effect()
+        detector = self._asked(index)
+        seen: dict[int, Faces] = {}
+        self.readable = np.ones(len(index), bool)
+        sizes = upright_sizes(index, rows)
+        sample = np.unique(np.linspace(0, len(index) - 1, SAMPLE).round().astype(np.int64))
+        for part in (sample, np.setdiff1d(rows, sample)):
+            with tqdm(total=len(part), unit="pictures", desc="faces", disable=None, leave=False) as bar:
+                for each in look(index, part, detector, reading):
+                    self.readable[each.row] = each.faces is not None
+                    seen[each.row] = _main_first(each.faces or Faces.none(), *sizes[each.row].tolist())
+                    bar.update()
+            shown = np.array([row for row in part.tolist() if len(seen[row])], np.int64)
+            if part is sample and not named and len(shown):
+                main = np.stack([seen[row].landmarks[0] for row in shown.tolist()])
+                frame = recognise(main, sizes[shown], self.image)
+                if frame.kind != "none":
+                    index, how = self._framed(index, frame)
+                    self._note(how)
+                    return index, rows
+        counts = np.array([len(seen[row]) for row in rows.tolist()])
+        owners = np.repeat(rows, counts)
+        missing = tuple(index.name(row) for row in np.flatnonzero(counts == 0).tolist())
+        self._note(
+            How("detected", template, len(index), detector.key, missing=missing, several=int((counts > 1).sum()))
+        )
+        faces = [seen[row] for row in rows.tolist()]
+        columns = {name: np.concatenate([getattr(f, name) for f in faces]) for name in ("landmarks", "boxes")}
+        return dataclasses.replace(index.select(owners), **columns), owners
+
+    def _note(self, how: How) -> None:
+        self.done.append(how)
+        if self.run.is_main and how.template != "none":  # a model that takes whole pictures needs no word about it
+            self.say(str(how))
+
+    def _refuse_no_effect(self) -> None:
+        if self.image.template == "none":
             raise ValueError(
                 f"the model takes pictures that are not aligned (template none); detect {self.detect} would change "
                 "nothing: leave it out"
             )
+
+    def _locate(self, index: FaceIndex, reading: Reading, faceless: bool) -> tuple[FaceIndex, How]:
+        template, rows = self.image.template, np.arange(len(index))
+        named = self.detect not in ("auto", "none")
+        if named:
+            self._refuse_no_effect()
         if template == "none" or self.detect == "none" or (template == "auto" and not named):
             way: Way = "landmarks" if index.landmarks is not None and template != "none" else "not aligned"
+            template = "arcface" if template == "auto" and way == "landmarks" else template  # as a run settles it
             return index, How(way, template, len(index))
         if named:
-            return self._detected(index, rows, reading)
+            return self._detected(index, rows, reading, faceless)
         if index.landmarks is not None:
             lost = np.flatnonzero(~np.isfinite(index.landmarks).all((1, 2)))
             if len(lost) == 0:
                 return index, How("landmarks", template, len(index))
-            return self._detected(index, lost, reading)
-        return self._by_sample(index, reading)
+            return self._detected(index, lost, reading, faceless)
+        return self._by_sample(index, reading, faceless)
 
-    def _by_sample(self, index: FaceIndex, reading: Reading) -> tuple[FaceIndex, How]:
+    def _by_sample(self, index: FaceIndex, reading: Reading, faceless: bool) -> tuple[FaceIndex, How]:
         """What a sample spread evenly over the index says about all of it."""
         template, detector = self.image.template, self._asked(index)
         sample = np.unique(np.linspace(0, len(index) - 1, SAMPLE).round().astype(np.int64))
         found = self._find(index, sample, reading)
         seen = np.flatnonzero(found.counts > 0)
         readable = int((found.counts != UNREADABLE).sum())
-        if len(seen) <= FEWEST_FACES * readable:
+        if faceless and len(seen) == 0:
+            return index, How("not aligned", template, len(index), detector.key)
+        if len(seen) <= FEWEST_FACES * readable and not faceless:
             raise DataError(
-                f"a face was found in {len(seen)} of {readable} photographs of {index.root} that were looked at (first: "
-                f"{index.name(int(sample[0]))}); give photographs of faces, another detector with --detect, or "
+                f"a face was found in {len(seen)} of {readable} photographs of {index.root} that were looked at "
+                f"(first: {index.name(int(sample[0]))}); give photographs of faces, another detector with --detect, or "
                 f"--detect none for pictures that are aligned to {template} already"
             )
         frame = recognise(found.landmarks[seen], upright_sizes(index, sample[seen]), self.image)
-        if frame.kind == "ours":
-            return index, How("as they are", template, len(index), detector.key, distance=frame.off)
-        if frame.kind == "other":
-            how = How("other template", template, len(index), detector.key, frame.name, distance=frame.spread)
-            return dataclasses.replace(index, landmarks=_laid(index, frame)), how
-        return self._detected(index, np.arange(len(index)), reading)
+        if frame.kind != "none":
+            return self._framed(index, frame)
+        return self._detected(index, np.arange(len(index)), reading, faceless)
 
-    def _detected(self, index: FaceIndex, rows: NDArray[np.int64], reading: Reading) -> tuple[FaceIndex, How]:
+    def _framed(self, index: FaceIndex, frame: Frame) -> tuple[FaceIndex, How]:
+        """Pictures that are aligned already, and what was done with them."""
+        template, key = self.image.template, self._asked(index).key
+        if frame.kind == "ours":
+            return index, How("as they are", template, len(index), key, distance=frame.off)
+        how = How("other template", template, len(index), key, frame.name, distance=frame.spread)
+        return dataclasses.replace(index, landmarks=_laid(index, frame)), how
+
+    def _detected(
+        self, index: FaceIndex, rows: NDArray[np.int64], reading: Reading, faceless: bool
+    ) -> tuple[FaceIndex, How]:
         """The index with a detector's landmarks in `rows`, without those rows that show no face."""
         detector = self._asked(index)
         found = self._find(index, rows, reading)
         marked = with_landmarks(index, rows, found)
+        if faceless:
+            marked = dataclasses.replace(marked, faults=index.faults)
         kept = marked.faults != NO_FACE
         missing = tuple(marked.name(row) for row in np.flatnonzero(~kept).tolist())
         if not kept.any():
@@ -236,6 +308,14 @@ def with_landmarks(index: FaceIndex, rows: NDArray[np.int64], found: Found) -> F
     return dataclasses.replace(index, faults=faults, **columns)
 
 
+def _main_first(faces: Faces, width: int, height: int) -> Faces:
+    """The faces of a picture of so many pixels, the one that it is of first."""
+    if not len(faces):
+        return faces
+    main = faces.main(width, height)
+    return faces.take([main, *(place for place in range(len(faces)) if place != main)])
+
+
 def _laid(index: FaceIndex, frame: Frame) -> NDArray[np.float32]:
     """[N, 5, 2] where the faces of aligned pictures lie."""
     assert frame.points is not None
@@ -243,6 +323,23 @@ def _laid(index: FaceIndex, frame: Frame) -> NDArray[np.float32]:
     return (frame.points * sizes[:, None] - 0.5).astype(np.float32)
 
 
-def detector_path(detect: str) -> Path | None:
-    """The file that --detect names, if it names one."""
-    return Path(detect) if detect not in ("auto", "none", "mtcnn") else None
+def locator(image: ImageSpec, faces: Mapping[str, Any] | None, detect: str, run: Runtime) -> Locator:
+    """What finds faces for a model as it found them in training.
+
+    Args:
+        image: the pictures that the model takes.
+        faces: what model.json says of the faces that it was trained on (`How.document`); None where nothing is known.
+        detect: the user's wish; auto is as in training.
+    """
+    trained = dict(faces or {})
+    if detect == "auto" and trained.get("how") == "not aligned" and image.template not in ("none", "auto"):
+        detect = "none"
+    made = Locator(image, detect, run)
+    other = str(trained.get("detector", ""))
+    if detect == "auto" and trained.get("how") == "detected" and not other.startswith("mtcnn") and run.is_main:
+        print(
+            f"faces: the model was trained on faces found by {other}; mtcnn is asked here: give --detect FILE for the "
+            "same detector",
+            file=sys.stderr,
+        )
+    return made

@@ -159,7 +159,7 @@ def _save(cache: Path | None, keys: NDArray[np.uint64], found: Found) -> None:
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             with open(aside, "wb") as file:
-                np.savez(file, hashes=np.concatenate([keys, old_keys[kept]]), **columns)
+                np.savez(file, **{"hashes": np.concatenate([keys, old_keys[kept]]), **columns})
             os.replace(aside, cache)
         finally:
             aside.unlink(missing_ok=True)

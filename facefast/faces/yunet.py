@@ -40,9 +40,7 @@ class YuNet:
         try:  # OpenCV takes any network and finds out what it is when it sees the first picture
             self.find([np.zeros((64, 64, 3), np.uint8)])
         except cv2.error as error:
-            raise ValueError(
-                f"{weights} is no YuNet detector; --detect takes mtcnn, or YuNet's .onnx file"
-            ) from error
+            raise ValueError(f"{weights} is no YuNet detector; --detect takes mtcnn, or YuNet's .onnx file") from error
 
     def find(self, pictures: Sequence[Picture]) -> list[Faces]:
         """Every face of each picture (uint8 [H, W, 3], RGB)."""

@@ -57,6 +57,10 @@ class Photographs:
     """suspects.csv of `facefast audit`: rows to leave out, labels to change, identities to merge."""
     labels: str = ""
     """CSV of `facefast label` with identities for pictures that have none."""
+    detect: str = "auto"
+    """Where faces are: auto takes the data set's landmarks, finds out whether pictures without them are aligned, and
+    looks for faces where they are not; mtcnn, or the .onnx file of YuNet, looks through all pictures; none takes the
+    middle of pictures without landmarks."""
     max_bad_fraction: float = Reading.max_bad_fraction
     """Unreadable files tolerated before the run stops with exit code 65."""
     max_pixels: int = Reading.max_pixels

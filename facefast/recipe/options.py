@@ -121,6 +121,16 @@ def one_of(words: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+SHORT_DETECT = ("--detect", "--data.detect")
+"""One name in every command: those that take a data set have it among what is known of that."""
+
+
+def in_full(word: str) -> str:
+    """--data.detect for --detect."""
+    flag, equals, value = word.partition("=")
+    return SHORT_DETECT[1] + equals + value if flag == SHORT_DETECT[0] else word
+
+
 def parse(kind: type[T], arguments: list[str] | None, command: str) -> T:
     """A command's line, or the process's own where `arguments` is None.
 
@@ -130,6 +140,8 @@ def parse(kind: type[T], arguments: list[str] | None, command: str) -> T:
     """
     words = sys.argv[1:] if arguments is None else arguments
     known = [option for option in options(kind) if not option.positional]
+    if SHORT_DETECT[1] in (option.flag for option in known):
+        words = [in_full(word) for word in words]
     taken = {"--help", *(option.flag for option in known), *(option.negated for option in known)}
     for word in itertools.takewhile(lambda word: word != "--", words):  # after it come no options
         flag = hyphenated(word).partition("=")[0]
