@@ -39,15 +39,14 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     """Runs a recipe in a run folder, from its start or from where it was stopped; returns the exit code."""
     source = find_source(recipe)
     teacher = find_teacher(recipe, source, run.device)
-    said: list[str] = []  # the log is opened when the photographs are known
-    faces = Locator(pictures_of(recipe, source, teacher), recipe.data.detect, run, alone=True, say=said.append)
+    faces = Locator(pictures_of(recipe, source, teacher), recipe.data.detect, run, alone=True)
     datasets = prepare(recipe, folder, run, faces)  #                  files -> index -> splits and evaluations
     recipe = settle(recipe, source, teacher, datasets)
     plan = resolve(recipe, tuple(data.facts() for data in datasets), run.world.size)
     state = TrainState(recipe, plan, run)
     state.faces = faces.document()
     saved = find_saved(folder, resume, state)
-    with open_log(folder, state, saved, said) as log:
+    with open_log(folder, state, saved, faces.said()) as log:
         for number in range(state.phase_number, len(datasets)):  # a run that goes on enters the phase it stopped in
             start = begin(folder, state, number, datasets[number], source, teacher, saved, log)
             data = start.data

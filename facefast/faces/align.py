@@ -10,7 +10,6 @@ landmarks is taken for its face.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import sys
 import time
@@ -95,13 +94,12 @@ class Locator:
     """auto, mtcnn, none, or a file of YuNet."""
     run: Runtime
     alone: bool = False
-    """Whether rank 0 alone reads the photographs; the others wait while it broadcasts None."""
+    """Whether rank 0 alone reads the photographs, and what was done goes into a log instead of beside a command's
+    output. The other ranks wait while it broadcasts None."""
     detector: Detector | None = None
     """The one to ask; by default what `detect` names."""
     keep: bool = True
     """Whether what a detector said is kept in the user's cache."""
-    say: Callable[[str], None] = functools.partial(print, file=sys.stderr)
-    """Where rank 0 says what was done; beside a command's output."""
     readable: NDArray[np.bool_] = dataclasses.field(default_factory=lambda: np.ones(0, bool))
     """[N] whether `every_face` could decode a picture that it looked at."""
     done: list[How] = dataclasses.field(default_factory=list)
@@ -133,6 +131,10 @@ class Locator:
             located, how = answer
         self._note(how)
         return located
+
+    def said(self) -> list[str]:
+        """What was done with each set; a model that takes whole pictures needs no word about it."""
+        return [str(how) for how in self.done if how.template != "none"]
 
     def document(self) -> dict[str, Any] | None:
         """For model.json, of the first set that was read; None before any."""
@@ -179,13 +181,13 @@ class Locator:
             How("detected", template, len(index), detector.key, missing=missing, several=int((counts > 1).sum()))
         )
         faces = [seen[row] for row in rows.tolist()]
-        columns = {name: np.concatenate([getattr(f, name) for f in faces]) for name in ("landmarks", "boxes")}
-        return dataclasses.replace(index.select(owners), **columns), owners
+        landmarks, boxes = (np.concatenate([getattr(f, name) for f in faces]) for name in ("landmarks", "boxes"))
+        return dataclasses.replace(index.select(owners), landmarks=landmarks, boxes=boxes), owners
 
     def _note(self, how: How) -> None:
         self.done.append(how)
-        if self.run.is_main and how.template != "none":  # a model that takes whole pictures needs no word about it
-            self.say(str(how))
+        if self.run.is_main and not self.alone and how.template != "none":
+            print(how, file=sys.stderr)
 
     def _refuse_no_effect(self) -> None:
         if self.image.template == "none":

@@ -153,13 +153,16 @@ def _save(cache: Path | None, keys: NDArray[np.uint64], found: Found) -> None:
     old_keys, old = _load(cache)
     ours = {key.tobytes() for key in keys}
     kept = np.array([place for place, key in enumerate(old_keys) if key.tobytes() not in ours], np.int64)
-    columns = {name: np.concatenate([getattr(found, name), getattr(old, name)[kept]]) for name in _SHAPES}
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(found, name), getattr(old, name)[kept]]) for name in _SHAPES
+    }
+    columns["hashes"] = np.concatenate([keys, old_keys[kept]])
     aside = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             with open(aside, "wb") as file:
-                np.savez(file, **{"hashes": np.concatenate([keys, old_keys[kept]]), **columns})
+                np.savez(file, **columns)
             os.replace(aside, cache)
         finally:
             aside.unlink(missing_ok=True)
