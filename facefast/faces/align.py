@@ -26,7 +26,7 @@ from facefast.data.index import NO_FACE
 from facefast.faces.detect import Detector, find_detector, look, upright_sizes
 from facefast.faces.found import Faces
 from facefast.faces.frames import Frame, recognise
-from facefast.faces.landmarks import UNREADABLE, Found, cache_file, find_landmarks
+from facefast.faces.landmarks import UNREADABLE, Found, cache_file, find_landmarks, known
 from facefast.recipe import ImageSpec, Reading
 from facefast.runtime.exits import DataError
 from facefast.runtime.process import Runtime
@@ -208,7 +208,7 @@ class Locator:
         if named:
             return self._detected(index, rows, reading, faceless)
         if index.landmarks is not None:
-            lost = np.flatnonzero(~np.isfinite(index.landmarks).all((1, 2)))
+            lost = np.flatnonzero(~known(index))
             if len(lost) == 0:
                 return index, How("landmarks", template, len(index))
             return self._detected(index, lost, reading, faceless)

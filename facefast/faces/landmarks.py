@@ -73,6 +73,13 @@ class Found:
         self.quality[place] = qualities(main.landmarks, main.scores, sharp)[0]
 
 
+def known(index: FaceIndex) -> NDArray[np.bool_]:
+    """[N] whether a row has all its landmarks."""
+    if index.landmarks is None:
+        return np.zeros(len(index), bool)
+    return np.asarray(np.isfinite(index.landmarks).all((1, 2)))
+
+
 def cache_file(root: str, detector: Detector) -> Path:
     """Where what `detector` says of the photographs below `root` is kept: in $XDG_CACHE_HOME/facefast."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "facefast"

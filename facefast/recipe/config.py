@@ -51,7 +51,7 @@ class Photographs:
 
     root: str = ""
     """Folder of photographs; training draws faces where it is empty (see `facefast.data.drawn`)."""
-    format: Literal["auto", "folder", "celeba", "afad", "lfw", "recordio", "webdataset", "synthetic"] = "auto"
+    format: Literal["auto", "folder", "celeba", "afad", "lfw", "recordio", "webdataset", "crops", "synthetic"] = "auto"
     """Layout of `root`; auto recognises it."""
     corrections: str = ""
     """suspects.csv of `facefast audit`: rows to leave out, labels to change, identities to merge."""
