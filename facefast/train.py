@@ -23,7 +23,7 @@ from facefast.evaluation.measure import evaluate
 from facefast.evaluation.report import with_baselines
 from facefast.faces.align import Locator
 from facefast.models import checkpoint
-from facefast.recipe import EvalConfig, Recipe, flags, resolve, to_json
+from facefast.recipe import EvalConfig, ImageSpec, Recipe, flags, resolve, to_json
 from facefast.runtime import exits, files, manifest, process
 from facefast.runtime.exits import NumericsError, StorageError
 from facefast.runtime.log import Position, RunLog, environment
@@ -39,7 +39,7 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     """Runs a recipe in a run folder, from its start or from where it was stopped; returns the exit code."""
     source = find_source(recipe)
     teacher = find_teacher(recipe, source, run.device)
-    faces = Locator(pictures_of(recipe, source, teacher), recipe.data.detect, run, alone=True)
+    faces = face_locator(recipe, folder, pictures_of(recipe, source, teacher), run)
     datasets = prepare(recipe, folder, run, faces)  #                  files -> index -> splits and evaluations
     recipe = settle(recipe, source, teacher, datasets)
     plan = resolve(recipe, tuple(data.facts() for data in datasets), run.world.size)
@@ -75,6 +75,18 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
                     if stopping:
                         return leave(folder, state, log)
         return finish(folder, state, datasets, log)
+
+
+def face_locator(recipe: Recipe, folder: Path, image: ImageSpec, run: Runtime) -> Locator:
+    """What finds out where faces are on the photographs of a run, and cuts them out of large ones."""
+    return Locator(
+        image,
+        recipe.data.detect,
+        run,
+        alone=True,
+        crops=folder / "crops" if recipe.data.crops == "auto" else None,
+        augments=tuple(phase.augment for phase in recipe.phases),
+    )
 
 
 @contextlib.contextmanager

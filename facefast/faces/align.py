@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,12 +24,13 @@ from tqdm import tqdm
 
 from facefast.data import FaceIndex
 from facefast.data.index import NO_FACE
+from facefast.faces import crops
 from facefast.faces.detect import Detector, find_detector, look, upright_sizes
 from facefast.faces.found import Faces
 from facefast.faces.frames import Frame, recognise
 from facefast.faces.landmarks import UNREADABLE, Found, cache_file, find_landmarks, known
-from facefast.recipe import ImageSpec, Reading
-from facefast.runtime.exits import DataError
+from facefast.recipe import AugmentSpec, ImageSpec, Reading
+from facefast.runtime.exits import DataError, StorageError
 from facefast.runtime.process import Runtime
 
 SAMPLE = 64
@@ -98,10 +100,16 @@ class Locator:
     output. The other ranks wait while it broadcasts None."""
     detector: Detector | None = None
     """The one to ask; by default what `detect` names."""
+    crops: Path | None = None
+    """Folder into which faces are cut out of large photographs, for a run that reads them many times."""
+    augments: tuple[AugmentSpec, ...] = ()
+    """How that run varies them: what it may show must be on the crop."""
     keep: bool = True
     """Whether what a detector said is kept in the user's cache."""
     readable: NDArray[np.bool_] = dataclasses.field(default_factory=lambda: np.ones(0, bool))
     """[N] whether `every_face` could decode a picture that it looked at."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What was said of crops."""
     done: list[How] = dataclasses.field(default_factory=list)
 
     def __call__(self, index: FaceIndex, reading: Reading, *, faceless: bool = False) -> FaceIndex:
@@ -130,11 +138,28 @@ class Locator:
                 raise answer
             located, how = answer
         self._note(how)
-        return located
+        return self._cut_out(located, reading) if self.alone else located
 
     def said(self) -> list[str]:
         """What was done with each set; a model that takes whole pictures needs no word about it."""
-        return [str(how) for how in self.done if how.template != "none"]
+        return [*(str(how) for how in self.done if how.template != "none"), *self.notes]
+
+    def _cut_out(self, index: FaceIndex, reading: Reading) -> FaceIndex:
+        """Crops of large photographs in their place; the index itself where they are small or there is no space."""
+        if self.crops is None or self.image.template in ("none", "auto") or not crops.are_large(index):
+            return index
+        if not known(index).all():
+            return index
+        chosen = crops.plan(index, self.image, crops.margin_for(list(self.augments), self.image))
+        folder = self.crops / str(len(self.notes))
+        size = f"{len(index)} faces, at most {chosen.bytes / 2**20:.0f} MiB"
+        try:
+            small = crops.write(index, chosen, folder, reading, self._ticker())
+        except (StorageError, ValueError) as error:
+            self.notes.append(f"faces: large photographs are decoded anew in every epoch: {error}")
+            return index
+        self.notes.append(f"faces: cut out of large photographs into {folder} ({size}); data.crops never leaves it")
+        return small.sound()
 
     def document(self) -> dict[str, Any] | None:
         """For model.json, of the first set that was read; None before any."""

@@ -67,6 +67,8 @@ class Photographs:
     """Pictures with more pixels than this are refused (decompression bombs)."""
 
     def __post_init__(self) -> None:
+        if not self.detect:
+            raise ValueError("data.detect is empty; it must be auto, mtcnn, none, or a file of YuNet")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}; it must lie in [0, 1]")
 
@@ -89,6 +91,9 @@ class DataConfig(Photographs):
     """Training pictures of each identity at most, drawn by the seed; 0 takes all."""
     test_fraction: float = 0.2
     """Part of each identity's pictures kept for testing (closed set)."""
+    crops: Literal["auto", "never"] = "auto"
+    """auto cuts the faces out of large photographs once, into the run folder, and trains on those; the space that it
+    takes is said, and too little of it is a reason to decode whole photographs in every epoch."""
     verify_fraction: float = 0.0
     """Part of the identities kept out of training for verification, where the recipe names no split for that."""
 
