@@ -1,7 +1,7 @@
 """How alike are the faces in photographs? The dot product of two embeddings is their cosine similarity.
 
 python examples/embed_and_compare.py                               # drawn faces: two of one person, one of another
-python examples/embed_and_compare.py MODEL PHOTO PHOTO ... [--detect YUNET.onnx]
+python examples/embed_and_compare.py MODEL PHOTO PHOTO ... [--detect mtcnn]
 """
 
 import argparse
@@ -13,18 +13,21 @@ import numpy as np
 
 import facefast
 from facefast.data import FaceIndex, make_loader, oracle, read_index
-from facefast.faces.detect import Detector
+from facefast.faces.detect import find_detector
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?", default="runs/default", help="a run, a checkpoint, a package or source weights")
 parser.add_argument("photographs", nargs="*", type=Path, help="faces cut out alike, or whole photographs and --detect")
-parser.add_argument("--detect", type=Path, help="OpenCV's face detector YuNet: faces are aligned by its landmarks")
+parser.add_argument("--detect", help="mtcnn or YuNet's .onnx file: faces are aligned by its landmarks")
 given = parser.parse_args()
 if given.photographs:
     paths, points = [bytes(path.resolve())[1:] for path in given.photographs], None  # from the root, "/"
-    find = Detector(given.detect).landmarks if given.detect else None
-    if find and np.isnan(points := np.stack([find(oracle.decode(path)) for path in given.photographs])).any():
-        sys.exit("no face was found on one of the photographs")
+    if given.detect:
+        found = find_detector(given.detect).find(pictures := [oracle.decode(path) for path in given.photographs])
+        if not all(map(len, found)):
+            sys.exit("no face was found on one of the photographs")
+        faces = [f.landmarks[f.main(p.shape[1], p.shape[0])] for f, p in zip(found, pictures, strict=True)]
+        points = np.stack(faces)
     index = FaceIndex.build("/", paths, None, (), landmarks=points)
 else:
     if not Path(given.model).exists():  # a minute's training of the default recipe; `make train` gives it its due

@@ -29,11 +29,13 @@ import tyro
 from facefast.data import FaceIndex
 from facefast.data.corrections import Correction, write_corrections
 from facefast.evaluation.embed import embed_photographs
+from facefast.faces.align import Locator, locator
 from facefast.labels.clustering import Floats, unit_rows
 from facefast.labels.copies import copies_by_pixels
 from facefast.labels.selftest import SelfTest, plant_wrong_labels, self_test
 from facefast.labels.sheets import strips, write_sheets
 from facefast.labels.suspects import KINDS, Suspects, find_suspects
+from facefast.models import FaceModel
 from facefast.recipe import Photographs
 from facefast.recipe.options import parse
 from facefast.runtime import exits, files, process
@@ -168,7 +170,11 @@ def main(arguments: list[str] | None = None) -> int:
         if given.out is not None:
             files.require_writable(given.out, folder=True)
         with process.start() as run:
-            index, rows = embed_photographs(given.model, given.data, run, given.batch_size)
+
+            def faces(model: FaceModel) -> Locator:
+                return locator(model.image, model.faces, given.data.detect, run)
+
+            index, rows = embed_photographs(given.model, given.data, run, given.batch_size, faces)
             embeddings = unit_rows(rows)
             if len(np.unique(index.labels[index.labels >= 0])) < 2:
                 raise ValueError(

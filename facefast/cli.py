@@ -16,6 +16,7 @@ from facefast.runtime.terminal import say
 COMMANDS = {
     "train": "Train a model on photographs, as a recipe says",
     "index": "Look through photographs before a run: what is there, broken, or there twice",
+    "align": "Find the faces in photographs, and write where they are or what they show",
     "audit": "Find wrong labels, copies, and people under two names",
     "label": "Give names to photographs that have none",
     "evaluate": "Measure how well a model recognises and verifies people",

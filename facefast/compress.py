@@ -22,10 +22,11 @@ import tyro
 from torch import Tensor
 
 from facefast.data import FaceIndex, PairSet, make_loader
-from facefast.data.prepare import read_photographs
+from facefast.data.prepare import Locate, read_photographs
 from facefast.deploy import package
 from facefast.deploy.gate import Array, Gate, compare, seconds_per_picture
 from facefast.evaluation.sets import find_evaluation_set
+from facefast.faces.align import locator
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Reading, to_json
 from facefast.recipe.options import parse, typed
@@ -95,7 +96,11 @@ def read_pictures(index: FaceIndex, model: FaceModel, reading: Reading) -> Itera
 
 
 def divide(
-    given: CompressArguments, model: FaceModel, reading: Reading, said: frozenset[str] = frozenset()
+    given: CompressArguments,
+    model: FaceModel,
+    reading: Reading,
+    said: frozenset[str] = frozenset(),
+    locate: Locate | None = None,
 ) -> tuple[FaceIndex, FaceIndex, PairSet | None]:
     """Photographs to calibrate on, photographs for the gate, and the gate's pairs where there are any.
 
@@ -109,7 +114,7 @@ def divide(
     """
     if not given.data.root:
         raise ValueError("compress needs photographs: --data.root DIR, of the kind that the model will see")
-    index = read_photographs(given.data, reading)
+    index = read_photographs(given.data, reading, locate)
     if len(index) < FEWEST:
         raise ValueError(
             f"{given.data.root} holds {len(index)} readable photographs; int8 needs at least {FEWEST}, some hundred "
@@ -121,9 +126,9 @@ def divide(
     evaluation_set = None
     if len(counts) > 1 and counts.max() > 1:
         config = EvalConfig(pairs=given.pairs)
-        eval_pairs = frozenset({"eval.pairs"} if "pairs" in said else ())
+        said |= {"eval.pairs"} if "pairs" in said else set()
         evaluation_set = find_evaluation_set(
-            given.model, model, given.data, config, given.seed, reading.threads, said | eval_pairs
+            given.model, model, given.data, config, given.seed, reading.threads, said, locate
         )
     if evaluation_set is None or evaluation_set.verification is None or evaluation_set.pairs is None:
         # From the other end of the order: the two overlap only in a set that is smaller than both together.
@@ -147,7 +152,11 @@ def divide(
 
 
 def compress(
-    given: CompressArguments, model: FaceModel, threads: int, said: frozenset[str] = frozenset()
+    given: CompressArguments,
+    model: FaceModel,
+    threads: int,
+    said: frozenset[str] = frozenset(),
+    locate: Locate | None = None,
 ) -> dict[str, Any]:
     """Quantises `model`, holds it against its parent and writes `given.out` where it passes.
 
@@ -169,7 +178,7 @@ def compress(
         raise ValueError("compress needs ONNX's packages: pip install 'facefast[onnx]'") from error
     _check_out(given.out)
     reading = given.data.reading(threads)
-    calibration, judged, pairs = divide(given, model, reading, said)
+    calibration, judged, pairs = divide(given, model, reading, said, locate)
     parent, size_before = _exported(model)
     original = _load_original(given.original, model) if given.original else None
     pictures = np.concatenate([images for images, _ in read_pictures(calibration, model, reading)])
@@ -296,8 +305,8 @@ def main(arguments: list[str] | None = None) -> int:
             if run.world.size > 1:
                 raise ValueError(f"compress runs in one process, not in {run.world.size}; start it without torchrun")
             threads = process.decode_threads(0, run.world)
-            said = typed(CompressArguments, arguments)
-            document = compress(given, checkpoint.load_model(given.model), threads, said)
+            said, model = typed(CompressArguments, arguments), checkpoint.load_model(given.model)
+            document = compress(given, model, threads, said, locator(model.image, model.faces, given.data.detect, run))
         say(gate_text(document))
         say(f"{given.out}: passed")
     return outcome.code

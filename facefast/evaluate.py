@@ -22,6 +22,7 @@ from facefast.evaluation.embed import embed_rows
 from facefast.evaluation.measure import Embed, evaluate
 from facefast.evaluation.overlap import overlap_of
 from facefast.evaluation.sets import checked, find_evaluation_set, given_pairs
+from facefast.faces.align import Locator, locator
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Photographs, Reading
 from facefast.recipe.options import parse, typed
@@ -73,16 +74,17 @@ def main(arguments: list[str] | None = None) -> int:
             reading = given.data.reading(decode_threads(0, run.world))
             model = checkpoint.load_model(given.model, run.device)
             precision = checkpoint.precision_of(given.model, model)
+            faces = locator(model.image, model.faces, given.data.detect, run)
 
             def embed(index: FaceIndex) -> tuple[Tensor, Tensor]:
                 return embed_rows(model, index, run, precision, reading, batch_size=given.eval.batch_size)
 
             remembered = exam.remembering(embed)
             if given.templates or given.identify:
-                results = _of_sets(given, model, remembered, reading)
+                results = _of_sets(given, model, remembered, reading, faces)
             else:
                 said = typed(EvaluateArguments, arguments)
-                results = _of_pictures(given, said, model, remembered, run, reading)
+                results = _of_pictures(given, said, model, remembered, run, reading, faces)
             if run.is_main and given.json:
                 say(json.dumps(files.strict(results), allow_nan=False))
             elif run.is_main:
@@ -110,17 +112,19 @@ def _require_sense(given: EvaluateArguments) -> None:
         raise ValueError(f"--draws is {given.draws} and must be at least 1, --hardest {given.hardest} and at least 0")
 
 
-def _of_sets(given: EvaluateArguments, model: FaceModel, embed: Embed, reading: Reading) -> dict[str, Any]:
+def _of_sets(
+    given: EvaluateArguments, model: FaceModel, embed: Embed, reading: Reading, faces: Locator
+) -> dict[str, Any]:
     """Templates, or probes and a gallery."""
     if given.templates:
         templates = read_templates(given.data.root, given.templates, given.pairs)
-        templates = templates.of(checked(templates.index, reading))
+        templates = templates.of(checked(templates.index, reading, faces))
         found = exam.verify_templates(embed, templates, given.weights == "length", given.hardest)
         return found | _shared(given, model, [templates.index], held_out=True)
     if not given.data.root:
         raise ValueError("identify needs photographs to look for: --data.root DIR")
-    probes = read_photographs(given.data, reading)
-    gallery = read_photographs(Photographs(root=str(given.identify)), reading)
+    probes = read_photographs(given.data, reading, faces)
+    gallery = read_photographs(Photographs(root=str(given.identify)), reading, faces)
     found = exam.identify(embed, probes, gallery, given.join)
     return found | _shared(given, model, [probes, gallery], held_out=True)
 
@@ -132,12 +136,15 @@ def _of_pictures(
     embed: Embed,
     run: process.Runtime,
     reading: Reading,
+    faces: Locator,
 ) -> dict[str, Any]:
     """Test pictures and pairs."""
     if given.pairs or given.bin:
-        asked = given_pairs(given.data.root, reading, pairs=given.pairs, bin=given.bin)
+        asked = given_pairs(given.data.root, reading, pairs=given.pairs, bin=given.bin, locate=faces)
     else:
-        asked = find_evaluation_set(given.model, model, given.data, given.eval, given.seed, reading.threads, said)
+        asked = find_evaluation_set(
+            given.model, model, given.data, given.eval, given.seed, reading.threads, said, faces
+        )
     precision = checkpoint.precision_of(given.model, model)
     results: dict[str, Any] = evaluate(model, asked, given.eval, run, precision, reading, embed=embed)
     if asked.verification is not None and asked.pairs is not None:

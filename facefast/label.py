@@ -24,7 +24,9 @@ from facefast.data import FaceIndex
 from facefast.data.corrections import Label, write_labels
 from facefast.data.walk import holds_picture, is_folder, is_picture, require_there, top_entries
 from facefast.evaluation.embed import embed_photographs
+from facefast.faces.align import Locator, locator
 from facefast.labels.clustering import Floats, Numbers, agreement, assign, cluster, unit_rows
+from facefast.models import FaceModel
 from facefast.recipe import Photographs
 from facefast.recipe.options import parse
 from facefast.runtime import exits, files, process
@@ -178,7 +180,11 @@ def main(arguments: list[str] | None = None) -> int:
         files.require_writable(given.out)
         given = dataclasses.replace(given, data=with_format(given.data))
         with process.start() as run:
-            index, rows = embed_photographs(given.model, given.data, run, given.batch_size)
+
+            def faces(model: FaceModel) -> Locator:
+                return locator(model.image, model.faces, given.data.detect, run)
+
+            index, rows = embed_photographs(given.model, given.data, run, given.batch_size, faces)
             embeddings = unit_rows(rows)
             if run.is_main:
                 names = propose_names(given, embeddings, index.labels.astype(np.int64), index.class_names)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -15,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from torch import Tensor
 
-from facefast.data import FaceIndex, oracle
-from facefast.data.index import FAULTS, advice, printable
+from facefast.data import FaceIndex
+from facefast.data.index import FAULTS, NO_FACE, advice, printable
 from facefast.data.walk import DECODED, list_pictures, require_there
 from facefast.evaluation.embed import embed_rows
-from facefast.faces.detect import Detector
+from facefast.faces.align import locator
 from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
 from facefast.recipe import Reading
@@ -39,12 +38,13 @@ class PredictArguments:
     """A run folder, a checkpoint folder, an exported package or a source model's weights file."""
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Photographs, or folders of them."""
-    detect: Path | None = None
-    """OpenCV's YuNet detector (.onnx): finds the largest face and its landmarks, for pictures that are not aligned."""
+    detect: str = "auto"
+    """Where faces are: auto finds out whether the pictures are aligned as the model wants them, and looks for every
+    face where they are not; mtcnn, or the .onnx file of YuNet, looks through all pictures; none takes their middle."""
     embeddings: Path | None = None
-    """Write paths and embeddings of length 1 to this .npz."""
+    """Write paths, boxes and embeddings of length 1, a row for each face, to this .npz."""
     top: int = 1
-    """Names given per picture."""
+    """Names given per face."""
     json: bool = False
     """Print one JSON object a picture."""
 
@@ -70,56 +70,65 @@ def find_images(given: tuple[Path, ...]) -> list[Path]:
     return found
 
 
-def index_of(paths: list[Path], detector: Detector | None) -> FaceIndex:
-    """A scanned index of loose photographs, with the detector's landmarks where there is one."""
+def index_of(paths: list[Path]) -> FaceIndex:
+    """A scanned index of loose photographs."""
     # Loose photographs may lie anywhere: the file system's root is the one folder that holds all of them.
     names = [os.fsencode(os.path.abspath(path)).lstrip(b"/") for path in paths]
-    index = FaceIndex.build("/", names, np.full(len(names), -1), ()).scanned()
-    if detector is None:
-        return index
-    points = np.full((len(index), 5, 2), np.nan, np.float32)
-    for row in np.flatnonzero(index.faults == 0).tolist():
-        with contextlib.suppress(ValueError):  # a header can be sound and the rest not: `predict` says so
-            points[row] = detector.landmarks(oracle.decode(index.path(row)))
-    return dataclasses.replace(index, landmarks=points)
+    return FaceIndex.build("/", names, np.full(len(names), -1), ()).scanned()
 
 
 def predict(
-    model: FaceModel, index: FaceIndex, run: process.Runtime, precision: Precision, top: int = 1
+    model: FaceModel, index: FaceIndex, run: process.Runtime, precision: Precision, top: int = 1, detect: str = "none"
 ) -> Iterator[dict[str, Any]]:
-    """One answer a row: path, names with probabilities and attributes, or what kept the picture from being read.
+    """One answer a picture: path and `faces`, or the `fault` that kept it from being read.
 
-    An index with landmarks comes from a detector: a picture without them shows no face, and no name is given.
+    A face has its embedding, names with probabilities, attributes, and its box where it had to be looked for. Those of
+    the face that the picture is of also stand in the answer itself.
+
+    Args:
+        index: a row a picture, scanned.
+        detect: what finds faces, as `facefast.faces.align` says.
     """
+    faults = {int(row): FAULTS[index.faults[row]] for row in np.flatnonzero(index.faults)}
     sound = np.flatnonzero(index.faults == 0)
-    answers: dict[int, dict[str, Any]] = {}
+    answers: dict[int, list[dict[str, Any]]] = {}
     if len(sound):
-        part = index.select(sound)
         reading = Reading(process.decode_threads(0, run.world), max_bad_fraction=1.0)  # each fault is an answer
-        embeddings, seen = embed_rows(model, part, run, precision, reading, batch_size=64)
-        for place, row in enumerate(sound.tolist()):
-            if not seen[place]:
-                answers[row] = {"fault": "it could not be decoded"}
-                continue
-            if part.landmarks is not None and not np.isfinite(part.landmarks[place]).all():
-                answers[row] = {"fault": "no face was found"}
-                continue
-            unit = torch.nn.functional.normalize(embeddings[place], dim=0)
-            answers[row] = {"embedding": unit.numpy()}
-            with torch.inference_mode():
-                attributes = model.predict_attributes(embeddings[place : place + 1].to(run.device))
-            if attributes:
-                answers[row]["attributes"] = {name: round(float(value), 6) for name, value in attributes.items()}
-            if model.num_classes:
-                with torch.inference_mode():
-                    logits = model.classify(embeddings[place : place + 1].to(run.device)).float() * model.scale
-                best = torch.softmax(logits[0].cpu(), 0).topk(min(top, model.num_classes))
-                names = model.class_names or tuple(map(str, range(model.num_classes)))
-                answers[row]["names"] = [names[k] for k in best.indices.tolist()]
-                answers[row]["probabilities"] = [round(p, 6) for p in best.values.tolist()]
+        faces = locator(model.image, model.faces, detect, run)
+        part, owners = faces.every_face(index.select(sound), reading)
+        for row in np.setdiff1d(np.arange(len(sound)), owners).tolist():
+            faults[int(sound[row])] = FAULTS[NO_FACE] if faces.readable[row] else "it could not be decoded"
+        if len(part):
+            embeddings, seen = embed_rows(model, part, run, precision, reading, batch_size=64)
+            for place, owner in enumerate(sound[owners].tolist()):
+                if not seen[place]:
+                    faults[owner] = "it could not be decoded"
+                    continue
+                face = _face(model, embeddings[place : place + 1], run, top)
+                if part.boxes is not None:
+                    face["box"] = [round(float(value), 1) for value in part.boxes[place]]
+                answers.setdefault(owner, []).append(face)
     for row in range(len(index)):
-        fault = {"fault": FAULTS[index.faults[row]]}
-        yield {"path": index.path(row), **answers.get(row, fault)}
+        if row in answers:
+            yield {"path": index.path(row), **answers[row][0], "faces": answers[row]}
+        else:
+            yield {"path": index.path(row), "fault": faults[row]}
+
+
+def _face(model: FaceModel, embedding: Tensor, run: process.Runtime, top: int) -> dict[str, Any]:
+    """What the model says of one face, by its embedding [1, D]."""
+    face: dict[str, Any] = {"embedding": torch.nn.functional.normalize(embedding[0], dim=0).numpy()}
+    with torch.inference_mode():
+        attributes = model.predict_attributes(embedding.to(run.device))
+        if attributes:
+            face["attributes"] = {name: round(float(value), 6) for name, value in attributes.items()}
+        if model.num_classes:
+            logits = model.classify(embedding.to(run.device)).float() * model.scale
+            best = torch.softmax(logits[0].cpu(), 0).topk(min(top, model.num_classes))
+            names = model.class_names or tuple(map(str, range(model.num_classes)))
+            face["names"] = [names[k] for k in best.indices.tolist()]
+            face["probabilities"] = [round(p, 6) for p in best.values.tolist()]
+    return face
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -134,31 +143,32 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"{given.model} knows no identities; ask for --embeddings OUT.npz")
             if given.top < 1:
                 raise ValueError(f"--top is {given.top}; it must be at least 1")
-            if given.detect and model.image.template == "none":
-                raise ValueError(f"{given.model} takes pictures that are not aligned; --detect would change nothing")
-            detector = Detector(given.detect) if given.detect else None
-            index = index_of(find_images(given.images), detector)
-            answers = list(predict(model, index, run, checkpoint.precision_of(given.model, model), given.top))
+            precision = checkpoint.precision_of(given.model, model)
+            index = index_of(find_images(given.images))
+            answers = list(predict(model, index, run, precision, given.top, given.detect))
         embedded = [answer for answer in answers if "embedding" in answer]
         if given.embeddings is not None:
             write_embeddings(given.embeddings, embedded)
         for answer in answers:
-            answer.pop("embedding", None)
-            say(json.dumps(answer) if given.json else _line(answer))
+            for holder in (answer, *answer.get("faces", ())):
+                holder.pop("embedding", None)
+            say(json.dumps(answer) if given.json else _lines(answer))
         if not embedded:
             raise exits.DataError(f"none of {len(answers)} pictures could be embedded")
     return outcome.code
 
 
 def write_embeddings(path: Path, answers: list[dict[str, Any]]) -> None:
-    """Paths [N] and embeddings [N, D] to an .npz.
+    """Paths [N], boxes [N, 4] (NaN where no face was looked for) and embeddings [N, D] of N faces to an .npz.
 
     Raises:
         StorageError: it cannot be written; a file that was there is as it was.
     """
+    faces = [(answer["path"], face) for answer in answers for face in answer["faces"]]
     arrays: dict[str, Any] = {
-        "paths": np.array([answer["path"] for answer in answers]),
-        "embeddings": np.array([answer["embedding"] for answer in answers], np.float32),
+        "paths": np.array([path for path, _ in faces]),
+        "boxes": np.array([face.get("box", [np.nan] * 4) for _, face in faces], np.float32),
+        "embeddings": np.array([face["embedding"] for _, face in faces], np.float32),
     }
     needed = sum(array.nbytes for array in arrays.values())
     with files.replacing(_npz(path), needed, OTHER) as aside, open(aside, "wb") as file:
@@ -170,13 +180,20 @@ def _npz(path: Path) -> Path:
     return path if path.suffix == ".npz" or path.exists() and not path.is_file() else Path(f"{path}.npz")
 
 
-def _line(answer: dict[str, Any]) -> str:
+def _lines(answer: dict[str, Any]) -> str:
+    """A line for each face of a picture; where there are several, each has its box."""
     path = printable(os.fsencode(answer["path"]))
     if "fault" in answer:
         return f"{path}  not read: {answer['fault']}{advice(answer['fault'])}"
-    pairs = zip(answer.get("names", []), answer.get("probabilities", []), strict=True)
-    attributes = (f"{name} {value:.4g}" for name, value in answer.get("attributes", {}).items())
-    return "  ".join([path, *(f"{name} {probability:.1%}" for name, probability in pairs), *attributes])
+    lines = []
+    for face in answer["faces"]:
+        pairs = zip(face.get("names", []), face.get("probabilities", []), strict=True)
+        attributes = (f"{name} {value:.4g}" for name, value in face.get("attributes", {}).items())
+        where = ["at {:.0f},{:.0f} {:.0f}x{:.0f}".format(*face["box"])] if len(answer["faces"]) > 1 else []
+        lines.append(
+            "  ".join([path, *where, *(f"{name} {probability:.1%}" for name, probability in pairs), *attributes])
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

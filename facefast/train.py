@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,15 @@ import numpy as np
 from facefast.data import Batch, Loader, Sampler, make_loader, make_sampler, oracle
 from facefast.data.cached import CachedLoader
 from facefast.data.prepare import PhaseData, prepare
+from facefast.faces.align import Locator
 from facefast.models import checkpoint
-from facefast.recipe import EvalConfig, Recipe, flags, resolve, to_json
+from facefast.recipe import EvalConfig, ImageSpec, Recipe, flags, resolve, to_json
 from facefast.runtime import exits, files, manifest, process
 from facefast.runtime.exits import NumericsError
 from facefast.runtime.log import RunLog, environment
 from facefast.runtime.process import Runtime
 from facefast.training.alike import same_arguments, same_checkpoint, same_start
-from facefast.training.begin import Start, begin, find_source, find_teacher, settle
+from facefast.training.begin import Start, begin, find_source, find_teacher, pictures_of, settle
 from facefast.training.choice import best_of, measure, report_baselines, report_phase
 from facefast.training.finish import fail, finish, leave, reached, write_status
 from facefast.training.guard import culprit, not_finite, some
@@ -38,14 +39,16 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     same_arguments(recipe, folder, resume, run)
     source = find_source(recipe)
     teacher = find_teacher(recipe, source, run.device)
+    faces = face_locator(recipe, folder, pictures_of(recipe, source, teacher), run)
     begun = find_index(folder, resume)
-    datasets = prepare(recipe, folder, run, begun)  #                  files -> index -> splits and evaluations
+    datasets = prepare(recipe, folder, run, begun, faces)  #           files -> index -> splits and evaluations
     recipe = settle(recipe, source, teacher, datasets)
     plan = resolve(recipe, tuple(data.facts() for data in datasets), run.world.size)
     state = TrainState(recipe, plan, run)
+    state.faces = faces.document()
     same_start(state, datasets, source, teacher)
     saved = find_saved(folder, resume, state)
-    with open_log(folder, state, saved) as log:
+    with open_log(folder, state, saved, faces.said()) as log:
         for number in range(state.phase_number, len(datasets)):  # a run that goes on enters the phase it stopped in
             start = begin(folder, state, number, datasets[number], source, teacher, saved, log)
             data = start.data
@@ -76,6 +79,18 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
                         return leave(folder, state, log)
             report_phase(folder, state, data, log)  #            the phase's chosen model on the test part, once
         return finish(folder, state, source, datasets, log)
+
+
+def face_locator(recipe: Recipe, folder: Path, image: ImageSpec, run: Runtime) -> Locator:
+    """What finds out where faces are on the photographs of a run, and cuts them out of large ones."""
+    return Locator(
+        image,
+        recipe.data.detect,
+        run,
+        alone=True,
+        crops=folder / "crops" if recipe.data.crops == "auto" else None,
+        augments=tuple(phase.augment for phase in recipe.phases),
+    )
 
 
 @contextlib.contextmanager
@@ -142,8 +157,8 @@ def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
     return path
 
 
-def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
-    """Writes recipe, plan and environment into the run folder and opens its log."""
+def open_log(folder: Path, state: TrainState, saved: Path | None, said: Sequence[str] = ()) -> RunLog:
+    """Writes recipe, plan and environment into the run folder and opens its log, in which `said` comes first."""
     recipe, plan, run = state.recipe, state.plan, state.run
     with run.together():
         if run.is_main:
@@ -161,6 +176,8 @@ def open_log(folder: Path, state: TrainState, saved: Path | None) -> RunLog:
         first_step=None if saved is None else state.step,
         every=recipe.log_every,
     )
+    for text in said:
+        log.say(text)
     height, width = recipe.image.shape
     log.say(
         f"{recipe.model.backbone}, {width} x {height} px, template {recipe.image.template}, "

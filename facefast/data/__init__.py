@@ -12,6 +12,7 @@ import numpy as np
 
 from facefast.data.formats.afad import read_afad, recognises_afad
 from facefast.data.formats.celeba import read_celeba, recognises_celeba
+from facefast.data.formats.crops import read_crops, recognises_crops
 from facefast.data.formats.folder import read_folder, recognises_folder
 from facefast.data.formats.lfw import read_lfw, read_pairs, recognises_lfw
 from facefast.data.formats.pairs import TemplateSet, read_pair_list, read_templates
@@ -51,11 +52,13 @@ READERS: dict[str, Callable[[str | os.PathLike[str]], FaceIndex]] = {
     "webdataset": read_webdataset,
     "lfw": lambda root: read_lfw(root)[0],
     "afad": read_afad,
+    "crops": read_crops,
     "folder": read_folder,
 }
 """Readers by format."""
 
 _SIGNS: dict[str, Callable[[Path], bool]] = {
+    "crops": recognises_crops,
     "celeba": recognises_celeba,
     "recordio": recognises_recordio,
     "webdataset": recognises_webdataset,

@@ -220,6 +220,13 @@ def _frames(
     return scale, centre
 
 
+def frame_points(template: str, height: int, width: int, across: int, down: int) -> Complexes:
+    """[5] where a template's landmarks lie in a picture of `across` x `down` pixels whose middle is taken as it is for
+    an output of `height` x `width`; in coordinates where pixel i covers [i, i + 1)."""
+    scale = min(across / width, down / height)
+    return np.asarray(complex(across / 2, down / 2) + scale * _target(template, width, height))
+
+
 @lru_cache(maxsize=8)
 def _target(template: str, width: int, height: int) -> Complexes:
     """The template's points in output pixels, from the output's centre."""

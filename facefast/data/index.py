@@ -19,8 +19,12 @@ from facefast.runtime.files import replacing
 from facefast.runtime.terminal import escape_letter
 from facefast.runtime.untrusted import open_regular, read_npz
 
-FAULTS: tuple[str, ...] = _scan.FAULTS
-"""Reasons by the numbers in `FaceIndex.faults`; 0 is sound."""
+FAULTS: tuple[str, ...] = (*_scan.FAULTS, "no face was found")
+"""Reasons by the numbers in `FaceIndex.faults`; 0 is sound. The last one is a detector's, the others the scan's."""
+NO_FACE = len(FAULTS) - 1
+QUALITIES = ("face_size", "sharpness", "yaw", "pitch", "roll", "score")
+"""Columns of `FaceIndex.quality`: pixels, grey levels squared, degrees (three times), and the detector's score from 0
+to 1; `facefast.faces.quality` says how they are measured."""
 
 
 def advice(fault: str) -> str:
@@ -72,6 +76,8 @@ class FaceIndex:
     attribute_names: tuple[str, ...] = ()
     boxes: NDArray[np.float32] | None = None
     """[N, 4] x, y, width and height of the face, like `landmarks`."""
+    quality: NDArray[np.float32] | None = None
+    """[N, 6] how well the face can be seen: the columns of `QUALITIES`, NaN where unknown."""
 
     @classmethod
     def build(
@@ -413,15 +419,17 @@ def _triangle(number: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.
 def _check_stored(stored: dict[str, Any]) -> None:
     """Refuses columns that are not what `FaceIndex` says of them: the file may be damaged, or another program's."""
     rows = len(stored["paths"])
-    shapes = {"hashes": (2,), "landmarks": (5, 2), "boxes": (4,), "attributes": (len(stored["attribute_names"]),)}
+    shapes = {"hashes": (2,), "landmarks": (5, 2), "boxes": (4,), "quality": (len(QUALITIES),)}
+    shapes |= {"attributes": (len(stored["attribute_names"]),)}
     types = {
         "paths": "S", "offsets": "i8", "lengths": "i8", "labels": "i4", "splits": "u1", "widths": "i4", "heights": "i4",
         "orientations": "u1", "hashes": "u8", "faults": "u1", "landmarks": "f4", "attributes": "f4", "boxes": "f4",
+        "quality": "f4",
     }  # fmt: skip
     for name, kind in types.items():
         column = stored.get(name)
         if column is None:
-            if name in ("landmarks", "attributes", "boxes"):
+            if name in ("landmarks", "attributes", "boxes", "quality"):
                 continue
             raise ValueError(f"it has no column {name}")
         expected = (rows, *shapes.get(name, ()))

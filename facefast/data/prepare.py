@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from facefast.data import FaceIndex, PairSet, read_index
 from facefast.data.corrections import apply_corrections, read_labels
 from facefast.data.drawn import synthetic
-from facefast.data.index import FAULTS, SPLITS
+from facefast.data.index import FAULTS, NO_FACE, SPLITS
 from facefast.data.loader import FEWEST_BAD
 from facefast.data.subsets import joined, with_attributes, with_hidden_labels, with_shots
 from facefast.recipe import AttributeSpec, DataConfig, IndexFacts, Phase, Photographs, Reading, Recipe
@@ -33,6 +33,13 @@ LEAST_TO_DIVIDE = 5
 """Training pictures of a person from which one can be spared to choose by."""
 LEAST_TO_CHOOSE = 30
 """Pictures that tell one checkpoint from another; fewer are better trained on."""
+
+
+class Locate(Protocol):
+    """What finds out where faces are: `facefast.faces.align.Locator`."""
+
+    def __call__(self, index: FaceIndex, reading: Reading, *, faceless: bool = False) -> FaceIndex:
+        """The rows that show a face, and with `faceless` the others too, with landmarks where the model needs them."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +86,13 @@ class PhaseData:
         return torch.tensor(self.train.attributes)
 
 
-def prepare(recipe: Recipe, folder: Path, run: Runtime, begun: Path | None = None) -> tuple[PhaseData, ...]:
+def prepare(
+    recipe: Recipe, folder: Path, run: Runtime, begun: Path | None = None, locate: Locate | None = None
+) -> tuple[PhaseData, ...]:
     """Reads, checks and divides the photographs; every rank gets the same.
 
-    Rank 0 scans the files and leaves `index.npz` in the run folder for the others.
+    Rank 0 scans the files, looks for faces where `locate` finds that necessary, and leaves `index.npz` in the run
+    folder for the others.
 
     Args:
         begun: the index that a run began with which goes on: where the pictures are still those it stays, and those
@@ -96,11 +106,15 @@ def prepare(recipe: Recipe, folder: Path, run: Runtime, begun: Path | None = Non
     saved = folder / "index.npz"
     if run.is_main:
         reading = recipe.data.reading(decode_threads(recipe.threads, run.world))
-        index = as_it_began(begun, recipe, reading) if begun is not None else None
+        index = as_it_began(begun, recipe, reading, locate) if begun is not None else None
         if index is None:
-            index = photographs_of(recipe, reading)
+            index = photographs_of(recipe, reading, locate)
         index.save(saved)
-    run.barrier()
+        run.broadcast(True)
+    else:
+        # To look for faces may take longer than a collective operation waits: rank 0 says None while it is busy.
+        while run.broadcast(None) is None:
+            pass
     # Where the run folder is not shared by the machines, it holds an old index on another one, or none.
     run.require_same({"index.npz": files.sha256(saved) if saved.exists() else "missing"}, DataError)
     # Rank 0 too reads what it wrote: no rank can work on an index that differs from the others'.
@@ -111,7 +125,7 @@ def prepare(recipe: Recipe, folder: Path, run: Runtime, begun: Path | None = Non
     return datasets
 
 
-def as_it_began(begun: Path, recipe: Recipe, reading: Reading) -> FaceIndex | None:
+def as_it_began(begun: Path, recipe: Recipe, reading: Reading, locate: Locate | None = None) -> FaceIndex | None:
     """The index that a run began with, if the photographs are still its pictures under the same names; else None.
 
     A picture that changed, can no longer be read or is gone keeps its row: to the reader it is then unreadable, so the
@@ -130,7 +144,7 @@ def as_it_began(begun: Path, recipe: Recipe, reading: Reading) -> FaceIndex | No
     except ValueError:
         return None
     # Those that turned bad are counted below, among the run's own pictures.
-    now = photographs_of(recipe, dataclasses.replace(reading, max_bad_fraction=1.0))
+    now = photographs_of(recipe, dataclasses.replace(reading, max_bad_fraction=1.0), locate)
     rows = _places(before, now)
     if before.root != now.root or -1 in rows or not _same_facts(before.select(rows), now):
         return None
@@ -197,21 +211,21 @@ def _require_evaluation(data: PhaseData, phase: Phase, config: DataConfig) -> No
     )
 
 
-def photographs_of(recipe: Recipe, reading: Reading) -> FaceIndex:
+def photographs_of(recipe: Recipe, reading: Reading, locate: Locate | None = None) -> FaceIndex:
     """The photographs of a recipe as `read_photographs` reads them, or drawn faces where it names none; after them
     those of `data.more` and `binary.negatives`."""
     data = recipe.data
     if not data.root:
         data = dataclasses.replace(data, root=str(synthetic.write(DRAWN_ROOT, synthetic.DrawnSpec())))
-    index = read_photographs(data, reading)
-    others = [_scanned(folder, "auto", reading) for folder in data.more]
+    index = read_photographs(data, reading, locate)
+    others = [_located(_scanned(folder, "auto", reading), reading, locate) for folder in data.more]
     if recipe.binary.active:
-        index = _with_yes_and_no(index, recipe, reading)
+        index = _with_yes_and_no(index, recipe, reading, locate)
     return joined(index, others)
 
 
-def read_photographs(data: Photographs, reading: Reading) -> FaceIndex:
-    """The sound rows of the photographs, scanned, with corrections and labels applied.
+def read_photographs(data: Photographs, reading: Reading, locate: Locate | None = None) -> FaceIndex:
+    """The sound rows of the photographs, scanned, with corrections and labels applied and, by `locate`, faces found.
 
     Raises:
         DataError: more bad files than `reading` allows.
@@ -222,14 +236,28 @@ def read_photographs(data: Photographs, reading: Reading) -> FaceIndex:
         index = apply_corrections(index, data.corrections)
     if data.labels:
         index = read_labels(index, data.labels)
-    return index
+    return _located(index, reading, locate)
+
+
+def _located(index: FaceIndex, reading: Reading, locate: Locate | None, *, faceless: bool = False) -> FaceIndex:
+    return index if locate is None else locate(index, reading, faceless=faceless)
 
 
 def _scanned(root: str, format: str, reading: Reading) -> FaceIndex:
-    index = read_index(root, format).scanned(threads=reading.threads, max_pixels=reading.max_pixels)
+    read = read_index(root, format)
+    index = read.scanned(threads=reading.threads, max_pixels=reading.max_pixels)
     check_budget(index, reading.max_bad_fraction)
+    # What a saved index knows of faces is of the pictures that it saw.
+    same = (index.hashes == read.hashes).all(1)
+    if index.landmarks is not None and read.hashes.any() and not same.all():
+        index = dataclasses.replace(
+            index, landmarks=np.where(same[:, None, None], index.landmarks, np.nan).astype(np.float32)
+        )
+    faceless = (read.faults == NO_FACE) & same
+    if faceless.all():
+        raise DataError(f"{root} says of each of its {len(index)} pictures that no face was found in it")
     require_sound(index)
-    return index.sound()
+    return index.select((index.faults == 0) & ~faceless)
 
 
 def check_budget(index: FaceIndex, max_bad_fraction: float) -> None:
@@ -399,7 +427,7 @@ def _attribute(index: FaceIndex, column: int) -> AttributeSpec:
     return AttributeSpec(name, tuple(levels.tolist()))
 
 
-def _with_yes_and_no(index: FaceIndex, recipe: Recipe, reading: Reading) -> FaceIndex:
+def _with_yes_and_no(index: FaceIndex, recipe: Recipe, reading: Reading, locate: Locate | None) -> FaceIndex:
     """The index with the attribute `YES` and a split: strangers in the test part are people that training never sees.
 
     Raises:
@@ -416,7 +444,9 @@ def _with_yes_and_no(index: FaceIndex, recipe: Recipe, reading: Reading) -> Face
         ours = np.isin(index.labels, [index.class_names.index(name) for name in people])
         yes, no = index.select(ours), index.select(~ours)
     else:
-        yes, no = index, _scanned(recipe.binary.negatives, "auto", reading)
+        # What is no face is a no as well.
+        no = _located(_scanned(recipe.binary.negatives, "auto", reading), reading, locate, faceless=True)
+        yes = index
     if not len(yes) or not len(no):
         raise ValueError(f"binary has {len(yes)} pictures to say yes to and {len(no)} to say no to; both are needed")
     parts = []

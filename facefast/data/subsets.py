@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from facefast.data.index import FaceIndex
+from facefast.data.index import QUALITIES, FaceIndex
 
 
 def joined(first: FaceIndex, others: Sequence[FaceIndex]) -> FaceIndex:
@@ -44,6 +44,7 @@ def joined(first: FaceIndex, others: Sequence[FaceIndex]) -> FaceIndex:
         splits=column("splits"),
         landmarks=_stacked(parts, "landmarks", (5, 2)),
         boxes=_stacked(parts, "boxes", (4,)),
+        quality=_stacked(parts, "quality", (len(QUALITIES),)),
         attributes=np.concatenate([_values(part, tuple(names)) for part in parts]) if names else None,
         attribute_names=tuple(names.values()),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from facefast.data import FaceIndex, make_loader
-from facefast.data.prepare import read_photographs
+from facefast.data.prepare import Locate, read_photographs
 from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
 from facefast.recipe import Photographs, Reading
@@ -88,12 +89,17 @@ def _sum_over_ranks(values: Tensor, run: Runtime) -> Tensor:
 
 
 def embed_photographs(
-    path: Path, data: Photographs, run: Runtime, batch_size: int
+    path: Path,
+    data: Photographs,
+    run: Runtime,
+    batch_size: int,
+    locator: Callable[[FaceModel], Locate] | None = None,
 ) -> tuple[FaceIndex, NDArray[np.float32]]:
     """The readable pictures of `data`, scanned, and their embeddings [N, D] of any length; the same on every rank.
 
     Args:
         path: a run, a checkpoint, a package or source weights.
+        locator: what finds faces for a model; None takes pictures without landmarks as they are.
 
     Raises:
         ValueError: no photographs were named, or none of them can be read.
@@ -104,7 +110,7 @@ def embed_photographs(
     reading = data.reading(decode_threads(0, run.world))
     model = checkpoint.load_model(path, run.device)
     precision = checkpoint.precision_of(path, model)
-    index = read_photographs(data, reading)
+    index = read_photographs(data, reading, locator and locator(model))
     embeddings, seen = embed_rows(model, index, run, precision, reading, batch_size=batch_size)
     readable = seen.numpy()
     if not readable.any():

@@ -11,14 +11,24 @@ from typing import Any
 import numpy as np
 
 from facefast.data import FaceIndex, PairSet, read_bin, read_pair_list
-from facefast.data.prepare import EvaluationSet, can_be_paired, check_budget, divide, photographs_of, require_sound
+from facefast.data.prepare import (
+    EvaluationSet,
+    Locate,
+    can_be_paired,
+    check_budget,
+    divide,
+    photographs_of,
+    require_sound,
+)
 from facefast.data.subsets import with_attributes
 from facefast.data.walk import require_there
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Reading, Recipe, TaskConfig, from_json
 
 
-def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | None) -> EvaluationSet:
+def given_pairs(
+    root: str, reading: Reading, *, pairs: Path | None, bin: Path | None, locate: Locate | None = None
+) -> EvaluationSet:
     """A published verification set.
 
     Args:
@@ -36,11 +46,11 @@ def given_pairs(root: str, reading: Reading, *, pairs: Path | None, bin: Path | 
         index, found = read_bin(bin)
     else:
         raise ValueError("give --pairs or --bin, not both")
-    return EvaluationSet(test=None, verification=checked(index, reading), pairs=found, held_out=True)
+    return EvaluationSet(test=None, verification=checked(index, reading, locate), pairs=found, held_out=True)
 
 
-def checked(index: FaceIndex, reading: Reading) -> FaceIndex:
-    """An index scanned, all rows of it, whatever is wrong with them.
+def checked(index: FaceIndex, reading: Reading, locate: Locate | None = None) -> FaceIndex:
+    """An index scanned, all rows of it, whatever is wrong with them, and, by `locate`, faces found.
 
     Raises:
         DataError: more bad pictures than allowed.
@@ -48,6 +58,8 @@ def checked(index: FaceIndex, reading: Reading) -> FaceIndex:
     index = index.scanned(threads=reading.threads, max_pixels=reading.max_pixels)
     check_budget(index, reading.max_bad_fraction)
     require_sound(index)
+    if locate is not None:  # a pair counts places in this index: all rows stay
+        index = locate(index, reading, faceless=True)
     return index
 
 
@@ -59,6 +71,7 @@ def find_evaluation_set(
     seed: int,
     threads: int,
     typed: frozenset[str] = frozenset(),
+    locate: Locate | None = None,
 ) -> EvaluationSet:
     """What the model's own recipe kept for testing, or else random pairs of all people in `data`.
 
@@ -78,7 +91,7 @@ def find_evaluation_set(
     require_there(data.root)
     saved = _recipe_of(path)
     trained = _asked_again(saved or Recipe(phases=(Phase(start="scratch"),)), data, config, typed)
-    index = photographs_of(trained, trained.data.reading(threads))
+    index = photographs_of(trained, trained.data.reading(threads), locate)
     if not _has(index, trained.tasks.attributes):
         trained = dataclasses.replace(trained, tasks=TaskConfig())
     people = _people_of(path, model, saved)

@@ -69,6 +69,8 @@ class FaceModel(nn.Module):
         self.scale = scale
         self.report: Report | None = None
         """What the source gave, where there was one."""
+        self.faces: dict[str, Any] | None = None
+        """How the faces that it was trained on were found and aligned; None where that is not known."""
         backbone = build_backbone(config.backbone, image.shape, config.embedding, config.drop_path)
         self.backbone = backbone.module
         self.embedding: nn.Module = nn.Identity()
@@ -247,6 +249,7 @@ class FaceModel(nn.Module):
             "num_classes": self.num_classes,
             "class_names": list(self.class_names),
             "attributes": to_json(self.attribute_heads.specs if self.attribute_heads else ()),
+            "faces": self.faces,
         }
 
     @classmethod
@@ -261,7 +264,7 @@ class FaceModel(nn.Module):
             raise ValueError(f"model.json has format {document.get('format')!r}; this facefast reads {FORMAT}")
         fields = ("backbone", "embedding", "head", "dropout")
         wanted = {*fields, "format", "scale", "image", "num_classes", "class_names"}
-        present = set(document) - {"attributes"}  # older files have none
+        present = set(document) - {"attributes", "faces"}  # older files have none
         if present != wanted:
             differing = ", ".join(sorted(present ^ wanted))
             raise ValueError(f"model.json has wrong or missing entries: {differing}")
@@ -278,7 +281,7 @@ class FaceModel(nn.Module):
         image = from_json(ImageSpec, document["image"])
         if not image.size:
             raise ValueError("model.json: image.size is 0; a model has a size")
-        return cls(
+        model = cls(
             from_json(ModelConfig, {name: document[name] for name in fields}),
             classes,
             image,
@@ -286,6 +289,8 @@ class FaceModel(nn.Module):
             float(scale),
             [from_json(AttributeSpec, spec) for spec in attributes],
         )
+        model.faces = document.get("faces")
+        return model
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Pictures as the network takes them; `embed` and `predict` do this themselves.

@@ -51,18 +51,24 @@ class Photographs:
 
     root: str = ""
     """Folder of photographs; training draws faces where it is empty (see `facefast.data.drawn`)."""
-    format: Literal["auto", "folder", "celeba", "afad", "lfw", "recordio", "webdataset", "synthetic"] = "auto"
+    format: Literal["auto", "folder", "celeba", "afad", "lfw", "recordio", "webdataset", "crops", "synthetic"] = "auto"
     """Layout of `root`; auto recognises it."""
     corrections: str = ""
     """suspects.csv of `facefast audit`: rows to leave out, labels to change, identities to merge."""
     labels: str = ""
     """CSV of `facefast label` with identities for pictures that have none."""
+    detect: str = "auto"
+    """Where faces are: auto takes the data set's landmarks, finds out whether pictures without them are aligned, and
+    looks for faces where they are not; mtcnn, or the .onnx file of YuNet, looks through all pictures; none takes the
+    middle of pictures without landmarks."""
     max_bad_fraction: float = Reading.max_bad_fraction
     """Unreadable files tolerated before the run stops with exit code 65."""
     max_pixels: int = Reading.max_pixels
     """Pictures with more pixels than this are refused (decompression bombs)."""
 
     def __post_init__(self) -> None:
+        if not self.detect:
+            raise ValueError("data.detect is empty; it must be auto, mtcnn, none, or a file of YuNet")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}; it must lie in [0, 1]")
 
@@ -88,6 +94,9 @@ class DataConfig(Photographs):
     validation_fraction: float = 0.1
     """Part of each identity's training pictures that chooses the checkpoint, the temperature and the thresholds, where
     it has five or more of them."""
+    crops: Literal["auto", "never"] = "auto"
+    """auto cuts the faces out of large photographs once, into the run folder, and trains on those; the space that it
+    takes is said, and too little of it is a reason to decode whole photographs in every epoch."""
     verify_fraction: float = 0.0
     """Part of the identities kept out of training for verification, where the recipe names no split for that."""
 

@@ -11,7 +11,7 @@ import tyro
 
 from facefast.recipe.config import BinaryConfig, ModelConfig, TaskConfig
 from facefast.recipe.named import RECIPES, Given, with_scratch_baseline
-from facefast.recipe.options import did_you_mean, hyphenated, nearest, one_of, options
+from facefast.recipe.options import did_you_mean, hyphenated, in_full, nearest, one_of, options
 from facefast.recipe.usage import ALIASES, short_help
 from facefast.recipe.whole import Recipe
 
@@ -155,7 +155,7 @@ class _Names:
             ValueError: an option that there is not, or an alias where there are several phases.
         """
         flag, equals, value = word.partition("=")
-        flag = hyphenated(flag)
+        flag = in_full(hyphenated(flag))
         if flag in ALIASES and len(self.phases) > 1:
             meant = one_of(f"--phases.{phase}.{flag[2:]}" for phase in self.phases)
             raise ValueError(f"{flag} could mean {meant}; say which")

@@ -121,6 +121,16 @@ def one_of(words: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+SHORT_DETECT = ("--detect", "--data.detect")
+"""One name in every command: those that take a data set have it among what is known of that."""
+
+
+def in_full(word: str) -> str:
+    """--data.detect for --detect."""
+    flag, equals, value = word.partition("=")
+    return SHORT_DETECT[1] + equals + value if flag == SHORT_DETECT[0] else word
+
+
 def parse(kind: type[T], arguments: list[str] | None, command: str) -> T:
     """A command's line, or the process's own where `arguments` is None.
 
@@ -129,27 +139,30 @@ def parse(kind: type[T], arguments: list[str] | None, command: str) -> T:
         SystemExit: help was wanted and printed, or a value that is missing or not of its option's type.
     """
     known = [option for option in options(kind) if not option.positional]
+    words = _words(kind, arguments)
     taken = {"--help", *(option.flag for option in known), *(option.negated for option in known)}
-    for flag in _flags(arguments):
+    for flag in _flags(words):
         # Names before values: tyro would rather say which ones are missing, and knows no --thread=3 for --threads 3.
         if flag not in taken and not flag.startswith("--tyro-"):
             near = did_you_mean(nearest(flag, ["--help", *(option.flag for option in known)]))
             raise ValueError(f"there is no option {flag}{near} (facefast {command} --help lists all of them)")
-    return tyro.cli(kind, args=_words(arguments), prog=f"facefast.{command}")
+    return tyro.cli(kind, args=words, prog=f"facefast.{command}")
 
 
 def typed(kind: type[Any], arguments: list[str] | None) -> frozenset[str]:
     """Paths of the options that stand on a command's line, which a value cannot tell: one may be typed that is the
     default."""
-    flags = set(_flags(arguments))
+    flags = set(_flags(_words(kind, arguments)))
     return frozenset(option.path for option in options(kind) if flags & {option.flag, option.negated or option.flag})
 
 
-def _words(arguments: list[str] | None) -> list[str]:
-    return sys.argv[1:] if arguments is None else arguments
+def _words(kind: type[Any], arguments: list[str] | None) -> list[str]:
+    words = sys.argv[1:] if arguments is None else arguments
+    has_data = any(option.flag == SHORT_DETECT[1] for option in options(kind))
+    return [in_full(word) for word in words] if has_data else list(words)
 
 
-def _flags(arguments: list[str] | None) -> list[str]:
+def _flags(words: list[str]) -> list[str]:
     """Names of options, hyphenated, without what is given to them; after -- come none."""
-    words = itertools.takewhile(lambda word: word != "--", _words(arguments))
-    return [hyphenated(word).partition("=")[0] for word in words if word.startswith("--")]
+    before = itertools.takewhile(lambda word: word != "--", words)
+    return [hyphenated(word).partition("=")[0] for word in before if word.startswith("--")]

@@ -56,18 +56,23 @@ def find_teacher(recipe: Recipe, source: Source | None, device: torch.device) ->
 
 def settle(recipe: Recipe, source: Source | None, teacher: FaceModel | None, datasets: tuple[PhaseData, ...]) -> Recipe:
     """The recipe with everything that was left to the source model, the teacher or the photographs written down."""
-    # What the user typed wins where the weights do not depend on it; where they do, `settled` refuses it.
-    image = recipe.image.settled(source.image, source.fixed) if source else recipe.image
-    if teacher is not None:
-        # Teacher and student look at one batch: every field must be the teacher's.
-        image = image.settled(teacher.image, [field.name for field in dataclasses.fields(ImageSpec)])
-    image = image.settled()
+    image = pictures_of(recipe, source, teacher)
     if image.template == "auto":
         has_landmarks = all(data.train.landmarks is not None for data in datasets)
         image = dataclasses.replace(image, template="arcface" if has_landmarks else "none")
     embedding = recipe.model.embedding or (source.embedding if source else 0)
     model = dataclasses.replace(recipe.model, backbone=_backbone(recipe, source, teacher), embedding=embedding)
     return dataclasses.replace(recipe, image=image, model=model)
+
+
+def pictures_of(recipe: Recipe, source: Source | None, teacher: FaceModel | None) -> ImageSpec:
+    """What the model will take: settled but for template auto, which the photographs decide."""
+    # What the user typed wins where the weights do not depend on it; where they do, `settled` refuses it.
+    image = recipe.image.settled(source.image, source.fixed) if source else recipe.image
+    if teacher is not None:
+        # Teacher and student look at one batch: every field must be the teacher's.
+        image = image.settled(teacher.image, [field.name for field in dataclasses.fields(ImageSpec)])
+    return image.settled()
 
 
 def _backbone(recipe: Recipe, source: Source | None, teacher: FaceModel | None) -> str:
@@ -96,7 +101,7 @@ def starting_model(
             source if phase.start == "source" else None,
             data.attributes,
         )
-    model.scale = phase.loss.scale
+    model.scale, model.faces = phase.loss.scale, state.faces
     if model.attribute_heads is not None:
         model.attribute_heads.start_from(data.values())
     if phase.start == "teacher":

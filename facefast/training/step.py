@@ -72,6 +72,7 @@ class TrainState:
         self.recipe, self.plan, self.run = recipe, plan, run
         self.reading = recipe.data.reading(decode_threads(recipe.threads, run.world))
         self.precision = Precision.choose(recipe.precision, recipe.model.backbone, recipe.channels_last, run.device)
+        self.faces: dict[str, Any] | None = None  # how faces were found, for the model
         self.step = 0  # updates done in the whole run
         self.phase_number = 0
         self.phase_step = 0  # updates done in this phase

@@ -26,6 +26,8 @@ from tests.support.pictures import as_taken, encode, exif, garbled_png, smooth_p
 
 RUN = process.Runtime(process.World(), torch.device("cpu"))
 FP32 = Precision.choose("fp32", "mobilefacenet", True, RUN.device)
+AS_THEY_ARE = ("--detect=none",)
+"""For pictures that show no face: none is looked for."""
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +82,14 @@ def test_names_come_with_probabilities_best_first_and_embeddings_are_the_models(
     run: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vectors = tmp_path / "vectors.npz"
-    assert predict.main([str(run), str(photographs), "--json", "--top", "9", f"--embeddings={vectors}"]) == 0
+    assert (
+        predict.main([str(run), str(photographs), *AS_THEY_ARE, "--json", "--top", "9", f"--embeddings={vectors}"]) == 0
+    )
     found = answers_of(capsys)
     assert list(found) == ["b.png", "a.PNG", "c.bmp"]
     for answer in found.values():
-        assert set(answer) == {"path", "names", "probabilities"}
+        assert set(answer) == {"path", "names", "probabilities", "faces"}
+        assert answer["faces"] == [{name: answer[name] for name in ("names", "probabilities")}]
         assert sorted(answer["names"]) == sorted(small.NAMES)  # no more than there are
         assert answer["probabilities"] == sorted(answer["probabilities"], reverse=True)
         assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
@@ -99,7 +104,7 @@ def test_names_come_with_probabilities_best_first_and_embeddings_are_the_models(
 def test_a_line_for_people_has_the_path_and_the_best_name(
     run: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert predict.main([str(run), str(photographs / "b.png")]) == 0
+    assert predict.main([str(run), str(photographs / "b.png"), *AS_THEY_ARE]) == 0
     path, name = capsys.readouterr().out.strip().split("  ")
     assert path == str(photographs / "b.png")
     assert name.split()[0] in small.NAMES
@@ -111,7 +116,7 @@ def test_unreadable_pictures_are_named_and_the_others_answered(
 ) -> None:
     (photographs / "html.jpg").write_bytes(b"<html>not found</html>")
     (photographs / "garbled.png").write_bytes(garbled_png())  # its header is sound
-    assert predict.main([str(run), str(photographs), "--json"]) == 0
+    assert predict.main([str(run), str(photographs), *AS_THEY_ARE, "--json"]) == 0
     found = answers_of(capsys)
     assert sorted(name for name, answer in found.items() if "names" in answer) == ["a.PNG", "b.png", "c.bmp"]
     assert found["garbled.png"]["fault"] == "it could not be decoded"
@@ -126,7 +131,7 @@ def test_a_file_name_that_is_no_text_is_printed_all_the_same(
     run: Path, photographs: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     os.rename(photographs / "b.png", os.path.join(os.fsencode(photographs), b"b\xff.png"))
-    assert predict.main([str(run), str(photographs)]) == 0
+    assert predict.main([str(run), str(photographs), *AS_THEY_ARE]) == 0
     assert r"b\xff.png  " in capfd.readouterr().out
 
 
@@ -136,21 +141,22 @@ def test_a_model_without_identities_gives_embeddings_only(
     run = small.save_run(tmp_path / "headless", small.make_model(classes=()), photographs)
     assert predict.main([str(run), str(photographs)]) == 64
     assert "knows no identities; ask for --embeddings" in capsys.readouterr().err
-    assert predict.main([str(run), str(photographs), f"--embeddings={tmp_path / 'vectors.npz'}", "--json"]) == 0
-    assert all(set(answer) == {"path"} for answer in answers_of(capsys).values())
+    flags = (*AS_THEY_ARE, f"--embeddings={tmp_path / 'vectors.npz'}", "--json")
+    assert predict.main([str(run), str(photographs), *flags]) == 0
+    assert all(set(answer) == {"path", "faces"} for answer in answers_of(capsys).values())
 
 
 def test_classes_without_names_are_numbered(photographs: Path) -> None:
     model = small.make_model()
     model.class_names = ()
-    (answer,) = predict.predict(model, index_of([photographs / "b.png"], None), RUN, FP32)
+    (answer,) = predict.predict(model, index_of([photographs / "b.png"]), RUN, FP32)
     assert answer["names"][0] in ("0", "1", "2", "3")
 
 
 def test_a_mobilefacenet_runs_in_full_precision_on_a_cpu_that_has_bfloat16(
     photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index, model = index_of(find_images((photographs,)), None), small.make_model()
+    index, model = index_of(find_images((photographs,))), small.make_model()
     embeddings = []
     for bf16 in (False, True):
         monkeypatch.setattr(precision, "cpu_has_bf16", lambda has=bf16: has)
@@ -165,7 +171,7 @@ def test_a_mobilefacenet_runs_in_full_precision_on_a_cpu_that_has_bfloat16(
     [
         (("--top", "0"), 64, "--top is 0"),
         (("--detect", "gone.onnx"), 64, "the detector gone.onnx is not there"),
-        (("--embeddings", "gone/vectors.npz"), 74, "cannot write gone/vectors.npz"),
+        ((*AS_THEY_ARE, "--embeddings", "gone/vectors.npz"), 74, "cannot write gone/vectors.npz"),
     ],
 )
 def test_wrong_use_says_why(
@@ -180,7 +186,7 @@ def test_a_detector_that_would_change_nothing_is_refused(
 ) -> None:
     run = small.save_run(tmp_path / "run", small.make_model(template="none"), photographs)
     assert predict.main([str(run), str(photographs), "--detect", "yunet.onnx"]) == 64
-    assert "--detect would change nothing" in capsys.readouterr().err
+    assert "detect yunet.onnx would change nothing" in capsys.readouterr().err
 
 
 # From here on: the real detector on real photographs.
@@ -215,12 +221,12 @@ def test_detected_faces_embed_like_the_same_faces_aligned_by_hand(
     (folder / "garbled.png").write_bytes(garbled_png())
     source = shared_weights / "mobilefacenet_casia_112x96.ckpt"
     found = {}
-    for flags in ((), (f"--detect={yunet}",)):
-        vectors = tmp_path / f"{len(flags)}.npz"
+    for flags in (AS_THEY_ARE, (f"--detect={yunet}",)):
+        vectors = tmp_path / f"{flags == AS_THEY_ARE}.npz"
         assert predict.main([str(source), str(folder), "--json", f"--embeddings={vectors}", *flags]) == 0
         with np.load(vectors) as stored:
             names = [Path(path).name for path in stored["paths"].tolist()]
-            found[bool(flags)] = dict(zip(names, stored["embeddings"], strict=True))
+            found[flags != AS_THEY_ARE] = dict(zip(names, stored["embeddings"], strict=True))
     answers = answers_of(capsys)  # of both calls, the later one's stay
     assert answers["wall.jpg"]["fault"] == "no face was found"
     assert answers["garbled.png"]["fault"] == "it could not be decoded"
