@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -18,15 +19,19 @@ from torch import Tensor
 from facefast.data import FaceIndex
 from facefast.data.index import FAULTS, NO_FACE, advice, printable
 from facefast.data.walk import DECODED, list_pictures, require_there
+from facefast.deploy.gallery import Gallery, fingerprint
 from facefast.evaluation.embed import embed_rows
+from facefast.evaluation.naming import asked_rate, name_faces, score_needed
+from facefast.evaluation.thresholds import Thresholds
 from facefast.faces.align import locator
 from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
 from facefast.recipe import Reading
 from facefast.recipe.options import parse
 from facefast.runtime import exits, files, process
-from facefast.runtime.terminal import say
+from facefast.runtime.terminal import complain, say
 
+UNKNOWN = "unknown"
 OTHER = "choose another --embeddings, or make room"
 
 
@@ -45,6 +50,11 @@ class PredictArguments:
     """Write paths, boxes and embeddings of length 1, a row for each face, to this .npz."""
     top: int = 1
     """Names given per face."""
+    gallery: Path | None = None
+    """Name people by those enrolled here (`facefast gallery enroll`) instead of those the model was trained on."""
+    threshold: str = "auto"
+    """From which score on a face gets a name instead of unknown: far@1e-2 names 1 % of strangers, which is what auto
+    asks of the model or the gallery; a number is a score (a cosine); none names everybody."""
     json: bool = False
     """Print one JSON object a picture."""
 
@@ -77,8 +87,44 @@ def index_of(paths: list[Path]) -> FaceIndex:
     return FaceIndex.build("/", names, np.full(len(names), -1), ()).scanned()
 
 
+@dataclass(frozen=True)
+class Naming:
+    """How faces are named."""
+
+    top: int = 1
+    least: float = -math.inf
+    """The score below which a face is somebody unknown."""
+    gallery: Gallery | None = None
+    """Enrolled people; those the model was trained on without it."""
+
+    @classmethod
+    def of(cls, given: PredictArguments, model: FaceModel) -> Naming:
+        """As asked for; says so where a model knows no threshold.
+
+        Raises:
+            ValueError: a threshold that there is none for, or a gallery of another model.
+        """
+        gallery = None if given.gallery is None else Gallery(given.gallery, fingerprint(model))
+        asked_rate(given.threshold)
+        if gallery is None and (not model.num_classes or (model.thresholds is None and given.threshold == "auto")):
+            if model.num_classes:
+                complain(f"note: {given.model} knows no threshold: everybody gets a name; give --threshold SCORE")
+            return cls(given.top)
+        known = Thresholds.from_json(model.thresholds or {})
+        try:
+            least = score_needed(given.threshold, known.name if gallery is None else gallery.naming)
+        except ValueError as error:
+            raise ValueError(f"{error}; give --threshold another rate, a score, or none to name everybody") from error
+        return cls(given.top, least, gallery)
+
+
 def predict(
-    model: FaceModel, index: FaceIndex, run: process.Runtime, precision: Precision, top: int = 1, detect: str = "none"
+    model: FaceModel,
+    index: FaceIndex,
+    run: process.Runtime,
+    precision: Precision,
+    naming: Naming | None = None,
+    detect: str = "none",
 ) -> Iterator[dict[str, Any]]:
     """One answer a picture: path and `faces`, or the `fault` that kept it from being read.
 
@@ -104,7 +150,7 @@ def predict(
                 if not seen[place]:
                     faults[owner] = "it could not be decoded"
                     continue
-                face = _face(model, embeddings[place : place + 1], run, top)
+                face = _face(model, embeddings[place : place + 1], run, naming or Naming())
                 if part.boxes is not None:
                     face["box"] = [round(float(value), 1) for value in part.boxes[place]]
                 answers.setdefault(owner, []).append(face)
@@ -115,19 +161,27 @@ def predict(
             yield {"path": index.path(row), "fault": faults[row]}
 
 
-def _face(model: FaceModel, embedding: Tensor, run: process.Runtime, top: int) -> dict[str, Any]:
+def _face(model: FaceModel, embedding: Tensor, run: process.Runtime, naming: Naming) -> dict[str, Any]:
     """What the model says of one face, by its embedding [1, D]."""
     face: dict[str, Any] = {"embedding": torch.nn.functional.normalize(embedding[0], dim=0).numpy()}
     with torch.inference_mode():
         attributes = model.predict_attributes(embedding.to(run.device))
         if attributes:
             face["attributes"] = {name: round(float(value), 6) for name, value in attributes.items()}
-        if model.num_classes:
-            logits = model.classify(embedding.to(run.device)).float() * model.scale
-            best = torch.softmax(logits[0].cpu(), 0).topk(min(top, model.num_classes))
-            names = model.class_names or tuple(map(str, range(model.num_classes)))
-            face["names"] = [names[k] for k in best.indices.tolist()]
-            face["probabilities"] = [round(p, 6) for p in best.values.tolist()]
+        if naming.gallery is not None:
+            found = naming.gallery.search(embedding, naming.top)
+            names = [naming.gallery.names[k] for k in found.people[0].tolist()]
+            face |= {"names": names, "scores": [round(score, 6) for score in found.scores[0].tolist()]}
+            face["score"] = face["scores"][0] if names else -1.0
+        elif model.head is not None:
+            logits = model.classify(embedding.to(run.device)).float().cpu() * model.scale
+            known = model.class_names or tuple(map(str, range(model.num_classes)))
+            (answer,) = name_faces(model.head.weight.float().cpu(), logits, embedding, known, naming.top)
+            face |= {"names": list(answer.names), "probabilities": [round(p, 6) for p in answer.probabilities]}
+            face["score"] = round(answer.score, 6)
+    if "names" in face and face["score"] < naming.least:
+        face["nearest"] = face["names"][:1]
+        face |= {"names": [UNKNOWN]} | {key: [None] for key in ("probabilities", "scores") if key in face}
     return face
 
 
@@ -139,13 +193,15 @@ def main(arguments: list[str] | None = None) -> int:
             files.require_writable(_npz(given.embeddings), advice=OTHER, parents=False)
         with process.start() as run:
             model = checkpoint.load_model(given.model, run.device)
-            if not model.num_classes and model.attribute_heads is None and given.embeddings is None:
-                raise ValueError(f"{given.model} knows no identities; ask for --embeddings OUT.npz")
+            knows = model.num_classes or model.attribute_heads is not None or given.gallery is not None
+            if not knows and given.embeddings is None:
+                raise ValueError(f"{given.model} knows no identities; give --gallery G, or --embeddings OUT.npz")
             if given.top < 1:
                 raise ValueError(f"--top is {given.top}; it must be at least 1")
             precision = checkpoint.precision_of(given.model, model)
+            naming = Naming.of(given, model)
             index = index_of(find_images(given.images))
-            answers = list(predict(model, index, run, precision, given.top, given.detect))
+            answers = list(predict(model, index, run, precision, naming, given.detect))
         embedded = [answer for answer in answers if "embedding" in answer]
         if given.embeddings is not None:
             write_embeddings(given.embeddings, embedded)
@@ -187,13 +243,23 @@ def _lines(answer: dict[str, Any]) -> str:
         return f"{path}  not read: {answer['fault']}{advice(answer['fault'])}"
     lines = []
     for face in answer["faces"]:
-        pairs = zip(face.get("names", []), face.get("probabilities", []), strict=True)
+        said = [_said(face, place) for place in range(len(face.get("names", ())))]
         attributes = (f"{name} {value:.4g}" for name, value in face.get("attributes", {}).items())
         where = ["at {:.0f},{:.0f} {:.0f}x{:.0f}".format(*face["box"])] if len(answer["faces"]) > 1 else []
-        lines.append(
-            "  ".join([path, *where, *(f"{name} {probability:.1%}" for name, probability in pairs), *attributes])
-        )
+        lines.append("  ".join([path, *where, *said, *attributes]))
     return "\n".join(lines)
+
+
+def _said(face: dict[str, Any], place: int) -> str:
+    name = face["names"][place]
+    if name == UNKNOWN and "nearest" in face:
+        near = f", nearest {face['nearest'][0]}" if face["nearest"] else ""
+        return f"{UNKNOWN} (score {face['score']:.3f}{near})"
+    return (
+        f"{name} {face['probabilities'][place]:.1%}"
+        if "probabilities" in face
+        else f"{name} {face['scores'][place]:.3f}"
+    )
 
 
 if __name__ == "__main__":

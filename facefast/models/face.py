@@ -15,6 +15,8 @@ from facefast.models.heads import HEADS, AttributeHeads, CosineHead, LinearHead,
 from facefast.models.weights.source import Report, Source, apply_source, load_source
 from facefast.recipe import AttributeSpec, ImageSpec, ModelConfig, from_json, to_json
 
+FINDINGS = ("faces", "thresholds", "calibration")
+"""What model.json says beside the architecture, of how the model was made and what it may say."""
 FORMAT = 1
 COUNTERS = 1 << 20
 LARGEST_NETWORK = 1 << 28
@@ -71,6 +73,11 @@ class FaceModel(nn.Module):
         """What the source gave, where there was one."""
         self.faces: dict[str, Any] | None = None
         """How the faces that it was trained on were found and aligned; None where that is not known."""
+        self.thresholds: dict[str, Any] | None = None
+        """`facefast.evaluation.thresholds.Thresholds` as JSON: from which score on a face is somebody, and two are one
+        person; None where nothing was found out."""
+        self.calibration: dict[str, Any] | None = None
+        """What the temperature that `scale` holds did to the probabilities, as JSON."""
         backbone = build_backbone(config.backbone, image.shape, config.embedding, config.drop_path)
         self.backbone = backbone.module
         self.embedding: nn.Module = nn.Identity()
@@ -249,7 +256,7 @@ class FaceModel(nn.Module):
             "num_classes": self.num_classes,
             "class_names": list(self.class_names),
             "attributes": to_json(self.attribute_heads.specs if self.attribute_heads else ()),
-            "faces": self.faces,
+            **{name: getattr(self, name) for name in FINDINGS},
         }
 
     @classmethod
@@ -264,7 +271,7 @@ class FaceModel(nn.Module):
             raise ValueError(f"model.json has format {document.get('format')!r}; this facefast reads {FORMAT}")
         fields = ("backbone", "embedding", "head", "dropout")
         wanted = {*fields, "format", "scale", "image", "num_classes", "class_names"}
-        present = set(document) - {"attributes", "faces"}  # older files have none
+        present = set(document) - {"attributes", *FINDINGS}  # older files have none
         if present != wanted:
             differing = ", ".join(sorted(present ^ wanted))
             raise ValueError(f"model.json has wrong or missing entries: {differing}")
@@ -289,7 +296,11 @@ class FaceModel(nn.Module):
             float(scale),
             [from_json(AttributeSpec, spec) for spec in attributes],
         )
-        model.faces = document.get("faces")
+        for name in FINDINGS:
+            value = document.get(name)
+            if not isinstance(value, dict | None):
+                raise ValueError(f"model.json: {name} is {value!r:.80}; it must be an object or null")
+            setattr(model, name, value)
         return model
 
     def preprocess(self, images: Tensor) -> Tensor:

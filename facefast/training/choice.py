@@ -5,20 +5,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from facefast.data import FaceIndex
 from facefast.data.prepare import EvaluationSet, PhaseData
 from facefast.evaluation.baselines import CLASS_MEANS, LabelledEmbeddings, class_means
 from facefast.evaluation.embed import embed_rows
 from facefast.evaluation.measure import evaluate
+from facefast.evaluation.naming import Decisions, decide
 from facefast.evaluation.report import with_baselines
 from facefast.models import FaceModel, Source, build_model, checkpoint
-from facefast.recipe import EvalConfig
+from facefast.models.heads import START_SCALE
+from facefast.recipe import EvalConfig, to_json
 from facefast.runtime.log import RunLog
 from facefast.training.step import TrainState
+
+MOST_DECIDING = 20_000
+"""Training pictures that thresholds are found on."""
 
 
 def named_metric(config: EvalConfig, results: dict[str, float]) -> tuple[float, str]:
@@ -94,17 +102,9 @@ def _with_validation(
     """The labelled pictures of training and validation together."""
     if data.validation.test is None:
         return known
-    embeddings, seen = embed_rows(
-        model,
-        data.validation.test,
-        state.run,
-        state.precision,
-        state.reading,
-        batch_size=state.recipe.eval.batch_size,
-    )
-    labels = torch.tensor(data.validation.test.labels, dtype=torch.long).where(seen, -1)
+    asked = labelled(state, model, data.validation.test)
     return known._replace(
-        embeddings=torch.cat([known.embeddings, embeddings]), labels=torch.cat([known.labels, labels])
+        embeddings=torch.cat([known.embeddings, asked.embeddings]), labels=torch.cat([known.labels, asked.labels])
     )
 
 
@@ -135,6 +135,8 @@ def handed_on(state: TrainState) -> str:
     """The row of the final table whose model `best` is: a phase's, or the class means, which fine-tuning has to
     beat."""
     phase = state.recipe.phases[state.chosen[0]]
+    if state.recipe.learns_attributes:  # whose heads the class means would lack
+        return phase.name
     means = state.validated.get(CLASS_MEANS, {}).get("top1", -1.0)
     chooses = state.best is not None and named_metric(state.recipe.eval, state.validated[phase.name])[1] == "top1"
     return CLASS_MEANS if chooses and means >= (state.best or 0.0) else phase.name
@@ -168,37 +170,95 @@ def said(state: TrainState, data: PhaseData) -> str:
 
 
 def hand_on(folder: Path, state: TrainState, source: Source | None, data: PhaseData, log: RunLog) -> None:
-    """Makes `best` the source model with class means as its head where fine-tuning did not beat those on the
-    validation part.
+    """Settles what `best` is and what it may say: thresholds and the temperature of its probabilities.
 
-    The means are then taken over the validation pictures too.
+    Where fine-tuning did not beat the class means on the validation part, `best` becomes the source model with these
+    as its head; they are then taken over the validation pictures too.
     """
-    if handed_on(state) != CLASS_MEANS:
+    best = folder / checkpoint.FOLDER / "best"
+    state.run.barrier()  # rank 0 may still be writing it
+    row = handed_on(state)
+    if row != CLASS_MEANS:
+        model = checkpoint.load_model(best, state.run.device)
+        if model.thresholds is None and decide_for(model, state, data, None, log) and state.run.is_main:
+            checkpoint.amend(best, {"model": model.to_config()})
+        state.run.barrier()
         return
-    model = build_model(
-        dataclasses.replace(state.recipe.model, head="cosine"),
-        data.train.num_classes,
-        state.recipe.image,
-        data.train.class_names,
-        source,
-    ).to(state.run.device)
-    embeddings, seen = embed_rows(
-        model, data.train, state.run, state.precision, state.reading, batch_size=state.recipe.eval.batch_size
-    )
-    known = LabelledEmbeddings(embeddings, data.labels().where(seen, -1), data.train.num_classes)
-    known = _with_validation(state, model, data, known)
-    assert model.head is not None
-    model.head.start_from(class_means(known.embeddings, known.labels, known.num_classes), 1.0)
-    model.eval()
-    _report(state, CLASS_MEANS, _evaluate(state, model, data.evaluation), log)
     log.say(
         "fine-tuning did not beat the class means on the validation part "
-        f"(top-1 {state.validated[CLASS_MEANS]['top1']:.2%}; {state.phase.name} {state.best:.2%}): checkpoints/best is "
-        "the source model with class means as its head"
+        f"(top-1 {state.validated[CLASS_MEANS]['top1']:.2%}, at best {state.best:.2%}): checkpoints/best is the "
+        "source model with class means as its head"
     )
+    config = dataclasses.replace(state.recipe.model, head="cosine")
+    names = data.train.class_names
+    model = build_model(config, len(names), state.recipe.image, names, source).to(state.run.device).eval()
+    model.scale, model.faces = START_SCALE, state.faces
+    assert model.head is not None
+    known = labelled(state, model, data.train)
+    model.head.start_from(class_means(known.embeddings, known.labels, known.num_classes), 1.0)
+    decide_for(model, state, data, known, log)
+    known = _with_validation(state, model, data, known)
+    model.head.start_from(class_means(known.embeddings, known.labels, known.num_classes), 1.0)
+    _report(state, CLASS_MEANS, _evaluate(state, model, data.evaluation), log)
     if state.run.is_main:
-        documents = {**state.documents(), "model": model.to_config()}
-        checkpoint.hand_on(
-            folder, "class-means", {"model": model.state_dict()}, {k: documents[k] for k in ("model", "recipe", "plan")}
-        )
+        documents = {"model": model.to_config(), "recipe": to_json(state.recipe), "plan": to_json(state.plan)}
+        checkpoint.hand_on(folder, "class-means", {"model": model.state_dict()}, documents)
     state.run.barrier()
+
+
+def labelled(state: TrainState, model: FaceModel, index: FaceIndex) -> LabelledEmbeddings:
+    """Embeddings of pictures with the phase's labels, those that could not be read with none."""
+    embeddings, seen = embed_rows(
+        model, index, state.run, state.precision, state.reading, batch_size=state.recipe.eval.batch_size
+    )
+    labels = torch.tensor(index.labels, dtype=torch.long).where(seen, -1)
+    return LabelledEmbeddings(embeddings, labels, index.num_classes)
+
+
+def decide_for(
+    model: FaceModel, state: TrainState, data: PhaseData, known: LabelledEmbeddings | None, log: RunLog
+) -> bool:
+    """Gives a model its thresholds and divides its scale by the temperature; returns whether it names people at all.
+
+    Args:
+        known: embeddings of the training pictures, where they were taken already.
+    """
+    if model.head is None or model.num_classes < 2:
+        return False
+    train = data.train.select(data.train.labels >= 0)
+    if len(train) > MOST_DECIDING:  # evenly over the people
+        train = train.select(np.argsort(train.random_places(state.recipe.seed), kind="stable")[:MOST_DECIDING])
+    train_known = labelled(state, model, train) if known is None else known
+    asked = data.validation.test
+    validation = None if asked is None or not (asked.labels >= 0).any() else labelled(state, model, asked)
+    decisions = decide(model.head.weight.detach().float().cpu(), model.scale, train_known, validation)
+    model.thresholds = decisions.thresholds.to_json()
+    if decisions.calibration is not None:
+        model.scale /= decisions.calibration.temperature
+        model.calibration = decisions.calibration.to_json()
+    for text in told(decisions, data.train.class_names):
+        log.say(text)
+    return True
+
+
+def told(decisions: Decisions, names: Sequence[str]) -> Iterator[str]:
+    """What was found out, for people."""
+    naming = decisions.thresholds.naming
+    found = [f"{t.value:.3f} at FPIR {t.rate:g}" for t in naming if t.value is not None]
+    yield (
+        f"unknown below a score of {', '.join(found)} ({decisions.thresholds.measured_on})"
+        if found
+        else (f"no threshold for unknown: {naming[0].why}")
+    )
+    if decisions.calibration is not None:
+        fit = decisions.calibration
+        yield (
+            f"probabilities: temperature {fit.temperature:.3g} takes their calibration error from {fit.ece_before:.2%} "
+            f"to {fit.ece:.2%} on {fit.rows} validation pictures"
+        )
+    if decisions.twins:
+        some = ", ".join(f"{names[a]} and {names[b]}" for a, b in decisions.twins[:3])
+        yield (
+            f"note: {len(decisions.twins)} pairs of names seem to be one person each ({some}); facefast audit looks "
+            "closer, and such pairs count for no threshold"
+        )
