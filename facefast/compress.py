@@ -121,7 +121,9 @@ def divide(
     if len(counts) > 1 and counts.max() > 1:
         config = EvalConfig(pairs=given.pairs)
         eval_pairs = frozenset({"eval.pairs"} if "pairs" in said else ())
-        evaluation_set = find_evaluation_set(given.model, model, given.data, config, given.seed, reading.threads, said | eval_pairs)
+        evaluation_set = find_evaluation_set(
+            given.model, model, given.data, config, given.seed, reading.threads, said | eval_pairs
+        )
     if evaluation_set is None or evaluation_set.verification is None or evaluation_set.pairs is None:
         # From the other end of the order: the two overlap only in a set that is smaller than both together.
         judged = index.select(shuffled[::-1][:MOST_UNPAIRED])

@@ -103,7 +103,12 @@ def open_folder(folder: Path, recipe: Recipe, run: Runtime) -> Iterator[files.He
                 with files.storing(folder, what="the run folder "):
                     folder.mkdir(parents=True, exist_ok=True)
                     held = stack.enter_context(files.locked(folder))
-                    _begin_folder(folder, recipe, run)
+                try:
+                    with files.storing(folder, what="the run folder "):
+                        _begin_folder(folder, recipe, run)
+                except StorageError as error:
+                    fail(folder, exits.EXIT_STORAGE, str(error))
+                    raise
         yield held
 
 

@@ -328,7 +328,7 @@ class _Lines:
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Lines of metrics.jsonl with what they say; those that a crash or a full disk has torn are left out."""
-    content = path.read_bytes() if path.exists() else b""
+    content = path.read_bytes() if path.is_file() else b""
     for line in content.splitlines(keepends=True):
         try:
             record = json.loads(line)
