@@ -80,14 +80,18 @@ def overwrite_json(path: Path, value: Any) -> None:
         OSError: there is no such file, or it would have to grow beyond its last block.
     """
     text = (json.dumps(strict(value), indent=2, allow_nan=False) + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    descriptor = os.open(path, os.O_RDWR)
     try:
         # Blanks up to the old length, which JSON does not mind: to cut the file short would be a second step.
         found = os.fstat(descriptor)
-        text = text.ljust(found.st_size)
-        if len(text) > max(found.st_size, 512 * found.st_blocks):  # the part that fits would be no JSON
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        os.pwrite(descriptor, text, 0)
+        old, text = os.pread(descriptor, found.st_size, 0), text.ljust(found.st_size)
+        if len(text) > max(found.st_size, 512 * found.st_blocks):
+            raise full
+        if os.pwrite(descriptor, text, 0) != len(text):  # a limit within the block: the part that fits is no JSON
+            os.pwrite(descriptor, old, 0)
+            os.ftruncate(descriptor, len(old))
+            raise full
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
