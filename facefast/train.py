@@ -35,17 +35,10 @@ from facefast.training.step import TrainState, train_step
 
 
 def train(recipe: Recipe, folder: Path, resume: str, run: Runtime, held: files.Held | None = None) -> int:
-    """Runs a recipe in a run folder, from its start or from where it was stopped; returns the exit code.
-
-    Args:
-        held: the folder as `open_folder` found it; where that is gone later, nothing is written in its place.
-    """
-    with told_to_all(run):
-        files.require_writable(folder / checkpoint.FOLDER, folder=True)  # somebody else's, perhaps
+    """Runs a recipe in a run folder, from its start or from where it was stopped; returns the exit code."""
     source = find_source(recipe)
     teacher = find_teacher(recipe, source, run.device)
-    begun = find_index(folder, resume)
-    datasets = prepare(recipe, folder, run, begun)  #                  files -> index -> splits and evaluations
+    datasets = prepare(recipe, folder, run, find_index(folder, resume))  #    files -> index -> splits and evaluations
     recipe = settle(recipe, source, teacher, datasets)
     plan = resolve(recipe, tuple(data.facts() for data in datasets), run.world.size)
     state = TrainState(recipe, plan, run)
@@ -79,9 +72,7 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime, held: files.H
                         save(folder, state, improved, held)
                     if stopping:
                         return leave(folder, state, log)
-        with told_to_all(run, held):
-            pass
-        return finish(folder, state, datasets, log)
+        return end(folder, state, datasets, log, held)
 
 
 @contextlib.contextmanager
@@ -106,6 +97,7 @@ def open_folder(folder: Path, recipe: Recipe, run: Runtime) -> Iterator[files.He
                 try:
                     with files.storing(folder, what="the run folder "):
                         _begin_folder(folder, recipe, run)
+                        files.require_writable(folder / checkpoint.FOLDER, folder=True)  # somebody else's, perhaps
                 except StorageError as error:
                     fail(folder, exits.EXIT_STORAGE, str(error))
                     raise
@@ -364,6 +356,19 @@ def save(folder: Path, state: TrainState, improved: bool, held: files.Held | Non
                 keep=state.recipe.keep,
             )
             write_status(folder, "running", step=state.step, best=best_of(state))
+
+
+def end(
+    folder: Path, state: TrainState, datasets: tuple[PhaseData, ...], log: RunLog, held: files.Held | None = None
+) -> int:
+    """Ends a run with nothing left to do; returns the exit code.
+
+    Raises:
+        StorageError: the run folder is gone, of which summary and report would make a part anew.
+    """
+    with told_to_all(state.run, held):
+        pass
+    return finish(folder, state, datasets, log)
 
 
 def main(arguments: list[str] | None = None) -> int:
