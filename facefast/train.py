@@ -22,7 +22,7 @@ from facefast.faces.align import Locator
 from facefast.models import checkpoint
 from facefast.recipe import EvalConfig, ImageSpec, Recipe, flags, resolve, to_json
 from facefast.runtime import exits, files, manifest, process
-from facefast.runtime.exits import NumericsError
+from facefast.runtime.exits import NumericsError, StorageError
 from facefast.runtime.log import RunLog, environment
 from facefast.runtime.process import Runtime
 from facefast.training.alike import same_arguments, same_checkpoint, same_start
@@ -40,8 +40,9 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     source = find_source(recipe)
     teacher = find_teacher(recipe, source, run.device)
     faces = face_locator(recipe, folder, pictures_of(recipe, source, teacher), run)
-    begun = find_index(folder, resume)
-    datasets = prepare(recipe, folder, run, begun, faces)  #           files -> index -> splits and evaluations
+    datasets = prepare(
+        recipe, folder, run, find_index(folder, resume), faces
+    )  # files -> index -> splits and evaluations
     recipe = settle(recipe, source, teacher, datasets)
     plan = resolve(recipe, tuple(data.facts() for data in datasets), run.world.size)
     state = TrainState(recipe, plan, run)
@@ -112,8 +113,13 @@ def open_folder(folder: Path, recipe: Recipe, run: Runtime) -> Iterator[None]:
                     folder.mkdir(parents=True, exist_ok=True)
                     run.held = stack.enter_context(files.locked(folder))
                     files.remove_leftovers(folder)
-                    _begin_folder(folder, recipe, run)
-                files.require_writable(folder / checkpoint.FOLDER, folder=True)  # somebody else's, perhaps
+                try:
+                    with files.storing(folder, what="the run folder "):
+                        _begin_folder(folder, recipe, run)
+                        files.require_writable(folder / checkpoint.FOLDER, folder=True)  # somebody else's, perhaps
+                except StorageError as error:
+                    fail(folder, exits.EXIT_STORAGE, str(error))
+                    raise
         yield
 
 

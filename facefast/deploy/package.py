@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,9 +83,10 @@ def _export(model: FaceModel, to: str, aside: Path, recipe: dict[str, Any] | Non
         found = Embedder(checkpoint.load_model(aside))(images)
     elif to == "torch":
         program = torch.export.export(embedder, (images,), dynamic_shapes=batch)
-        # By way of an open file: torch warns of a name that does not end in .pt2.
-        with open(aside, "wb") as file:
-            torch.export.save(program, file)
+        # By way of memory: torch's own writer ends the whole process where a disk is full.
+        content = io.BytesIO()
+        torch.export.save(program, content)
+        aside.write_bytes(content.getbuffer())
         with open(aside, "rb") as file:
             found = torch.export.load(file).module()(images)
     else:

@@ -34,6 +34,14 @@ MOST_PARTS = 1 << 20
 """Lists and objects in a JSON file."""
 
 
+class WriteError(OSError):
+    """One file could not be written; what was there is as it was."""
+
+    def __init__(self, error: OSError, path: Path, needed: int) -> None:
+        super().__init__(error.errno, error.strerror or str(error), str(path))
+        self.path, self.needed = path, needed
+
+
 def sync(path: Path) -> None:
     """Forces a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -58,12 +66,15 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON aside, syncs it and renames it into place.
 
     Raises:
-        OSError: it cannot be written; what was there is as it was.
+        WriteError: it cannot be written.
     """
     # A reader sees the old file or the new one, never a part: a rename replaces a file in one step.
-    text = json.dumps(strict(value), indent=2, allow_nan=False) + "\n"
-    with _aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
+    text = (json.dumps(strict(value), indent=2, allow_nan=False) + "\n").encode()
+    try:
+        with _aside(path) as aside:
+            aside.write_bytes(text)
+    except OSError as error:
+        raise WriteError(error, path, len(text)) from error
 
 
 def overwrite_json(path: Path, value: Any) -> None:
@@ -75,14 +86,18 @@ def overwrite_json(path: Path, value: Any) -> None:
         OSError: there is no such file, or it would have to grow beyond its last block.
     """
     text = (json.dumps(strict(value), indent=2, allow_nan=False) + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    descriptor = os.open(path, os.O_RDWR)
     try:
         # Blanks up to the old length, which JSON does not mind: to cut the file short would be a second step.
         found = os.fstat(descriptor)
-        text = text.ljust(found.st_size)
-        if len(text) > max(found.st_size, 512 * found.st_blocks):  # the part that fits would be no JSON
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        os.pwrite(descriptor, text, 0)
+        old, text = os.pread(descriptor, found.st_size, 0), text.ljust(found.st_size)
+        if len(text) > max(found.st_size, 512 * found.st_blocks):
+            raise full
+        if os.pwrite(descriptor, text, 0) != len(text):  # a limit within the block: the part that fits is no JSON
+            os.pwrite(descriptor, old, 0)
+            os.ftruncate(descriptor, len(old))
+            raise full
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -187,7 +202,7 @@ def locked(folder: Path) -> Iterator[Held]:
 def free_bytes(path: Path) -> int | None:
     """Bytes that this process can still write where a path lies or would lie; None where that is not known."""
     path = path.absolute()
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:  # of a name that is too long it says no
         path = path.parent
     with contextlib.suppress(OSError):
         found = os.statvfs(path)
@@ -209,6 +224,8 @@ def refused(
     path: Path, error: BaseException | str, needed: int | None = None, advice: str = ANOTHER, what: str = ""
 ) -> StorageError:
     """What to raise where `path` cannot be written."""
+    if isinstance(error, WriteError) and needed is None:
+        path, needed, what = error.path, error.needed, ""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     free = free_bytes(path)
     room = "" if needed is None else f"; {needed} bytes are needed"
@@ -322,15 +339,15 @@ def require_writable(path: Path, *, folder: bool = False, advice: str = ANOTHER,
     """
     target = Path(os.path.realpath(path))
     with storing(path, advice=advice):
-        if target.exists() and target.is_dir() != folder:
+        if os.path.exists(target) and target.is_dir() != folder:
             kind = (errno.ENOTDIR, "it is a file, and must be a folder") if folder else (errno.EISDIR, "it is a folder")
             raise OSError(*kind)
-        if target.exists() and not folder and not target.is_file():
+        if os.path.exists(target) and not folder and not target.is_file():
             return
         place = target if folder else target.parent
-        while parents and not place.exists():
+        while parents and not os.path.exists(place):
             place = place.parent
-        if not place.exists():
+        if not os.path.exists(place):
             raise FileNotFoundError(errno.ENOENT, f"there is no folder {place}")
         if not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{place} is no folder")

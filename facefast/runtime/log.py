@@ -82,7 +82,11 @@ class RunLog:
         self._lines: _Lines | None = None
         self._board: SummaryWriter | None = None
         if enabled:
-            self._bar = tqdm(total=total_steps, initial=first_step or 0, unit="step", dynamic_ncols=True, mininterval=1)
+            self._bar = tqdm(disable=True)
+            with _heard():
+                self._bar = tqdm(
+                    total=total_steps, initial=first_step or 0, unit="step", dynamic_ncols=True, mininterval=1
+                )
             self._excepthook = _without_tensorboards_thread()
             with self.tolerant("metrics.jsonl"):
                 self._lines = _Lines(folder / "metrics.jsonl", first_step)
@@ -248,8 +252,11 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line on the terminal that does not break the progress bar."""
         if self._enabled:
-            with _heard():
+            try:
                 self._bar.write(text)
+            except (OSError, ValueError):  # of the bar or of the text: they go to two places
+                _empty_broken()
+                tell(text)
 
     def all_speeds(self) -> list[Speed]:
         """`speeds`; of a run that had nothing left to do, those that its lines tell of."""
@@ -336,7 +343,7 @@ class _Lines:
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Lines of metrics.jsonl with what they say; those that a crash or a full disk has torn are left out."""
-    content = path.read_bytes() if path.exists() else b""
+    content = path.read_bytes() if path.is_file() else b""
     for line in content.splitlines(keepends=True):
         try:
             record = json.loads(line)
@@ -376,11 +383,15 @@ def _heard() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError):  # ValueError: a closed file
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError):
-                _empty(stream)
+        _empty_broken()
+
+
+def _empty_broken() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            _empty(stream)
 
 
 def _empty(stream: TextIO) -> None:

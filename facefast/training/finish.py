@@ -62,7 +62,7 @@ def leave(folder: Path, state: TrainState, log: RunLog) -> int:
     log.close()
     if state.run.is_main:
         code = exits.EXIT_PREEMPTED
-        write_status(folder, "preempted", code, step=state.step, best=best_of(state), **_losses(log))
+        write_status(folder, "preempted", code, step=state.step, best=best_of(state))
     state.run.barrier()  # torchrun ends all ranks when one leaves with this code: the status must be written by then
     return exits.EXIT_PREEMPTED
 
@@ -105,18 +105,14 @@ def finish(folder: Path, state: TrainState, source: Source | None, datasets: tup
     if run.is_main:
         tell(summary(folder, state, datasets[-1], bound))
         status = {"step": state.step, "best": best_of(state), **bound}
-        write_status(folder, "done", exits.EXIT_DONE, **status, **_losses(log))  # the report shows it
         before = log.failures
+        write_status(folder, "done", exits.EXIT_DONE, **status, log_failures=before)  # the report shows it
         with log.tolerant("report.html"):
             report.write(folder)
         if log.failures > before:
-            write_status(folder, "done", exits.EXIT_DONE, **status, **_losses(log))
+            write_status(folder, "done", exits.EXIT_DONE, **status, log_failures=log.failures)
     run.barrier()
     return exits.EXIT_DONE
-
-
-def _losses(log: RunLog) -> dict[str, int]:
-    return {"log_failures": log.failures} if log.failures else {}
 
 
 def summary(folder: Path, state: TrainState, data: PhaseData, bound: dict[str, Any]) -> str:

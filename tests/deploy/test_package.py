@@ -138,14 +138,31 @@ def test_an_export_that_gives_other_embeddings_is_refused(
     monkeypatch.setattr(packages, "write_package", lambda _, out, recipe: write(other, out, recipe))
     with pytest.raises(ValueError, match="other embeddings than the model: cosine .*, at least 0.9999"):
         packages.export(model, "safetensors", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch about its own loader
 def test_an_export_that_gives_no_number_is_refused(tmp_path: Path) -> None:
     broken = small.make_model()
     with torch.no_grad():
         next(broken.parameters()).fill_(float("nan"))
-    with pytest.raises(ValueError, match="other embeddings than the model: cosine nan"):
-        packages.export(broken, "safetensors", tmp_path / "out")
+    for kind in ("safetensors", "torch", "onnx"):
+        with pytest.raises(ValueError, match=f"{tmp_path / kind} gives other embeddings than the model: cosine nan"):
+            packages.export(broken, kind, tmp_path / kind)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_is_refused_leaves_the_one_before(
+    model: FaceModel, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "package"
+    shutil.copytree(package, out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    monkeypatch.setattr(packages, "LEAST_COSINE", 1.1)
+    with pytest.raises(ValueError, match="other embeddings"):
+        packages.export(small.make_model(classes=("ann",)), "safetensors", out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]
 
 
 def test_a_kind_of_export_that_there_is_not_is_refused_before_anything_is_written(

@@ -146,6 +146,25 @@ def test_how_pictures_are_divided_can_be_given_anew(run: Path, model: FaceModel,
     assert len(names_of(found)) == 4
 
 
+def test_what_was_typed_wins_over_the_run_also_where_it_is_the_default(
+    run: Path, model: FaceModel, drawn: Path
+) -> None:
+    default, config = DataConfig(root=str(drawn)), EvalConfig()
+    assert (default.test_fraction, config.folds) == (0.2, 10)  # the run has 0.5 and 2
+    found = find_evaluation_set(run, model, default, config, 0, 1, frozenset())
+    assert len(names_of(found)) == 8 and found.pairs is not None and found.pairs.folds.max() == 1
+    typed = frozenset({"data.test_fraction", "eval.folds"})
+    found = find_evaluation_set(run, model, default, config, 0, 1, typed)
+    assert len(names_of(found)) == 4
+    (one, two) = (
+        find_evaluation_set(run, model, DataConfig(root=str(drawn)), EvalConfig(pairs=pairs), 0, 1).pairs
+        for pairs in (4, 6000)
+    )
+    assert (
+        one is not None and two is not None and (len(one), len(two)) == (4, 8)
+    )  # as given; all there are of the run's 12
+
+
 def test_what_the_recipe_knows_of_its_photographs_is_heeded_on_them_and_on_no_others(
     model: FaceModel, drawn: Path, tmp_path: Path
 ) -> None:
@@ -236,6 +255,64 @@ def test_a_model_that_tells_attributes_is_asked_for_its_own_in_its_own_order(
     chosen = [rows[name] for name in names_of(found)]
     column = index.attribute_names.index("Smiling")
     np.testing.assert_array_equal(found.test.attributes[:, 0], index.attributes[chosen, column])
+
+
+def nameless_run(folder: Path, root: Path, **fields: object) -> Path:
+    """A run from which a model without names came, with the index that it began with."""
+    fields = {"phases": (Phase(start="scratch", sampler="pk", loss=LossConfig(weight=0.0, triplet=1.0)),)} | fields
+    path = save_with(folder, small.make_model(classes=()), root, **fields)
+    read_index(root).scanned().sound().save(path / "index.npz")
+    return path
+
+
+def test_a_model_without_names_is_not_asked_about_pictures_that_it_learnt_from(drawn: Path, tmp_path: Path) -> None:
+    model, path = small.make_model(classes=()), nameless_run(tmp_path / "run", drawn)
+    _, kept = read_index(drawn).split_per_identity(0.5, seed=7)
+    expected = [kept.name(row) for row in range(len(kept))]
+    shutil.copytree(drawn, tmp_path / "copy")
+    for root in (drawn, tmp_path / "copy"):
+        found = asked(path, model, DataConfig(root=str(root)))
+        assert names_of(found) == expected and not found.held_out
+        assert found.verification is found.test
+    (path / "index.npz").unlink()  # as of an exported package: who was in it cannot be told
+    found = asked(path, model, DataConfig(root=str(tmp_path / "copy")))
+    assert names_of(found) == expected and not found.held_out
+
+
+def test_a_model_without_names_is_asked_about_people_that_were_kept_from_it(tmp_path: Path) -> None:
+    root = synthetic.write(
+        tmp_path / "people", synthetic.DrawnSpec(identities=(6, 0, 0), pictures=4, seed=3), processes=1, progress=False
+    )
+    path = nameless_run(tmp_path / "run", root, verify_fraction=0.5, test_fraction=0.0)
+    found = asked(path, small.make_model(classes=()), DataConfig(root=str(root)))
+    assert found.test is None and found.held_out
+    assert found.verification is not None and len(set(found.verification.labels.tolist())) == 3
+
+
+def test_a_model_without_names_is_asked_about_all_strangers(drawn: Path, people: Path, tmp_path: Path) -> None:
+    path = nameless_run(tmp_path / "run", drawn)
+    found = asked(path, small.make_model(classes=()), DataConfig(root=str(people)))
+    assert found.test is None and found.held_out
+    assert found.verification is not None and len(found.verification) == 9
+
+
+def test_a_model_of_attributes_alone_is_asked_for_them(drawn: Path, people: Path, tmp_path: Path) -> None:
+    model = small.make_model(classes=())
+    phases = (Phase(start="scratch", loss=LossConfig(weight=0.0)),)
+    path = nameless_run(tmp_path / "run", drawn, phases=phases, tasks=TaskConfig(attributes=("Smiling",)))
+    found = asked(path, model, DataConfig(root=str(drawn)))
+    assert found.test is not None and found.test.attribute_names == ("Smiling",) and len(found.test) == 8
+    assert not found.held_out
+    other = synthetic.DrawnSpec(identities=(0, 3, 0), pictures=4, seed=9)
+    root = synthetic.write(tmp_path / "others", other, processes=1, progress=False)
+    (root / "identity_CelebA.txt").write_text(
+        "".join(f"{k + 1:06d}.jpg {90 + k // 4}\n" for k in range(12))  # names that nobody else has
+    )
+    found = asked(path, model, DataConfig(root=str(root)))
+    assert found.test is not None and found.test.attribute_names == ("Smiling",) and len(found.test) == 12
+    assert found.test.labels.max() == -1 and found.held_out and found.verification is not None
+    found = asked(path, model, DataConfig(root=str(people)))  # which have no such attribute
+    assert found.test is None and found.verification is not None
 
 
 def test_a_model_of_one_person_is_asked_about_its_own_strangers(drawn: Path, tmp_path: Path) -> None:

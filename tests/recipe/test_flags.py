@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from facefast import train
+from facefast.evaluate import EvaluateArguments
 from facefast.recipe import Recipe
 from facefast.recipe.flags import EXAMPLE, TrainArguments, run_folder, train_arguments
 from facefast.recipe.named import RECIPES
-from facefast.recipe.options import nearest, options
+from facefast.recipe.options import nearest, options, typed
 from facefast.recipe.usage import COMMON, SPECIAL, WIDTH
 from tests.support.options import OPTION
 
@@ -244,3 +245,10 @@ def test_help_all_shows_every_option_that_there_is(name: str, capsys: pytest.Cap
         there.add(".".join([parts[0], numbers[parts[1]], *parts[2:]]) if parts[0] == "--phases" else option.flag)
     assert set(re.findall(OPTION, text, re.M)) == there
     assert f"phases.0 is {recipe.phases[0].name}" in text
+
+
+def test_what_was_typed_is_known_whatever_its_value_and_spelling() -> None:
+    words = ["MODEL", "--data.root", "x", "--data.test_fraction=0.2", "--eval.no-baselines", "--seed", "0", "--"]
+    found = typed(EvaluateArguments, [*words, "--data.format=celeba"])
+    assert found == {"data.root", "data.test_fraction", "eval.baselines", "seed"}
+    assert typed(EvaluateArguments, ["MODEL"]) == frozenset()

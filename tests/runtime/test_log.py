@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from facefast.runtime.exits import NumericsError
-from facefast.runtime.log import LOST_UPDATES, Position, RunLog, Speed, environment, verdict
+from facefast.runtime.log import LOST_UPDATES, Position, RunLog, Speed, environment, read_lines, verdict
 from tests.support.pictures import smooth_picture
 
 
@@ -177,6 +177,96 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_no_later_or_torn
     expected = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60)]  # each step once, in TensorBoard as well
     assert scalars(tmp_path, "train/loss") == expected
     assert [line["loss"] for line in lines(tmp_path) if line["split"] == "train"] == [loss for _, loss in expected]
+
+
+class Full:
+    """A file on a disk that has room for `room` more bytes."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, content: bytes) -> int:
+        written = int(self.file.write(content[: self.room]))
+        self.room -= written
+        if not written:
+            raise OSError(28, "No space left on device")
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_line_that_a_full_disk_does_not_take_is_gone_as_a_whole_and_the_next_is_whole_again(
+    tmp_path: Path, cut: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_log(tmp_path) as run_log:
+        run_log.step(at(1), stats(), 8, 0.0)
+        assert run_log._lines is not None
+        disk = Full(run_log._lines._file, 40)
+        if not cut:  # a file system on which not even that can be done
+            monkeypatch.setattr(disk, "truncate", Broken(), raising=False)
+        run_log._lines._file = disk  # type: ignore[assignment]
+        for step in (2, 3):
+            run_log.step(at(step), stats(), 8, 0.0)
+        disk.room = 10_000
+        run_log.step(at(4), stats(), 8, 0.0)
+        assert run_log.failures == 2
+    assert capsys.readouterr().out.count("warning: metrics.jsonl cannot be written") == 1
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 4]
+    if cut:
+        assert len(lines(tmp_path)) == 2
+    with open_log(tmp_path, first_step=4) as run_log:
+        run_log.step(at(5), stats(), 8, 0.0)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 4, 5]
+
+
+class Broken:
+    def __call__(self, *_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\0" * 64, b"\xff\xfe\n", b"[1, 2]\n", b'{"step": null}\n', b"null\n", b'{"step": 2']
+)
+def test_damaged_lines_break_no_resume_and_no_reader(tmp_path: Path, damage: bytes) -> None:
+    with open_log(tmp_path) as run_log:
+        run_log.step(at(1), stats(), 8, 0.0)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(damage)
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1]
+    with open_log(tmp_path, first_step=1) as run_log:
+        run_log.step(at(2), stats(), 8, 0.0)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_a_run_with_nothing_left_to_do_has_the_speed_that_its_lines_tell(tmp_path: Path, clock: Clock) -> None:
+    with open_log(tmp_path, every=2) as run_log:
+        for step in range(1, 5):
+            clock.now += 2
+            run_log.step(at(step), stats(), 8, 0.5 * step)
+        before = run_log.all_speeds()
+    with open_log(tmp_path, first_step=4) as run_log:
+        assert run_log.all_speeds() == before == [Speed(2, 16, 4, 1.0)] * 2
+        clock.now += 1
+        run_log.step(at(5), stats(), 8, 0.0)
+        assert run_log.all_speeds() == [Speed(1, 8, 1, 0.0)]  # what was done since the last start
+
+
+def test_whatever_fails_beside_training_is_said_once_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_log(tmp_path) as run_log:
+        for error in (OSError(28, "No space left on device"), ZeroDivisionError("a bug")):
+            with run_log.tolerant("the report"):
+                raise error
+        assert run_log.failures == 2
+    said = capsys.readouterr().out
+    assert (
+        said.count("warning: the report cannot be written ([Errno 28] No space left on device); training goes on") == 1
+    )
+    with pytest.raises(KeyboardInterrupt), run_log.tolerant("the report"):
+        raise KeyboardInterrupt
 
 
 def test_a_run_that_was_stopped_before_its_first_update_keeps_what_it_knew_then(tmp_path: Path) -> None:

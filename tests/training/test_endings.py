@@ -128,6 +128,29 @@ def test_status_is_replaced_as_a_whole_and_running_has_no_exit_code_yet(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
+def test_a_failed_run_still_says_how_far_it_came_and_what_was_best(tmp_path: Path) -> None:
+    best = {"phase": "scratch", "metric": "top1", "value": 0.5}
+    finish.write_status(tmp_path, "running", step=3, best=best)
+    finish.fail(tmp_path, 74, "no room")
+    expected = {"state": "failed", "exit_code": 74, "step": 3, "best": best, "error": "no room"}
+    assert files.read_json(tmp_path / "status.json") == expected
+    for damaged in ("[]", "{", "null"):
+        (tmp_path / "status.json").write_text(damaged)
+        finish.fail(tmp_path, 74, "no room")
+        assert files.read_json(tmp_path / "status.json")["exit_code"] == 74
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_speed(index: FaceIndex, tmp_path: Path) -> None:
+    state = make_state(index)
+    first = open_log(tmp_path, state)
+    finish.finish(tmp_path, state, (data_of(index),), first)
+    again = RunLog(tmp_path, enabled=True, total_steps=4, first_step=4, every=1)
+    finish.finish(tmp_path, state, (data_of(index),), again)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    status = files.read_json(tmp_path / "status.json")
+    assert status["images_per_second"] == pytest.approx(line["images_per_second"]) and status["images_per_second"] > 0
+
+
 def test_a_reason_with_bytes_that_are_no_text_is_noted_all_the_same(tmp_path: Path) -> None:
     reason = "cannot read " + b"photo\xff.jpg".decode("utf-8", "surrogateescape")
     finish.fail(tmp_path, 65, reason)

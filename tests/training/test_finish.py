@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 from facefast import train
+from facefast.data import make_sampler
+from facefast.data import prepare as prepare_module
 from facefast.models import checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe
 from facefast.runtime import files, log
+from facefast.runtime.log import read_lines
 from facefast.runtime.process import Runtime, World
 from facefast.training import finish
 from facefast.training.step import TrainState
 from tests.support import small
+from tests.support.pictures import encode, smooth_picture
 from tests.support.ranks import run_ranks
 
 TINY = (
@@ -97,6 +103,101 @@ def test_a_run_that_a_signal_to_one_rank_stopped_goes_on_to_the_same_bits(drawn:
     assert expected == found
     assert len(next(whole.rglob("metadata.tsv")).read_text().splitlines()) == 8  # the test pictures, for the projector
     assert not list(out.rglob("metadata.tsv"))
+
+
+def spoil(path: Path) -> None:
+    path.write_bytes(encode(smooth_picture(40, 40, 99), "PNG"))  # a sound picture, of nobody who was asked
+
+
+@pytest.mark.parametrize("how", [spoil, Path.unlink, lambda path: path.write_bytes(b"no picture")])
+def test_a_picture_that_changed_while_a_run_was_stopped_counts_like_one_that_changes_while_it_runs(
+    tmp_path: Path, how: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = small.draw(tmp_path / "drawn")
+    flags = [*TINY, f"--data.root={root}", "--threads=1"]
+    prepared, real = [], prepare_module.prepare
+
+    def prepare(*arguments: Any) -> Any:
+        prepared.append(real(*arguments))
+        return prepared[-1]
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    out = tmp_path / "stopped"
+    assert train_stopped([*flags, f"--out={out}"], 1) == 75
+    data = prepared[0][0].train
+    seed = files.read_json(out / "plan.json")["phases"][0]["seed"]
+    sampler = make_sampler("epoch", labels=data.labels, batch_size=4, seed=seed, rows=np.arange(len(data)))
+    changed = int(sampler.batch(0, 1)[0])  # of the second update: no read-ahead of the first run has used it
+    path, whole = Path(data.path(changed)), tmp_path / "whole"
+    content = path.read_bytes()
+    how(path)
+    assert train.main([*flags, f"--out={out}"]) == 0
+    assert (
+        f"note: 1 of 16 pictures changed or went since the run began ({data.name(changed)})" in capsys.readouterr().out
+    )
+
+    path.write_bytes(content)
+
+    def prepare_and_change(*arguments: Any) -> Any:
+        found = real(*arguments)
+        how(path)
+        return found
+
+    monkeypatch.setattr(train, "prepare", prepare_and_change)
+    assert train.main([*flags, f"--out={whole}"]) == 0
+    for stem in ("model", "ema", "optimizer"):
+        one, two = (
+            safetensors.torch.load_file(folder / "checkpoints" / "last" / f"{stem}.safetensors")
+            for folder in (out, whole)
+        )
+        assert all(torch.equal(one[name], two[name]) for name in one), stem
+    lost = [
+        [line["unreadable_rows"] for line in read_lines(folder / "metrics.jsonl") if line["split"] == "train"]
+        for folder in (out, whole)
+    ]
+    assert lost[0] == lost[1] and sum(lost[0]) == 3  # once an epoch
+
+
+def train_stopped(arguments: list[str], at: int) -> int:
+    """A run that a signal stops after the update `at`."""
+    original = log.RunLog.step
+    try:
+        return train_rank(0, arguments, [0, at])
+    finally:
+        log.RunLog.step = original  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("what", ["a picture more", "another name", "another landmark", "too many changed"])
+def test_other_photographs_are_refused_and_the_runs_own_files_stay(
+    tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = small.draw(tmp_path / "drawn"), tmp_path / "run"
+    flags = [*TINY, f"--data.root={root}", f"--out={out}", "--threads=1"]
+    assert train_stopped(flags, 1) == 75
+    before = (out / "checkpoints" / "last" / "manifest.json").read_bytes()
+    pictures, names = sorted((root / "img_align_celeba").iterdir()), root / "identity_CelebA.txt"
+    points = root / "list_landmarks_align_celeba.txt"
+    if what == "a picture more":
+        (pictures[0].parent / "000017.jpg").write_bytes(pictures[3].read_bytes())
+        for path in (names, root / "list_eval_partition.txt"):
+            path.write_text(path.read_text() + "000017.jpg 1\n")
+        for path in (points, root / "list_attr_celeba.txt"):
+            last = path.read_text().splitlines()[-1].split()
+            text = path.read_text().replace("16\n", "17\n", 1)
+            path.write_text(text + " ".join(["000017.jpg", *last[1:]]) + "\n")
+    elif what == "another name":
+        names.write_text(names.read_text().replace("000001.jpg 1", "000001.jpg 2"))
+    elif what == "another landmark":
+        count, names_of_points, *lines = points.read_text().splitlines()
+        lines = [f"{name} {int(first) + 1} {rest}" for name, first, rest in (line.split(None, 2) for line in lines)]
+        points.write_text("\n".join([count, names_of_points, *lines]) + "\n")
+    else:
+        for path in pictures[:10]:
+            path.write_bytes(b"no picture")
+    assert train.main(flags) == (65 if what == "too many changed" else 64)
+    said = capsys.readouterr().err
+    assert ("10 of 16 pictures changed or went" if what == "too many changed" else "belongs to another run") in said
+    assert (out / "checkpoints" / "last" / "manifest.json").read_bytes() == before
 
 
 def test_gradients_that_stay_non_finite_end_the_run_with_70(
