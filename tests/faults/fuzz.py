@@ -112,6 +112,8 @@ def _one_worker(
                 if line not in (b"next", b"ready"):
                     _note(json.loads(line), outcomes[order.at(place)[0]], hang_seconds, peak)
                     place += 1
+            if place == len(order):
+                return place
     finally:
         worker.kill()
         worker.wait()
@@ -119,8 +121,6 @@ def _one_worker(
         heard.seek(0)
         said = heard.read().decode(errors="replace")
         heard.close()
-    if place == len(order):
-        return place
     name, number = order.at(place)
     if seconds == START_SECONDS:
         raise RuntimeError(f"sound files of {name} are not read: {said[-2000:]}")
