@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 import facefast._scan as _scan
 from facefast.recipe import IndexFacts, Reading
+from facefast.runtime.exits import DataError
 from facefast.runtime.files import replacing
 from facefast.runtime.terminal import escape_letter
 from facefast.runtime.untrusted import open_regular, read_npz
@@ -234,17 +235,22 @@ class FaceIndex:
             progress: called now and then with the number of pictures done.
 
         Raises:
-            OSError: `root` cannot be opened.
+            DataError: `root` cannot be opened.
         """
-        found = _scan.scan(
-            os.fsencode(self.root),
-            self.paths,
-            self.offsets,
-            self.lengths,
-            threads,
-            max_pixels,
-            progress,
-        )
+        try:
+            found = _scan.scan(
+                os.fsencode(self.root),
+                self.paths,
+                self.offsets,
+                self.lengths,
+                threads,
+                max_pixels,
+                progress,
+            )
+        except OSError as error:
+            raise DataError(
+                f"the folder {escaped(self.root)} cannot be opened ({error.strerror}); if it was moved, index it anew"
+            ) from error
         return dataclasses.replace(
             self,
             widths=found["width"],

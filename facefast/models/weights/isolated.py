@@ -28,9 +28,9 @@ from facefast.runtime.untrusted import may_hold
 
 MEMORY = 256 << 20
 """Bytes that a child may take beside those of the tensors, twice: as read and as handed over."""
-CPU_SECONDS, CPU_BYTES_PER_SECOND = 5, 32 << 20
+CPU_SECONDS, CPU_BYTES_PER_SECOND = 2, 32 << 20
 """Of the processor; and a second more for so many bytes of the file."""
-WALL_SECONDS, WALL_BYTES_PER_SECOND = 60, 4 << 20
+WALL_SECONDS, WALL_BYTES_PER_SECOND = 8, 4 << 20
 """Until an answer; files may come from a slow network."""
 MAX_MESSAGE = 64 << 20
 _ALIGNMENT = 64

@@ -103,7 +103,12 @@ def load_source(source: str | Path, backbone: str = "auto") -> Source:
     if path.is_dir():
         return _from_folder(path)
     state = strip_prefixes(read(path), path)
-    layout = recognise(state, backbone) or Layout("")
+    try:
+        layout = recognise(state, backbone) or Layout("")
+        translated = layout.translate(state)
+    except (IndexError, RuntimeError, ValueError) as error:
+        # A layout is told by a few names and shapes; the other tensors may still have any shape at all.
+        raise ValueError(f"{path} has the names of published weights, and tensors of other shapes: {error}") from error
     if backbone in NAMES and layout.backbone not in ("", backbone):
         raise ValueError(f"{path} holds a {layout.backbone}, model.backbone is {backbone}; leave that out to take it")
     return Source(
@@ -112,7 +117,7 @@ def load_source(source: str | Path, backbone: str = "auto") -> Source:
         embedding=layout.embedding,
         image=layout.image,
         fixed=layout.fixed,
-        state={f"backbone.{key}": tensor for key, tensor in layout.translate(state).items()},
+        state={f"backbone.{key}": tensor for key, tensor in translated.items()},
     )
 
 

@@ -26,7 +26,7 @@ DTYPES = {
 MAX_AXES = 16
 MAX_DEPTH = 64
 """Tables around a weight."""
-MAX_ENTRIES = 1 << 20
+MAX_ENTRIES = 1 << 17
 """Entries looked at in search of weights. Tables may be referred to from many places, and 60 that each hold the next
 one twice have more paths through them than can be counted."""
 LEARNT = ("weight", "bias", "running_mean", "running_var")

@@ -1,0 +1,114 @@
+"""Small files that ask for gigabytes or for years are refused with the limit, below 1.5 GB and without a wait."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from facefast.data import oracle, read_bin, read_index
+from facefast.data.corrections import read_corrections
+from facefast.data.formats.recordio import read_recordio
+from facefast.data.index import FaceIndex
+from facefast.models import checkpoint, load_source
+from facefast.models.weights import isolated
+from facefast.models.weights.readers import read_safetensors
+from facefast.runtime import files
+from tests.faults.bombs import BOMBS, READ
+from tests.support.pictures import make_index
+from tests.support.ranks import ROOT
+
+PEAK_BYTES = 1_500_000_000
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_within_memory(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.faults.bombs", name, str(tmp_path)]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert ("error" in found) == (name not in READ), found
+    assert found.get("value", "8") == "8"
+    assert found["peak"] < PEAK_BYTES
+
+
+def test_pipes_are_never_opened(tmp_path: Path) -> None:
+    # Nobody writes to them: whoever opens one waits until pytest's time is over.
+    for name in ("a.npz", "a.pt", "a.safetensors", "a.h5", "a.bin", "a.rec", "a.tar", "a.csv", "a.jpg", "model.json"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "b.rec").write_bytes(b"\n#\xd7\xce\0\0\0\0")
+    os.mkfifo(tmp_path / "b.idx")
+    for name in ("a.npz", "a.pt", "a.safetensors", "a.h5"):
+        with pytest.raises(ValueError, match="no such file"):
+            load_source(tmp_path / name)
+    for read, name in (
+        (read_safetensors, "a.safetensors"),
+        (read_bin, "a.bin"),
+        (read_recordio, "a.rec"),
+        (lambda path: read_index(path, "webdataset"), "a.tar"),
+        (read_corrections, "a.csv"),
+        (oracle.decode, "a.jpg"),
+        (files.read_json, "model.json"),
+        (FaceIndex.load, "a.npz"),
+    ):
+        with pytest.raises(ValueError, match="regular file"):
+            read(tmp_path / name)
+    with pytest.raises(ValueError):
+        checkpoint.load_model(tmp_path)
+    with pytest.raises(ValueError, match="regular file"):
+        oracle.read_bytes(make_index(tmp_path, ["a.jpg"]), 0)
+    (tmp_path / "people" / "ann").mkdir(parents=True)
+    (tmp_path / "people" / "ann" / "1.jpg").write_bytes(b"no picture")
+    index = read_index(tmp_path / "people", "folder", cache=tmp_path / "cache.npz")
+    os.remove(tmp_path / "cache.npz")
+    os.mkfifo(tmp_path / "cache.npz")
+    assert len(read_index(tmp_path / "people", "folder", cache=tmp_path / "cache.npz")) == len(index)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../outside.jpg", "a/../../b.jpg", ".."])
+def test_a_saved_index_that_names_other_files_is_refused(name: str, tmp_path: Path) -> None:
+    make_index(tmp_path, ["ann/1.jpg", name]).save(tmp_path / "saved.npz")
+    with pytest.raises(ValueError, match=r"saved.npz is no saved index \(it names .*, which leads out of the folder"):
+        read_index(tmp_path / "saved.npz")
+    make_index(tmp_path, ["ann/1.jpg", "..a/b..jpg"]).save(tmp_path / "saved.npz")
+    assert len(read_index(tmp_path / "saved.npz")) == 2
+
+
+def test_a_reader_that_loops_or_dies_is_ended_and_leaves_no_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights.x"
+    path.write_bytes(b"x")
+
+    def loops(path: Path) -> dict[str, object]:
+        while True:
+            pass
+
+    def waits(path: Path) -> dict[str, object]:
+        os.read(os.pipe()[0], 1)
+        return {}
+
+    def dies(path: Path) -> dict[str, object]:
+        os.abort()
+
+    def grows(path: Path) -> dict[str, object]:
+        return {"x": bytearray(4 << 30)}
+
+    monkeypatch.setattr(isolated, "WALL_SECONDS", 4)
+    monkeypatch.setattr(isolated, "CPU_SECONDS", 1)
+    for read, message in (
+        (loops, "took too long"),
+        (waits, "took too long"),
+        (dies, r"crashed \(SIGABRT\)"),
+        (grows, "needs more than 384 MB"),
+    ):
+        with pytest.raises(ValueError, match=f"weights.x was refused.*{message}"):
+            isolated.read_apart(path, read)  # type: ignore[arg-type]
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
