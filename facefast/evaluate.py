@@ -17,6 +17,7 @@ from facefast.evaluation.sets import find_evaluation_set, given_pairs
 from facefast.models import checkpoint
 from facefast.recipe import DataConfig, EvalConfig
 from facefast.recipe.options import parse, typed
+from facefast.recipe.ranges import LARGEST_SEED, require
 from facefast.runtime import exits, files, process
 from facefast.runtime.process import decode_threads
 from facefast.runtime.terminal import say
@@ -38,6 +39,9 @@ class EvaluateArguments:
     """Of the random pairs, where no list of pairs is given."""
     json: bool = False
     """Print one JSON object and nothing else."""
+
+    def __post_init__(self) -> None:
+        require(self, seed=(0, LARGEST_SEED))
 
 
 def main(arguments: list[str] | None = None) -> int:

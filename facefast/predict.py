@@ -25,6 +25,7 @@ from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
 from facefast.recipe import Reading
 from facefast.recipe.options import parse
+from facefast.recipe.ranges import MOST, require
 from facefast.runtime import exits, files, process
 from facefast.runtime.terminal import say
 
@@ -47,6 +48,9 @@ class PredictArguments:
     """Names given per picture."""
     json: bool = False
     """Print one JSON object a picture."""
+
+    def __post_init__(self) -> None:
+        require(self, top=(1, MOST))
 
 
 def find_images(given: tuple[Path, ...]) -> list[Path]:
@@ -132,8 +136,6 @@ def main(arguments: list[str] | None = None) -> int:
             model = checkpoint.load_model(given.model, run.device)
             if not model.num_classes and model.attribute_heads is None and given.embeddings is None:
                 raise ValueError(f"{given.model} knows no identities; ask for --embeddings OUT.npz")
-            if given.top < 1:
-                raise ValueError(f"--top is {given.top}; it must be at least 1")
             if given.detect and model.image.template == "none":
                 raise ValueError(f"{given.model} takes pictures that are not aligned; --detect would change nothing")
             detector = Detector(given.detect) if given.detect else None
