@@ -38,6 +38,7 @@ from facefast.labels.suspects import KINDS, Suspects, find_suspects
 from facefast.models import FaceModel
 from facefast.recipe import Photographs
 from facefast.recipe.options import parse
+from facefast.recipe.ranges import LARGEST_SEED, MOST, require
 from facefast.runtime import exits, files, process
 from facefast.runtime.terminal import say
 
@@ -66,6 +67,10 @@ class AuditArguments:
     """Pictures in one batch of the model, per process."""
     json: bool = False
     """Print one JSON object and nothing else."""
+
+    def __post_init__(self) -> None:
+        require(self, confidence=(0, 1), false_merges=(0, 1), plant=(0, 1), pictures=(0, MOST))
+        require(self, seed=(0, LARGEST_SEED), batch_size=(1, MOST))
 
 
 def corrections_of(index: FaceIndex, suspects: Suspects) -> list[Correction]:

@@ -30,6 +30,7 @@ from facefast.faces.align import locator
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Reading, to_json
 from facefast.recipe.options import parse, typed
+from facefast.recipe.ranges import LARGEST_SEED, MOST, require
 from facefast.runtime import exits, files, manifest, process
 from facefast.runtime.terminal import say
 
@@ -75,10 +76,7 @@ class CompressArguments:
                 f"min_cosine is {self.min_cosine}, original_min_cosine {self.original_min_cosine} and max_loss "
                 f"{self.max_loss}; cosines must lie in [-1, 1] and the loss in [0, 1]"
             )
-        if self.photographs < FEWEST or self.pairs < 2:
-            raise ValueError(
-                f"photographs is {self.photographs} and pairs {self.pairs}; they must be at least {FEWEST} and 2"
-            )
+        require(self, photographs=(FEWEST, MOST), pairs=(2, MOST), seed=(0, LARGEST_SEED))
 
 
 def read_pictures(index: FaceIndex, model: FaceModel, reading: Reading) -> Iterator[tuple[Array, Tensor]]:

@@ -26,6 +26,7 @@ from facefast.faces.align import Locator, locator
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Photographs, Reading
 from facefast.recipe.options import parse, typed
+from facefast.recipe.ranges import LARGEST_SEED, require
 from facefast.runtime import exits, files, process
 from facefast.runtime.process import decode_threads
 from facefast.runtime.terminal import say
@@ -63,6 +64,9 @@ class EvaluateArguments:
     """Of the random pairs, where no list of pairs is given."""
     json: bool = False
     """Print one JSON object and nothing else."""
+
+    def __post_init__(self) -> None:
+        require(self, seed=(0, LARGEST_SEED))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -48,8 +48,7 @@ class IndexArguments:
     """Reading threads; 0 is one per core."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max-bad-fraction is {self.max_bad_fraction}; it must lie in [0, 1]")
+        Reading(self.threads, self.max_bad_fraction, self.max_pixels)  # refuses what no reader takes
 
 
 def findings(index: FaceIndex) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from facefast.labels.clustering import Floats, Numbers, agreement, assign, clust
 from facefast.models import FaceModel
 from facefast.recipe import Photographs
 from facefast.recipe.options import parse
+from facefast.recipe.ranges import MOST, require
 from facefast.runtime import exits, files, process
 from facefast.runtime.terminal import say
 
@@ -57,6 +58,11 @@ class LabelArguments:
     """Pictures in one batch of the model, per process."""
     json: bool = False
     """Print one JSON object and nothing else."""
+
+    def __post_init__(self) -> None:
+        require(self, confidence=(0, 1), min_size=(1, MOST), batch_size=(1, MOST))
+        if self.similarity is not None:
+            require(self, similarity=(-1, 1))
 
 
 @dataclass(frozen=True)

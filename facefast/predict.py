@@ -28,6 +28,7 @@ from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
 from facefast.recipe import Reading
 from facefast.recipe.options import parse
+from facefast.recipe.ranges import MOST, require
 from facefast.runtime import exits, files, process
 from facefast.runtime.terminal import complain, say
 
@@ -57,6 +58,9 @@ class PredictArguments:
     asks of the model or the gallery; a number is a score (a cosine); none names everybody."""
     json: bool = False
     """Print one JSON object a picture."""
+
+    def __post_init__(self) -> None:
+        require(self, top=(1, MOST))
 
 
 def find_images(given: tuple[Path, ...]) -> list[Path]:
@@ -196,8 +200,6 @@ def main(arguments: list[str] | None = None) -> int:
             knows = model.num_classes or model.attribute_heads is not None or given.gallery is not None
             if not knows and given.embeddings is None:
                 raise ValueError(f"{given.model} knows no identities; give --gallery G, or --embeddings OUT.npz")
-            if given.top < 1:
-                raise ValueError(f"--top is {given.top}; it must be at least 1")
             precision = checkpoint.precision_of(given.model, model)
             naming = Naming.of(given, model)
             index = index_of(find_images(given.images))

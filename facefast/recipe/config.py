@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from facefast.recipe.ranges import MOST, require
+
 
 @dataclass(frozen=True)
 class BinaryConfig:
@@ -41,8 +43,7 @@ class Reading:
     """Pictures with more pixels than this are refused (decompression bombs)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction is {self.max_bad_fraction}; it must lie in [0, 1]")
+        require(self, threads=(0, MOST), max_bad_fraction=(0, 1), max_pixels=(1, MOST))
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ class Photographs:
     def __post_init__(self) -> None:
         if not self.detect:
             raise ValueError("data.detect is empty; it must be auto, mtcnn, none, or a file of YuNet")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}; it must lie in [0, 1]")
+        require(self, "data.", max_bad_fraction=(0, 1), max_pixels=(1, MOST))
 
     def reading(self, threads: int) -> Reading:
         """How these files are read by so many threads."""
@@ -102,13 +102,12 @@ class DataConfig(Photographs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self, "data.", shots=(0, MOST))
         for name in ("test_fraction", "validation_fraction", "verify_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must lie in [0, 1)")
-        if not 0 < self.label_fraction <= 1 or self.shots < 0:
-            raise ValueError(
-                f"data.label_fraction {self.label_fraction} must lie in (0, 1] and data.shots {self.shots} be 0 or more"
-            )
+        if not 0 < self.label_fraction <= 1:
+            raise ValueError(f"data.label_fraction is {self.label_fraction}; it must lie in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -139,8 +138,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1 or not 0 <= self.drop_path < 1:
             raise ValueError(f"model.dropout {self.dropout} and model.drop_path {self.drop_path} must lie in [0, 1)")
-        if self.embedding < 0:
-            raise ValueError(f"model.embedding is {self.embedding}; it must be at least 0, the backbone's own")
+        require(self, "model.", embedding=(0, MOST))
 
 
 @dataclass(frozen=True)
@@ -199,6 +197,9 @@ class EvalConfig:
     baselines: bool = True
     """Measure what the source model does untrained before fine-tuning it: class means, nearest neighbours and a linear
     probe on its embeddings."""
+
+    def __post_init__(self) -> None:
+        require(self, "eval.", pairs=(2, MOST), folds=(1, 32767), batch_size=(1, MOST), every=(1, MOST))
 
     @property
     def chooses_by_pairs(self) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from facefast.recipe.image import AugmentSpec
+from facefast.recipe.ranges import MOST, require
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,9 @@ class Phase:
     augment: AugmentSpec = field(default_factory=AugmentSpec)
 
     def __post_init__(self) -> None:
+        # It is a part of options, of file names and of TensorBoard's tags.
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", self.name):
+            raise ValueError(f"a phase is named {self.name!r}; give it letters, digits, - and _, a letter first")
         if self.steps < 0 or (self.steps == 0 and self.epochs <= 0):
             raise ValueError(f"phase {self.name}: epochs {self.epochs} or steps {self.steps} must be above 0")
         if self.batch_size < 1 or self.accumulate < 1 or self.batch_size % self.accumulate:
@@ -190,9 +196,11 @@ class Phase:
                 f"phase {self.name}: lr {self.lr} must be above 0, warmup {self.warmup} in [0, 1), "
                 f"layer_decay {self.layer_decay} in (0, 1]"
             )
-        for name in ("l2sp", "mixup", "cutmix", "align_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"phase {self.name}: {name} is {getattr(self, name)}; it must be at least 0")
+        prefix, anything = f"phase {self.name}: ", (0, math.inf)
+        require(self, prefix, l2sp=anything, mixup=anything, cutmix=anything, align_weight=anything)
+        require(self, prefix, weight_decay=anything, head_lr=anything, clip_grad=anything, step_gamma=anything)
+        require(self, prefix, momentum=(0, 1), steps=(0, MOST), batch_size=(1, MOST), step_epochs=(1, MOST))
+        require(self, prefix, pictures_per_identity=(1, MOST))
         if not 0 <= self.prune < 1 or not 0 <= self.pseudo_confidence <= 1:
             raise ValueError(
                 f"phase {self.name}: prune {self.prune} must lie in [0, 1), pseudo_confidence {self.pseudo_confidence} "

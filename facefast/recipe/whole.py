@@ -9,6 +9,7 @@ from facefast.recipe.config import BinaryConfig, DataConfig, EvalConfig, ModelCo
 from facefast.recipe.image import ImageSpec
 from facefast.recipe.jsonable import not_finite
 from facefast.recipe.phase import Phase
+from facefast.recipe.ranges import LARGEST_SEED, MOST, require
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,10 @@ class Recipe:
             raise ValueError(f"phases are named {names}; a run needs at least one and different names")
         for name, value in not_finite(self):
             raise ValueError(f"{name} is {value}; give a finite number (0 turns most options off)")
-        if self.pictures < 0:
-            raise ValueError(f"pictures is {self.pictures}; it must be at least 0")
-        if self.keep < 1 or self.save_every < 0 or self.log_every < 1 or not 0 <= self.ema < 1:
-            raise ValueError(
-                f"keep {self.keep} and log_every {self.log_every} must be at least 1, save_every "
-                f"{self.save_every} at least 0, ema {self.ema} in [0, 1)"
-            )
+        require(self, seed=(0, LARGEST_SEED), pictures=(0, MOST), threads=(0, MOST))
+        require(self, keep=(1, MOST), log_every=(1, MOST), save_every=(0, MOST))
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; it must lie in [0, 1)")
         if self.rank_timeout < 0:
             raise ValueError(f"rank_timeout is {self.rank_timeout}; it must be at least 0 seconds (0 waits for ever)")
         if self.phases[0].start == "previous":
