@@ -163,7 +163,7 @@ def test_a_request_to_stop_that_reaches_one_rank_alone_stops_both_after_the_same
     run = start(2, drawn, out, seen=str(tmp_path / "seen"))
     assert runs.wait_until(lambda: runs.lines(out) >= 3, run.running)
     os.kill(run.processes[asked], signal.SIGTERM)
-    assert run.wait() == [75, 75], out.with_suffix(".out").read_text()[-3000:]
+    assert run.wait(60) == [75, 75], out.with_suffix(".out").read_text()[-3000:]
     done = [len((tmp_path / f"seen.{number}").read_text().splitlines()) for number in (0, 1)]
     status = files.read_json(out / "status.json")
     assert status["state"] == "preempted" and done == [status["step"]] * 2 and status["step"] < runs.STEPS
