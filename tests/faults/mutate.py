@@ -139,7 +139,7 @@ MUTATIONS: dict[str, Mutation] = {
         STEP, "    state.guard.settle(finite)\n", "", "tests/training/test_guard.py"
     ),
     "refusal to save what is not finite": Mutation(
-        TRAIN, "if state.run.agree(bool(broken)):", "if False:", "tests/training/test_guard.py -k diverges"
+        TRAIN, "if state.run.agree(bool(broken)):", "if False:", "tests/faults/test_numerics.py -k of_a_state"
     ),
     "seeds of an update": Mutation(
         STEP, "    torch.manual_seed(_seed(state.recipe.seed, state.step, world.rank))\n", "", KILLED

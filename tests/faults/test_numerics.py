@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from facefast import train
 from facefast.data.drawn import synthetic
 from facefast.models import checkpoint
 from facefast.runtime import files, manifest
@@ -117,3 +118,23 @@ def test_a_run_of_two_ranks_that_is_lost_ends_with_70_and_its_last_sound_checkpo
     tensors = {file.stem: checkpoint.read_tensors(file.parent, file.stem) for file in newest.glob("*.safetensors")}
     assert set(tensors) == {"model", "optimizer", "ema"} and not_finite(tensors) == []
     assert torch.cat([tensor.flatten() for tensor in tensors["model"].values()]).abs().max() < 1e3
+
+
+@pytest.mark.parametrize("what", ["model", "optimizer", "ema"])
+def test_no_checkpoint_is_written_of_a_state_that_is_not_finite(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    def overflowing(state: TrainState, batches: list[Any], counts: Any) -> Tensor:
+        stats = train_step(state, batches, counts)
+        if state.step == AT:
+            floats = [tensor for tensor in state.tensors()[what].values() if tensor.is_floating_point()]
+            floats[-1].view(-1)[0] = math.inf
+        return stats
+
+    monkeypatch.setattr(train, "train_step", overflowing)
+    assert train.main(runs.flags(drawn, tmp_path, "--save-every=1")) == 70
+    assert f"after step {AT} of phase pretrain the run holds numbers that are not finite ({what} " in (
+        capsys.readouterr().err
+    )
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None and newest.name == f"step-{AT - 1:07d}"
