@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EXTRAS := $(shell if [ "$(FACEFAST_CUDA)" = 1 ] || { [ "$(FACEFAST_CUDA)" != 0 ] && command -v nvidia-smi >/dev/null && ! nvcc --version 2>/dev/null | grep -q 'release 13'; }; then echo dev,cuda; else echo dev; fi)
 NATIVE := setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' -o -name '*.json')
 
-.PHONY: help setup train test lint format bench clean
+.PHONY: help setup train test faults lint format bench clean
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
@@ -30,6 +30,9 @@ train: setup  ## the default recipe: draws faces, trains, transfers, verifies (m
 
 test: setup  ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: setup  ## kills, damage and mutations in full, under 15 minutes on two cores; `test` tries a few of each
+	FACEFAST_FAULTS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -rP $(ARGS)
 
 lint: setup  ## ruff, mypy, clang-format: checks only
 	$(BIN)/ruff check .

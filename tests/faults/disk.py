@@ -122,11 +122,17 @@ class _Disk:
             return lambda: function(old, new)
         if new.is_symlink():
             target = os.readlink(new)
-            return lambda: (new.unlink(missing_ok=True), new.symlink_to(target))
+            return lambda: os.replace(_link_beside(new, target), new)
         if new.is_file():
             content = new.read_bytes()
             return lambda: new.write_bytes(content)
         return lambda: os.path.lexists(new) and new.rename(old)
+
+
+def _link_beside(path: Path, target: str) -> Path:
+    beside = path.with_name("link")
+    beside.symlink_to(target)
+    return beside
 
 
 def _number(path: Path) -> tuple[int, int]:

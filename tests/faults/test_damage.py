@@ -18,10 +18,12 @@ import pytest
 from facefast import train
 from facefast.data.index import FAULTS, FaceIndex
 from facefast.data.prepare import PhaseData
+from facefast.data.prepare import prepare as indexed
 from facefast.models import checkpoint
 from facefast.recipe import Recipe
 from facefast.runtime import files
 from facefast.runtime.process import Runtime
+from facefast.training.step import train_step
 from tests.faults import runs
 from tests.support.pictures import encode, smooth_picture
 from tests.support.ranks import start_ranks
@@ -123,13 +125,10 @@ def after_indexing(change: Callable[[PhaseData], PhaseData]) -> Any:
     """`prepare`, with something that happens as soon as it has looked at all files."""
 
     def prepare(recipe: Recipe, folder: Path, run: Runtime) -> tuple[PhaseData, ...]:
-        datasets = _prepare(recipe, folder, run)
+        datasets = indexed(recipe, folder, run)
         return tuple(change(data) for data in datasets)
 
     return prepare
-
-
-_prepare = train.prepare
 
 
 def masked(victims: Sequence[Path]) -> Any:
@@ -226,8 +225,7 @@ def test_at_any_rate_exactly_the_rows_that_went_bad_are_left_out(
         held: list[PhaseData] = []
         with monkeypatch.context() as patched:
             patched.setattr(train, "train_step", counting(seen))
-            patched.setattr(train, "open_loader", holding(held))
-            assert train_with(monkeypatch, prepare, root, tmp_path / f"run{number}", 0.6) == 0
+            assert train_with(monkeypatch, holding(held, prepare), root, tmp_path / f"run{number}", 0.6) == 0
         index = held[0].train
         lost = {index.path(row) for row in range(len(index))} & {str(path) for path in victims}
         assert {index.path(row) for row in range(len(index)) if row not in seen} == lost
@@ -238,24 +236,20 @@ def test_at_any_rate_exactly_the_rows_that_went_bad_are_left_out(
 
 
 def counting(seen: Counter[int]) -> Any:
-    step = train.train_step
-
     def counted(state: Any, batches: Any, counts: Any) -> Any:
         for batch in batches:
             seen.update(row for row in batch.rows.tolist() if row >= 0)
-        return step(state, batches, counts)
+        return train_step(state, batches, counts)
 
     return counted
 
 
-def holding(held: list[PhaseData]) -> Any:
-    open_loader = train.open_loader
+def holding(held: list[PhaseData], prepare: Any) -> Any:
+    def prepared(recipe: Recipe, folder: Path, run: Runtime) -> tuple[PhaseData, ...]:
+        held.extend(prepare(recipe, folder, run))
+        return tuple(held)
 
-    def opened(state: Any, data: PhaseData) -> Any:
-        held.append(data)
-        return open_loader(state, data)
-
-    return opened
+    return prepared
 
 
 def test_more_than_the_budget_ends_a_run_with_65_and_names(
@@ -280,7 +274,7 @@ def rank(number: int, arguments: list[str], heard: str, victims: list[str], kind
         run.barrier()  # nobody reads before the damage is done
         return datasets
 
-    train.prepare = together
+    runs.instead("prepare", together)
     return runs.rank(number, arguments, heard)
 
 

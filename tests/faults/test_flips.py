@@ -92,7 +92,10 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to
     expected = runs.result(run)
     file = steps(run)[-1] / name
     file.write_bytes(next(damaged(file.read_bytes(), random.Random(1), kind)))
+    (run / ".status.json.4711.tmp").write_text("{")  # whoever damages a checkpoint leaves files behind as well
+    (run / "checkpoints" / ".step-0000012.tmp").mkdir()
     assert train.main(runs.flags(drawn, run)) == 0
+    assert runs.leftovers(run) == []
     said = capsys.readouterr().out
     assert "passing over a damaged checkpoint" in said and f"goes on from {steps(run)[-2]}" in said
     assert runs.result(run) == expected

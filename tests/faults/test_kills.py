@@ -136,14 +136,15 @@ def launched_and_killed(seed: int, folder: Path, straight: Straight) -> None:
     out.mkdir()
     heard = str(out.with_suffix(".out"))
     run = runs.Torchrun(runs.flags(straight.drawn, out), heard)
-    updates = chance.randrange(1, runs.STEPS)
+    updates = chance.randrange(1, runs.STEPS - 6)
     assert runs.wait_until(lambda: runs.lines(out) >= updates, run.running)
     time.sleep(chance.uniform(0, 0.1))
     workers = run.workers()
     victims = ([run.launcher.pid], workers[:1], [run.launcher.pid, *workers])[seed % 3]
     for process in victims:
         os.kill(process, signal.SIGKILL)
-    run.wait()  # and nobody is left behind
+    run.wait()
+    assert runs.lines(out) < runs.STEPS, "who was left behind went on training"
     assert runs.Torchrun(runs.flags(straight.drawn, out), heard).wait() == 0, Path(heard).read_text()[-3000:]
     check_same(out, straight.of(2))
 
@@ -154,14 +155,32 @@ def test_torchrun_and_its_workers_can_be_killed_as_well(straight: Straight, tmp_
         list(pool.map(lambda seed: launched_and_killed(seed, tmp_path, straight), range(LAUNCHED)))
 
 
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_request_to_stop_that_reaches_one_rank_alone_stops_both_after_the_same_update(
+    straight: Straight, drawn: Path, tmp_path: Path, asked: int
+) -> None:
+    out = tmp_path / "run"
+    run = start(2, drawn, out, seen=str(tmp_path / "seen"))
+    assert runs.wait_until(lambda: runs.lines(out) >= 3, run.running)
+    os.kill(run.processes[asked], signal.SIGTERM)
+    assert run.wait(60) == [75, 75], out.with_suffix(".out").read_text()[-3000:]
+    done = [len((tmp_path / f"seen.{number}").read_text().splitlines()) for number in (0, 1)]
+    status = files.read_json(out / "status.json")
+    assert status["state"] == "preempted" and done == [status["step"]] * 2 and status["step"] < runs.STEPS
+    assert (out / "checkpoints" / "last").resolve().name == f"step-{status['step']:07d}"
+    assert start(2, drawn, out).wait() == [0, 0]
+    check_same(out, straight.of(2))
+
+
 def test_every_step_sees_the_same_pictures_when_the_number_of_processes_changes(
     straight: Straight, drawn: Path, tmp_path: Path
 ) -> None:
     """Rows and pixels; two processes, one, two, killed in between."""
     out, seen = tmp_path / "run", tmp_path / "seen"
     chance = random.Random(5)
+    seen.mkdir()
     for world, updates in ((2, 3), (1, 7), (2, 12)):
-        run = start(world, drawn, out, seen=str(seen / str(world)) if seen.mkdir(exist_ok=True) is None else "")
+        run = start(world, drawn, out, seen=str(seen / str(world)))
         if updates < runs.STEPS:
             assert runs.wait_until(lambda: runs.lines(out) >= updates, run.running)  # noqa: B023
             time.sleep(chance.uniform(0, 0.05))

@@ -20,7 +20,7 @@ from facefast.models import checkpoint
 from facefast.runtime import files, manifest
 from facefast.runtime.log import LOST_UPDATES
 from facefast.training.guard import not_finite
-from facefast.training.step import TrainState
+from facefast.training.step import TrainState, train_step
 from tests.faults import runs
 from tests.support.ranks import start_ranks
 from tests.support.scale import FULL
@@ -50,7 +50,6 @@ def rank(
 ) -> int:
     """The life of a rank on which the updates from `first` to `last` go wrong at one place, if it is the victim; each
     update's digest before and after it goes to a file."""
-    step = train.train_step
 
     def spoilt(state: TrainState, batches: list[Any], counts: Any) -> Tensor:
         wrong = number == VICTIM and first <= state.step <= last
@@ -67,20 +66,20 @@ def rank(
                     lambda module, inputs, terms: terms._replace(total=terms.total * float(value))
                 )
             )
-        stats = step(state, batches, counts)
+        stats = train_step(state, batches, counts)
         for hook in hooks:
             hook.remove()
         with open(f"{noted}.{number}", "a") as file:
             file.write(json.dumps([before, digest(state), float(stats[3])]) + "\n")
         return stats
 
-    train.train_step = spoilt  # type: ignore[assignment]
+    runs.instead("train_step", spoilt)
     return runs.rank(number, arguments, heard)
 
 
-def spoilt_run(drawn: Path, out: Path, *arguments: Any) -> tuple[list[int], list[list[Any]]]:
+def spoilt_run(drawn: Path, out: Path, steps: int, *arguments: Any) -> tuple[list[int], list[list[Any]]]:
     """Exit codes, and for every update what each rank noted."""
-    flags = runs.flags(drawn, out, "--save-every=1", f"--phases.finetune.steps={2 * LOST_UPDATES}")
+    flags = runs.flags(drawn, out, "--save-every=1", f"--phases.finetune.steps={steps}")
     noted = out.with_name("noted")
     codes = start_ranks(rank, 2, flags, str(out.with_suffix(".out")), str(noted), *arguments).wait()
     lines = [(out.with_name(f"noted.{number}")).read_text().splitlines() for number in (0, 1)]
@@ -91,9 +90,9 @@ def spoilt_run(drawn: Path, out: Path, *arguments: Any) -> tuple[list[int], list
 def test_what_is_not_finite_on_one_rank_is_applied_on_none(
     drawn: Path, tmp_path: Path, where: str, value: float
 ) -> None:
-    codes, updates = spoilt_run(drawn, tmp_path / "run", where, str(value), AT, AT)
+    codes, updates = spoilt_run(drawn, tmp_path / "run", 3, where, str(value), AT, AT)
     assert codes == [0, 0], (tmp_path / "run.out").read_text()[-3000:]
-    assert len(updates) == 7 + 2 * LOST_UPDATES
+    assert len(updates) == 10
     for number, (one, other) in enumerate(updates):
         assert one == other, f"the ranks differ in update {number}"
         before, after, skipped = one
@@ -106,7 +105,7 @@ def test_a_run_of_two_ranks_that_is_lost_ends_with_70_and_its_last_sound_checkpo
     drawn: Path, tmp_path: Path
 ) -> None:
     first, run = 10, tmp_path / "run"
-    codes, updates = spoilt_run(drawn, run, "gradient", "nan", first, 10**6)
+    codes, updates = spoilt_run(drawn, run, 2 * LOST_UPDATES, "gradient", "nan", first, 10**6)
     assert codes == [70, 70], (tmp_path / "run.out").read_text()[-3000:]
     assert len(updates) == first + LOST_UPDATES
     assert all(one == other and one[0] == one[1] for one, other in updates[first:])
@@ -119,3 +118,23 @@ def test_a_run_of_two_ranks_that_is_lost_ends_with_70_and_its_last_sound_checkpo
     tensors = {file.stem: checkpoint.read_tensors(file.parent, file.stem) for file in newest.glob("*.safetensors")}
     assert set(tensors) == {"model", "optimizer", "ema"} and not_finite(tensors) == []
     assert torch.cat([tensor.flatten() for tensor in tensors["model"].values()]).abs().max() < 1e3
+
+
+@pytest.mark.parametrize("what", ["model", "optimizer", "ema"])
+def test_no_checkpoint_is_written_of_a_state_that_is_not_finite(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    def overflowing(state: TrainState, batches: list[Any], counts: Any) -> Tensor:
+        stats = train_step(state, batches, counts)
+        if state.step == AT:
+            floats = [tensor for tensor in state.tensors()[what].values() if tensor.is_floating_point()]
+            floats[-1].view(-1)[0] = math.inf
+        return stats
+
+    monkeypatch.setattr(train, "train_step", overflowing)
+    assert train.main(runs.flags(drawn, tmp_path, "--save-every=1")) == 70
+    assert f"after step {AT} of phase pretrain the run holds numbers that are not finite ({what} " in (
+        capsys.readouterr().err
+    )
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None and newest.name == f"step-{AT - 1:07d}"

@@ -55,9 +55,14 @@ class Ranks:
         for process in [self.processes[rank] for rank in ranks] or self.processes:
             os.kill(process, signal.SIGKILL)
 
-    def wait(self) -> list[int]:
-        """Exit codes once all have ended; to be called once."""
+    def wait(self, seconds: float = 300) -> list[int]:
+        """Exit codes once all have ended; to be called once. Those that run on for too long are killed, which fails."""
+        end = time.monotonic() + seconds
         while self.running():
+            if time.monotonic() > end:
+                found = self.codes()
+                self.kill()
+                raise AssertionError(f"after {seconds} s the ranks have ended with {found}; None runs")
             time.sleep(0.02)
         return list(_ask({"reap": self.processes}))
 
