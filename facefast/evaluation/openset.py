@@ -33,6 +33,10 @@ BLOCK = 1024
 POINTS = 200
 """Of a curve that is written down."""
 
+DOUBLE_QUANTILE = 0.1
+"""Of known people's scores with their own entry, above which a stranger looks like a known person."""
+DOUBLE_PICTURES = 3
+
 Join = Literal["mean", "max"]
 """How a person's pictures are one entry: their mean direction, or the picture most like the probe."""
 
@@ -51,15 +55,19 @@ class OpenSetScores:
     """[G] identity of each known person's probe."""
     strangers: NDArray[np.int64]
     """[S] identity of each stranger's probe."""
+    nearest: NDArray[np.int64]
+    """[S] identity of the entry that it scores best with."""
 
     def __post_init__(self) -> None:
         finite(self.genuine, "scores of known people")
         finite(self.impostors, "scores of strangers")
-        if not len(self.genuine) == len(self.ranks) == len(self.known) or len(self.impostors) != len(self.strangers):
+        if not len(self.genuine) == len(self.ranks) == len(self.known) or not (
+            len(self.impostors) == len(self.strangers) == len(self.nearest)
+        ):
             raise ValueError(
                 f"{len(self.genuine)} scores, {len(self.ranks)} ranks and {len(self.known)} identities of known "
-                f"people, {len(self.impostors)} scores and {len(self.strangers)} identities of strangers; give as many "
-                "of each"
+                f"people, {len(self.impostors)} scores, {len(self.strangers)} identities and {len(self.nearest)} nearest "
+                "entries of strangers; give as many of each"
             )
 
     def missed(self, threshold: float) -> NDArray[np.bool_]:
@@ -89,7 +97,8 @@ def scores_of(matrix: Tensor, labels: ArrayLike, people: ArrayLike | None = None
     if bad := int((~matrix.isfinite()).sum()):
         raise ValueError(f"{bad} of {matrix.numel()} scores are not finite; leave out pictures that could not be read")
     identities = _strangers_apart(own) if people is None else np.asarray(people, dtype=np.int64)
-    return _collected([_compare(matrix.double(), torch.from_numpy(own))], own, identities)
+    entries = np.arange(matrix.shape[1])
+    return _collected([_compare(matrix.double(), torch.from_numpy(own))], own, identities, entries)
 
 
 def leave_one_out(embeddings: Tensor, labels: ArrayLike, join: Join = "mean", block: int = BLOCK) -> OpenSetScores:
@@ -135,10 +144,10 @@ def leave_one_out(embeddings: Tensor, labels: ArrayLike, join: Join = "mean", bl
             own_score = scores.gather(1, at[:, None])[:, 0]
         scores[torch.arange(len(x)), at] = own_score
         parts.append(_compare(scores.double(), at))
-    genuine, ranks, others = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    genuine, ranks, others, nearest = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     kept = ~alone.numpy()
     people = identities[own]
-    return OpenSetScores(genuine[kept], ranks[kept], others, people[kept], people)
+    return OpenSetScores(genuine[kept], ranks[kept], others, people[kept], people, identities[nearest])
 
 
 def against_gallery(
@@ -179,27 +188,33 @@ def against_gallery(
         if join == "max":
             scores = torch.from_numpy(np.maximum.reduceat(scores.numpy(), first, axis=1))
         parts.append(_compare(scores.double(), torch.from_numpy(own[begin : begin + block])))
-    return _collected(parts, own, wanted)
+    return _collected(parts, own, wanted, identities)
 
 
-def _compare(scores: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Own score, entries of others at least as high, and best score of others, [B] each, of scores [B, C]; for a
-    negative label there is no own entry."""
+def _compare(scores: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Own score, entries of others at least as high, best score of others and its entry, [B] each, of scores [B, C];
+    for a negative label there is no own entry."""
     known = own >= 0
     row = torch.arange(len(scores))
     mine = scores[row, own.clamp(min=0)]
     before = (scores >= mine[:, None]).sum(1) - 1
     others = scores.clone()
     others[row[known], own[known]] = -torch.inf
-    return mine, before, others.amax(1)
+    best = others.max(1)
+    return mine, before, best.values, best.indices
 
 
 def _collected(
-    parts: Sequence[tuple[Tensor, Tensor, Tensor]], own: NDArray[np.int64], people: NDArray[np.int64]
+    parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    own: NDArray[np.int64],
+    people: NDArray[np.int64],
+    entries: NDArray[np.int64],
 ) -> OpenSetScores:
-    genuine, ranks, others = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    genuine, ranks, others, nearest = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     known = own >= 0
-    return OpenSetScores(genuine[known], ranks[known], others[~known], people[known], people[~known])
+    return OpenSetScores(
+        genuine[known], ranks[known], others[~known], people[known], people[~known], entries[nearest[~known]]
+    )
 
 
 def _strangers_apart(own: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -239,12 +254,45 @@ def naming_thresholds(scores: OpenSetScores, fpirs: Sequence[float] = FPIRS) -> 
                 value,
                 **counts,
                 interval=threshold_interval(scores.impostors, fpir, scores.strangers),
-                rate_interval=error_interval(scores.named(value), scores.strangers),
+                rate_interval=error_interval(scores.named(value), scores.strangers, again=True),
                 missed=float(missed.mean()) if len(missed) else None,
                 missed_interval=error_interval(missed, scores.known) if len(missed) else None,
             )
         )
     return tuple(found)
+
+
+def double_names(scores: OpenSetScores) -> list[tuple[int, int]]:
+    """Strangers who are probably in the gallery under another name, each with the person whom they look like.
+
+    More than half of their pictures, and at least `DOUBLE_PICTURES`, are nearest to that one person, and score as nine
+    in ten pictures of known people do with their own entry. Wrong labels of that kind, more than anything else, set
+    the threshold of low rates; twins look the same, and a person has to decide. Without known people's probes there is
+    nothing to tell by.
+    """
+    if not len(scores.genuine) or not len(scores.impostors):
+        return []
+    alike = scores.impostors >= np.quantile(scores.genuine, DOUBLE_QUANTILE)
+    names, own, counts = np.unique(scores.strangers, return_inverse=True, return_counts=True)
+    matches = np.stack([own[alike], scores.nearest[alike]])
+    found, times = np.unique(matches, axis=1, return_counts=True)
+    enough = (times > counts[found[0]] / 2) & (times >= DOUBLE_PICTURES)
+    return [(int(names[who]), int(other)) for who, other in found[:, enough].T]
+
+
+def without_double_names(scores: OpenSetScores) -> tuple[OpenSetScores, int]:
+    """The scores without the probes of those whom `double_names` finds, and how many people those are."""
+    doubles = {who for who, _ in double_names(scores)}
+    known, strangers = (~np.isin(people, list(doubles)) for people in (scores.known, scores.strangers))
+    kept = OpenSetScores(
+        scores.genuine[known],
+        scores.ranks[known],
+        scores.impostors[strangers],
+        scores.known[known],
+        scores.strangers[strangers],
+        scores.nearest[strangers],
+    )
+    return kept, len(doubles)
 
 
 def cmc(ranks: NDArray[np.int64], most: int = 20) -> Floats:

@@ -82,7 +82,7 @@ def pair_thresholds(pairs: PairScores, fmrs: Sequence[float] = FMRS) -> tuple[Pa
                 value,
                 **counts,
                 interval=threshold_interval(impostors, fmr, one, other),
-                rate_interval=error_interval(impostors >= value, one, other),
+                rate_interval=error_interval(impostors >= value, one, other, again=True),
                 missed=float(missed.mean()) if len(missed) else None,
                 missed_interval=error_interval(missed, pairs.one[pairs.same]) if len(missed) else None,
             )

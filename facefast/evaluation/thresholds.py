@@ -29,6 +29,8 @@ RULE_OF_30 = 30
 DRAWS = 1000
 """Bootstrap samples."""
 CONFIDENCE = 0.95
+_RARE = 3.7
+"""Expected errors at which there is none in one of 40 sets."""
 _Z = 1.959963984540054
 """Of a normal distribution: 95 % lie within as many standard deviations."""
 
@@ -54,7 +56,7 @@ class _Threshold:
     interval: Interval | None = None
     """95 % interval of the threshold, identities drawn anew."""
     rate_interval: Interval | None = None
-    """95 % interval of the rate at the threshold."""
+    """Where the rate at the threshold lies, at 95 %, on another set of as many identities: `error_interval` again."""
     missed: float | None = None
     """Part of the genuine that it rejects: FNMR of pairs, FNIR of naming."""
     missed_interval: Interval | None = None
@@ -290,7 +292,9 @@ def _numbered(one: NDArray[Any], other: NDArray[Any] | None) -> tuple[NDArray[np
     return members.reshape(stacked.shape).astype(np.int64), len(names)
 
 
-def error_interval(errors: ArrayLike, one: NDArray[Any] | None = None, other: NDArray[Any] | None = None) -> Interval:
+def error_interval(
+    errors: ArrayLike, one: NDArray[Any] | None = None, other: NDArray[Any] | None = None, *, again: bool = False
+) -> Interval:
     """95 % Wilson interval of an error rate whose trials are not independent: those of one identity stand and fall
     together.
 
@@ -302,6 +306,8 @@ def error_interval(errors: ArrayLike, one: NDArray[Any] | None = None, other: ND
         errors: [N] bool.
         one: [N] the identity of each trial; independent trials without it.
         other: [N] the second identity of each trial, where there are two.
+        again: the interval of the rate that another set of as many identities will show, which varies as well: half of
+            the trials count, and 0 is inside where no error at all is to be expected once in 40 sets.
 
     Raises:
         ValueError: there is no trial.
@@ -316,10 +322,15 @@ def error_interval(errors: ArrayLike, one: NDArray[Any] | None = None, other: ND
             trials = min(trials, max(1, num // 2 if _in_two(members) else num))
         else:
             trials /= max(1.0, _dependent_variance(wrong - rate, members, num) / (rate * (1 - rate) / trials))
+    nothing = again and rate * trials < _RARE
+    if again:
+        trials /= 2
     centre = (rate + _Z * _Z / (2 * trials)) / (1 + _Z * _Z / trials)
     half = _Z / (1 + _Z * _Z / trials) * math.sqrt(rate * (1 - rate) / trials + (_Z / (2 * trials)) ** 2)
     # Exact at the ends, where the formula leaves a rounding.
-    return Interval(0.0 if rate == 0 else max(0.0, centre - half), 1.0 if rate == 1 else min(1.0, centre + half))
+    return Interval(
+        0.0 if rate == 0 or nothing else max(0.0, centre - half), 1.0 if rate == 1 else min(1.0, centre + half)
+    )
 
 
 def _in_two(members: NDArray[np.int64]) -> bool:

@@ -170,9 +170,10 @@ def test_a_shipped_rate_holds_on_other_strangers() -> None:
 
 def test_one_side_may_be_empty() -> None:
     nobody, none = np.zeros(0), np.zeros(0, np.int64)
-    only_known = OpenSetScores(np.array([0.5]), np.array([0]), nobody, np.array([1]), none)
+    only_known = OpenSetScores(np.array([0.5]), np.array([0]), nobody, np.array([1]), none, none)
     assert all(t.value is None and "0 pictures of strangers" in t.why for t in openset.naming_thresholds(only_known))
-    only_strangers = OpenSetScores(nobody, none, np.linspace(0, 1, 100), none, np.arange(100))
+    apart = np.arange(100)
+    only_strangers = OpenSetScores(nobody, none, np.linspace(0, 1, 100), none, apart, apart)
     found = openset.naming_thresholds(only_strangers, [0.1])[0]
     assert found.value is not None and found.missed is None and found.missed_interval is None
     with pytest.raises(ValueError, match="a curve needs both"):
@@ -187,8 +188,9 @@ def test_scores_that_are_not_finite_are_refused(bad: float) -> None:
         openset.scores_of(torch.tensor([[0.5, bad], [0.1, 0.2]]), [0, -1])
     with pytest.raises(ValueError, match="FPIR 1 must lie"):
         openset.naming_thresholds(openset.scores_of(torch.eye(2), [0, -1]), [1.0])
+    one = np.zeros(1, np.int64)
     with pytest.raises(ValueError, match="as many of each"):
-        OpenSetScores(np.zeros(2), np.zeros(1, np.int64), np.zeros(1), np.zeros(2, np.int64), np.zeros(1, np.int64))
+        OpenSetScores(np.zeros(2), one, np.zeros(1), np.zeros(2, np.int64), one, one)
 
 
 @pytest.mark.parametrize("decimals", [1, 9])
