@@ -135,7 +135,9 @@ PARTS = (
                     names = [test.path(row) for batch in loader for row in batch.rows.tolist() if row >= 0]""",
             ),
             Name("facefast.data.oracle.decode", "picture = oracle.decode(train.path(0))  # [H, W, 3]"),
-            Name("facefast.faces.detect.Detector", members=("landmarks",)),
+            Name("facefast.faces.detect.find_detector"),
+            Name("facefast.faces.detect.Detector", members=("find",)),
+            Name("facefast.faces.found.Faces", members=("main",)),
         ),
     ),
     Part(

@@ -139,7 +139,7 @@ def _load(cache: Path | None) -> tuple[NDArray[np.uint64], Found]:
     if cache is None:
         return empty
     try:
-        with np.load(cache, allow_pickle=False) as stored:
+        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as stored:
             keys = stored["hashes"]
             columns = {name: stored[name] for name in _SHAPES}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
