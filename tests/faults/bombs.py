@@ -1,6 +1,6 @@
 """Small files that ask for gigabytes or for years, by name; and what reads one, with its peak of memory.
 
-    python -m tests.faults.bombs NAME FOLDER     writes it, reads it, prints {"error", "peak", "seconds"}
+python -m tests.faults.bombs NAME FOLDER     writes it, reads it, prints {"error", "peak", "seconds"}
 """
 
 from __future__ import annotations
@@ -39,21 +39,25 @@ from tests.support.faulty import jpeg
 GIGA = 1 << 30
 # 8255 bytes on which HDF5 1.14 ends its process, found by damaging a file of Keras'.
 CRASH = (
-    b'c-rllJx{_w7{~8g8X5wzBqqH0)`5XdM&m{VWiVpYfw(9pjU`qFFcBvP7u+2j-E<^z(2wBk?BEyhD~N6HuI-(%1Yg3?=g08$p1a;1'
-    b'_xy8B{#UiidMc4mAO}@NF{Gg&BT7l<+pPbPMoi;?#(Rn7Ww$R&^BS9<CVDi#w^OY;qelX4oi~L<6#-GCRxNKkvEk{6@GSA;EJ2U8'
-    b'U#|O|ev5Hl@8k5V&4GSFzhCt`Q2tlHyIb`Nwr69y(`8|P+BOxaQ5b1jG4Z^T$fW0)LbLWQac;DZ&9j4c^VH}%`COmWTJz4FR03nt'
-    b'V%HaoiNGZxu}9Uf8FqjEeZ=<FqlugRWdCbpt-gr^f@Hd2da;&|TFvfiiQAu>KQTIO!&)towk+t@64tq$0Sy5F0000000000z_eig'
-    b'f#};OsZ)jRC&$;YniodLw>3}>hx-~>@B?tbRB*h4aek?}!21wDv=IGLoyI4@-{M^;gos<^>uzPjbw$5)80U5TQ=ctrV5E>U!>nB-'
-    b'QNrFG5FWGct7&}+#i#-@D$4X}zhYO&>6avlUM-|BGG<aK2s`Rc^*o5KB+s`UE{2b1`fJRCmcn(FeSEq8Xk6|;bj{*>`R<kb4E>#~'
-    b'3Of5R@(dzfj!*VMg|h'
+    b"c-rllJx{_w7{~8g8X5wzBqqH0)`5XdM&m{VWiVpYfw(9pjU`qFFcBvP7u+2j-E<^z(2wBk?BEyhD~N6HuI-(%1Yg3?=g08$p1a;1"
+    b"_xy8B{#UiidMc4mAO}@NF{Gg&BT7l<+pPbPMoi;?#(Rn7Ww$R&^BS9<CVDi#w^OY;qelX4oi~L<6#-GCRxNKkvEk{6@GSA;EJ2U8"
+    b"U#|O|ev5Hl@8k5V&4GSFzhCt`Q2tlHyIb`Nwr69y(`8|P+BOxaQ5b1jG4Z^T$fW0)LbLWQac;DZ&9j4c^VH}%`COmWTJz4FR03nt"
+    b"V%HaoiNGZxu}9Uf8FqjEeZ=<FqlugRWdCbpt-gr^f@Hd2da;&|TFvfiiQAu>KQTIO!&)towk+t@64tq$0Sy5F0000000000z_eig"
+    b"f#};OsZ)jRC&$;YniodLw>3}>hx-~>@B?tbRB*h4aek?}!21wDv=IGLoyI4@-{M^;gos<^>uzPjbw$5)80U5TQ=ctrV5E>U!>nB-"
+    b"QNrFG5FWGct7&}+#i#-@D$4X}zhYO&>6avlUM-|BGG<aK2s`Rc^*o5KB+s`UE{2b1`fJRCmcn(FeSEq8Xk6|;bj{*>`R<kb4E>#~"
+    b"3Of5R@(dzfj!*VMg|h"
 )
 
 
 def npz(folder: Path) -> object:
     """3 MB of zeros that become 3 GB."""
-    with zipfile.ZipFile(folder / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("w.npy", "w", force_zip64=True) as member:
+    with (
+        zipfile.ZipFile(folder / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("w.npy", "w", force_zip64=True) as member,
+    ):
         np.lib.format.write_array_header_1_0(
-            member, {"descr": "|u1", "fortran_order": False, "shape": (3 * GIGA,)}  # type: ignore[arg-type]
+            member,
+            {"descr": "|u1", "fortran_order": False, "shape": (3 * GIGA,)},  # type: ignore[arg-type]
         )
         for _ in range(192):
             member.write(bytes(1 << 24))
@@ -64,7 +68,8 @@ def npz_of_lies(folder: Path) -> object:
     """A shape of 3 TB before ten bytes."""
     out = io.BytesIO()
     np.lib.format.write_array_header_1_0(
-        out, {"descr": "<f4", "fortran_order": False, "shape": (768 * GIGA,)}  # type: ignore[arg-type]
+        out,
+        {"descr": "<f4", "fortran_order": False, "shape": (768 * GIGA,)},  # type: ignore[arg-type]
     )
     with zipfile.ZipFile(folder / "a.npz", "w") as archive:
         archive.writestr("w.npy", out.getvalue() + b"0123456789")
@@ -308,7 +313,9 @@ def large_pictures(folder: Path) -> object:
 
 def sparse_bitmaps(folder: Path) -> object:
     """8 BMPs of 63 megapixels that take no room on the disk."""
-    header = b"BM" + struct.pack("<IHHI", 0, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 7900, 7950, 1, 24, 0, 0, 0, 0, 0, 0)
+    header = (
+        b"BM" + struct.pack("<IHHI", 0, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 7900, 7950, 1, 24, 0, 0, 0, 0, 0, 0)
+    )
     for k in range(8):
         (folder / str(k % 2)).mkdir(exist_ok=True)
         with open(folder / str(k % 2) / f"{k}.bmp", "wb") as file:

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.random import Generator
-from PIL import Image
 
 from facefast import _scan
 from facefast.data import oracle, read_bin, read_index, read_pairs
@@ -103,7 +102,13 @@ def _tars(folder: Path) -> list[bytes]:
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w", format=form) as tar:
             facts = json.dumps({"identity": "ann"}).encode()
-            for name, data in {"a.jpg": jpeg(), "a.cls": b"3", "b.jpg": jpeg(), "b.json": facts, "é" * 40 + ".png": b"1"}.items():
+            for name, data in {
+                "a.jpg": jpeg(),
+                "a.cls": b"3",
+                "b.jpg": jpeg(),
+                "b.json": facts,
+                "é" * 40 + ".png": b"1",
+            }.items():
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))

@@ -150,7 +150,9 @@ def inside_tar(data: bytes, rng: Generator, seeds: Sequence[bytes]) -> bytes:
     changed = bytearray(data)
     headers = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"]
     at = headers[int(rng.integers(len(headers)))]
-    header = bytearray(mutate(bytes(changed[at : at + 512]), rng, [bytes(changed[at : at + 512])])[:512].ljust(512, b"\0"))
+    header = bytearray(
+        mutate(bytes(changed[at : at + 512]), rng, [bytes(changed[at : at + 512])])[:512].ljust(512, b"\0")
+    )
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     changed[at : at + 512] = header
