@@ -8,25 +8,25 @@ because they are one person's, would pass for a stranger who is known, and is le
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from facefast.evaluation.baselines import LabelledEmbeddings
 from facefast.evaluation.calibration import Calibration, calibrate
-from facefast.evaluation.openset import OpenSetScores, naming_thresholds
+from facefast.evaluation.openset import OpenSetScores, double_names, naming_thresholds, without_double_names
 from facefast.evaluation.pairs import PairScores, pair_thresholds
 from facefast.evaluation.thresholds import NamingThreshold, Thresholds
 from facefast.models.heads import unit
 
 DEFAULT_FPIR = 0.01
 """Part of strangers that get a name, where nobody asks for another."""
-CANDIDATES = 8
-"""Entries looked at for the best that is not the same person under another name."""
 MOST_PAIRED = 350
 """Pictures of which all pairs are compared."""
 BLOCK = 1024
@@ -58,13 +58,15 @@ def decide(weight: Tensor, scale: float, train: LabelledEmbeddings, validation: 
         ValueError: fewer than two people, or no picture at all.
     """
     fair = train if validation is None else validation
-    middle = float(_own(fair, weight).median())
-    everything = train if validation is None else _joined(train, validation)
-    many, twins = scores(everything, weight, middle)
-    naming = naming_thresholds(many)
+    everything = scores(train if validation is None else _joined(train, validation), weight)
+    twins = double_names(everything)
+    naming = naming_thresholds(without_double_names(everything)[0])
     if validation is not None:
-        naming = tuple(map(_higher, naming, naming_thresholds(scores(validation, weight, middle)[0])))
-    pairs = pair_thresholds(_pairs(fair, weight, middle))
+        fair_scores = scores(validation, weight)
+        # Few pictures of a person may hide that two names are one person's: those found among all are left out.
+        kept = ~np.isin(fair_scores.strangers, [who for who, _ in twins])
+        naming = tuple(map(_higher, naming, naming_thresholds(_part(fair_scores, kept))))
+    pairs = pair_thresholds(_pairs(fair, twins))
     on = f"{_rows(train)} training pictures" + (
         "" if validation is None else f" and {_rows(validation)} kept out of it"
     )
@@ -73,7 +75,7 @@ def decide(weight: Tensor, scale: float, train: LabelledEmbeddings, validation: 
         labelled = validation.labels >= 0
         logits = scale * unit(validation.embeddings[labelled]) @ unit(weight).T
         calibration = calibrate(logits, validation.labels[labelled])
-    return Decisions(Thresholds(pairs, naming, f"{on}, each against all people but its own"), calibration, twins)
+    return Decisions(Thresholds(pairs, naming, f"{on}, each against all people but its own"), calibration, tuple(twins))
 
 
 def _joined(one: LabelledEmbeddings, other: LabelledEmbeddings) -> LabelledEmbeddings:
@@ -86,28 +88,18 @@ def _rows(known: LabelledEmbeddings) -> int:
     return int((known.labels >= 0).sum())
 
 
-def _own(known: LabelledEmbeddings, weight: Tensor) -> Tensor:
-    """[N] score of each labelled picture with its own person."""
-    labelled = known.labels >= 0
-    return (unit(known.embeddings[labelled]) * unit(weight[known.labels[labelled]])).sum(1)
-
-
 def _higher(one: NamingThreshold, other: NamingThreshold) -> NamingThreshold:
     if one.value is None or other.value is None:
         return other if one.value is None else one
     return max(one, other, key=lambda threshold: threshold.value or 0.0)
 
 
-def scores(known: LabelledEmbeddings, weight: Tensor, same: float) -> tuple[OpenSetScores, tuple[tuple[int, int], ...]]:
+def scores(known: LabelledEmbeddings, weight: Tensor) -> OpenSetScores:
     """How labelled pictures score with their own person, and as strangers to everybody else.
 
     Args:
         known: [N] pictures.
         weight: [C, D] directions of people.
-        same: two people whose directions are at least as alike are one, by two names.
-
-    Returns:
-        The scores, and the pairs of labels that were taken for one person.
 
     Raises:
         ValueError: fewer than two people, or no labelled picture.
@@ -117,36 +109,31 @@ def scores(known: LabelledEmbeddings, weight: Tensor, same: float) -> tuple[Open
     if len(directions) < 2 or not len(probes):
         raise ValueError(f"{len(probes)} pictures of {len(directions)} people; two people are needed for a stranger")
     parts = []
-    twins: set[tuple[int, int]] = set()
-    for x, y in zip(probes.split(BLOCK), labels.split(BLOCK), strict=True):
-        cosines = x @ directions.T  # [b, C]
-        mine = cosines.gather(1, y[:, None])
-        ranks = (cosines > mine).sum(1)
-        others = cosines.scatter(1, y[:, None], -torch.inf)
-        best, who = others.topk(min(CANDIDATES, len(directions) - 1), dim=1)
-        alike = (directions[who] * directions[y][:, None]).sum(2) >= same
-        names = torch.stack([y[:, None].expand_as(who)[alike], who[alike]], 1).sort(1).values
-        twins |= {(a, b) for a, b in names.unique(dim=0).tolist()}
-        parts.append((mine[:, 0], ranks, best.masked_fill(alike, -1.0).amax(1)))
-    genuine, ranks, impostors = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    for x, own in zip(probes.split(BLOCK), labels.split(BLOCK), strict=True):  # no N x C memory
+        cosines = x @ directions.T
+        mine = cosines.gather(1, own[:, None])
+        best, nearest = cosines.scatter(1, own[:, None], -torch.inf).max(1)
+        parts.append((mine[:, 0].double(), (cosines > mine).sum(1), best.double(), nearest))
+    genuine, ranks, impostors, nearest = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     people = labels.numpy()
-    found = OpenSetScores(
-        genuine.astype(np.float64), ranks.astype(np.int64), impostors.astype(np.float64), people, people
-    )
-    return found, tuple(sorted(twins))
+    return OpenSetScores(genuine, ranks, impostors, people, people, nearest)
 
 
-def _pairs(known: LabelledEmbeddings, weight: Tensor, same: float) -> PairScores:
+def _part(scores: OpenSetScores, kept: NDArray[np.bool_]) -> OpenSetScores:
+    return OpenSetScores(**{field.name: getattr(scores, field.name)[kept] for field in dataclasses.fields(scores)})
+
+
+def _pairs(known: LabelledEmbeddings, twins: Sequence[tuple[int, int]]) -> PairScores:
     """All pairs of a part of the pictures, but for those of two names of one person."""
     rows = torch.nonzero(known.labels >= 0).flatten()
     rows = rows[torch.linspace(0, len(rows) - 1, min(MOST_PAIRED, len(rows))).round().long()]
-    embeddings, labels = unit(known.embeddings[rows]), known.labels[rows]
-    left, right = torch.triu_indices(len(rows), len(rows), 1)
+    embeddings, labels = unit(known.embeddings[rows]), known.labels[rows].numpy()
+    left, right = np.triu_indices(len(rows), 1)
     one, other = labels[left], labels[right]
-    kept = (one == other) | ((unit(weight[one]) * unit(weight[other])).sum(1) < same)
-    left, right, one, other = (column[kept] for column in (left, right, one, other))
-    cosines = (embeddings[left] * embeddings[right]).sum(1)
-    return PairScores.of(cosines.numpy(), (one == other).numpy(), one.numpy(), other.numpy())
+    apart = set(twins)
+    kept = np.array([pair not in apart for pair in zip(one.tolist(), other.tolist(), strict=True)], bool)
+    cosines = (embeddings @ embeddings.T).numpy()[left, right]
+    return PairScores.of(cosines[kept], (one == other)[kept], one[kept], other[kept])
 
 
 def asked_rate(wish: str) -> float | None:
