@@ -252,10 +252,12 @@ def _list(given: GalleryArguments) -> None:
     stored = Gallery(given.gallery)
     counts = dict(zip(stored.names, stored.counts.tolist(), strict=True))
     if given.json:
-        _print_json({"people": counts, **_size(stored)})
+        _print_json({"people": counts, "doubles": stored.doubles(), **_size(stored)})
     else:
         for name, count in counts.items():
             print(f"{count:6d}  {name}")
+        for one, other in stored.doubles():
+            print(f"{one} and {other} look like one person under two names; forget one of them if so")
         print(_sentence(stored))
 
 
