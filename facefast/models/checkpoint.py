@@ -138,7 +138,7 @@ def amend(path: Path, documents: dict[str, Any]) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             for file in path.iterdir():  # links to the same content cost no room
-                if file.name != manifest.NAME and file.stem not in documents:
+                if file.name not in (manifest.NAME, *(f"{stem}.json" for stem in documents)):
                     os.link(file, aside / file.name)
             _write_all(aside, {}, documents)
             manifest.write(aside, step)
