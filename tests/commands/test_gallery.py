@@ -12,6 +12,7 @@ import pytest
 from facefast import gallery
 from facefast.deploy import enrolment
 from facefast.evaluation.thresholds import PairThreshold, Thresholds
+from facefast.models import checkpoint
 from facefast.runtime import files
 from tests.support import small
 from tests.support.pictures import encode, smooth_picture
@@ -131,11 +132,7 @@ def test_the_models_thresholds_go_into_the_gallery(
     shutil.copytree(run, package, symlinks=True)
     document = Thresholds(pairs=(PairThreshold(0.001, 0.9, 9000, 9000),)).to_json()
     step = package / "checkpoints" / "step-0000001"
-    files.write_json(step / enrolment.THRESHOLDS, document)
-    (step / "manifest.json").unlink()
-    from facefast.runtime import manifest
-
-    manifest.write(step, 1)
+    checkpoint.amend(step, {"model": files.read_json(step / "model.json") | {"thresholds": document}})
     path = tmp_path / "g"
     answers(capsys, "enroll", path, root, "--model", package)
     one = root / "ann" / "ann_0001.png"
