@@ -62,7 +62,7 @@ class Embedder(NamedTuple):
         return Thresholds.from_json(self.model.thresholds or {})
 
     def embed(self, index: FaceIndex) -> tuple[Tensor, list[str]]:
-        """[N, D] of any length, of the largest face in the middle of each picture, and [N] why there is none: the picture
+        """[N, D] of any length, of the largest face in the middle of each picture, and [N] why there is none: it
         could not be read, or shows no face."""
         faults = [FAULTS[fault] + advice(FAULTS[fault]) if fault else "" for fault in index.faults.tolist()]
         sound = np.flatnonzero(index.faults == 0)
