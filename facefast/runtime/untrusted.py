@@ -10,6 +10,7 @@ import errno
 import math
 import os
 import stat
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -152,4 +153,6 @@ def _read_npy(file: Any, name: str, size: int) -> NDArray[Any]:
         at += part
     if not left:
         return np.empty(shape, dtype)
+    if dtype.kind == "U" and data.view(np.dtype("u4").newbyteorder(dtype.byteorder)).max() > sys.maxunicode:
+        raise ValueError(f"{name} holds texts with letters that do not exist")
     return data.view(dtype).reshape(shape, order="F" if fortran else "C")

@@ -24,7 +24,7 @@ from tests.support.pictures import encode, smooth_picture
 FAULTY = faulty_pictures()
 SOUND = sound_pictures()
 LIMIT = 64_000_000
-TOO_LONG = "too many bytes (more than 16 MiB and 8 for each pixel)"
+TOO_LONG = "too many bytes (more than 16 MiB and 8 for each pixel, or than 128 MiB)"
 
 
 def inspect(data: bytes, max_pixels: int = LIMIT) -> tuple[str, str, int, int, int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import io
 import json
+import os
 import pickle
 import struct
 import tarfile
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,9 +196,19 @@ def _apply(path: Path) -> None:
 def _indexes(folder: Path) -> list[bytes]:
     index = _people(folder)
     points = np.full((len(index), 5, 2), 20, np.float32)
-    index = FaceIndex(**{**vars(index), "landmarks": points, "boxes": np.ones((len(index), 4), np.float32)})
-    index.scanned(threads=1).save(folder / "saved.npz")
-    return [(folder / "saved.npz").read_bytes()]
+    index = dataclasses.replace(index, landmarks=points, boxes=np.ones((len(index), 4), np.float32))
+    os.chdir(folder)  # so that the saved root is the same wherever the folder is
+    dataclasses.replace(index.scanned(threads=1), root="people").save(folder / "saved.npz")
+    return [_dateless((folder / "saved.npz").read_bytes())]
+
+
+def _dateless(archive: bytes) -> bytes:
+    """The same archive whenever it was made."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(out, "w") as new:
+        for member in old.infolist():
+            new.writestr(zipfile.ZipInfo(member.filename), old.read(member), member.compress_type)
+    return out.getvalue()
 
 
 # Weights.
@@ -241,7 +254,7 @@ def _npz(folder: Path) -> list[bytes]:
     for save in (np.savez, np.savez_compressed):
         out = io.BytesIO()
         save(out, **{"conv/kernel": np.arange(24, dtype="f4"), "bias": np.ones(3, ">f8"), "n": np.array(["a"])})
-        found.append(out.getvalue())
+        found.append(_dateless(out.getvalue()))
     return found
 
 

@@ -121,7 +121,7 @@ def inside_zip(data: bytes, rng: Generator, seeds: Sequence[bytes]) -> bytes:
                 end = len(content) if begin or rng.integers(2) else 128
                 part = content[begin:end]
                 content = content[:begin] + (mutate(part, rng, [part]) if part else part) + content[end:]
-            new.writestr(member.filename, content)
+            new.writestr(zipfile.ZipInfo(member.filename), content, method)  # without the time of day
     return out.getvalue()
 
 
