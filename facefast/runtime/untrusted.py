@@ -145,7 +145,7 @@ def _read_npy(file: Any, name: str, size: int) -> NDArray[Any]:
     if count < 0 or count * dtype.itemsize != left or (count and not dtype.itemsize):
         raise ValueError(f"{name} announces shape {shape} of {dtype}, and has {left} bytes")
     data = np.empty(left, np.uint8)
-    view, at = memoryview(data), 0
+    view, at = memoryview(data.data), 0
     while at < left:
         part = file.readinto(view[at : at + _CHUNK])
         if not part:

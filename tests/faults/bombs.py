@@ -1,11 +1,13 @@
 """Small files that ask for gigabytes or for years, by name; and what reads one, with its peak of memory.
 
-    python -m tests.faults.bombs NAME FOLDER     writes it, reads it, prints {"error", "peak", "seconds"}
+python -m tests.faults.bombs NAME FOLDER     writes it, reads it, prints {"error", "peak", "seconds"}
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import importlib
 import io
 import json
 import os
@@ -39,13 +41,13 @@ from tests.support.faulty import jpeg
 GIGA = 1 << 30
 # 8255 bytes on which HDF5 1.14 ends its process, found by damaging a file of Keras'.
 CRASH = (
-    b'c-rllJx{_w7{~8g8X5wzBqqH0)`5XdM&m{VWiVpYfw(9pjU`qFFcBvP7u+2j-E<^z(2wBk?BEyhD~N6HuI-(%1Yg3?=g08$p1a;1'
-    b'_xy8B{#UiidMc4mAO}@NF{Gg&BT7l<+pPbPMoi;?#(Rn7Ww$R&^BS9<CVDi#w^OY;qelX4oi~L<6#-GCRxNKkvEk{6@GSA;EJ2U8'
-    b'U#|O|ev5Hl@8k5V&4GSFzhCt`Q2tlHyIb`Nwr69y(`8|P+BOxaQ5b1jG4Z^T$fW0)LbLWQac;DZ&9j4c^VH}%`COmWTJz4FR03nt'
-    b'V%HaoiNGZxu}9Uf8FqjEeZ=<FqlugRWdCbpt-gr^f@Hd2da;&|TFvfiiQAu>KQTIO!&)towk+t@64tq$0Sy5F0000000000z_eig'
-    b'f#};OsZ)jRC&$;YniodLw>3}>hx-~>@B?tbRB*h4aek?}!21wDv=IGLoyI4@-{M^;gos<^>uzPjbw$5)80U5TQ=ctrV5E>U!>nB-'
-    b'QNrFG5FWGct7&}+#i#-@D$4X}zhYO&>6avlUM-|BGG<aK2s`Rc^*o5KB+s`UE{2b1`fJRCmcn(FeSEq8Xk6|;bj{*>`R<kb4E>#~'
-    b'3Of5R@(dzfj!*VMg|h'
+    b"c-rllJx{_w7{~8g8X5wzBqqH0)`5XdM&m{VWiVpYfw(9pjU`qFFcBvP7u+2j-E<^z(2wBk?BEyhD~N6HuI-(%1Yg3?=g08$p1a;1"
+    b"_xy8B{#UiidMc4mAO}@NF{Gg&BT7l<+pPbPMoi;?#(Rn7Ww$R&^BS9<CVDi#w^OY;qelX4oi~L<6#-GCRxNKkvEk{6@GSA;EJ2U8"
+    b"U#|O|ev5Hl@8k5V&4GSFzhCt`Q2tlHyIb`Nwr69y(`8|P+BOxaQ5b1jG4Z^T$fW0)LbLWQac;DZ&9j4c^VH}%`COmWTJz4FR03nt"
+    b"V%HaoiNGZxu}9Uf8FqjEeZ=<FqlugRWdCbpt-gr^f@Hd2da;&|TFvfiiQAu>KQTIO!&)towk+t@64tq$0Sy5F0000000000z_eig"
+    b"f#};OsZ)jRC&$;YniodLw>3}>hx-~>@B?tbRB*h4aek?}!21wDv=IGLoyI4@-{M^;gos<^>uzPjbw$5)80U5TQ=ctrV5E>U!>nB-"
+    b"QNrFG5FWGct7&}+#i#-@D$4X}zhYO&>6avlUM-|BGG<aK2s`Rc^*o5KB+s`UE{2b1`fJRCmcn(FeSEq8Xk6|;bj{*>`R<kb4E>#~"
+    b"3Of5R@(dzfj!*VMg|h"
 )
 
 
@@ -68,7 +70,7 @@ def npz(folder: Path) -> object:
     """3 MB of zeros that become 3 GB."""
     out = io.BytesIO()
     shape: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": (192 << 24,)}
-    np.lib.format.write_array_header_1_0(out, shape)  # type: ignore[arg-type]
+    np.lib.format.write_array_header_1_0(out, shape)
     zeros(folder / "a.npz", {}, "w.npy", out.getvalue())
     return load_source(folder / "a.npz")
 
@@ -77,7 +79,8 @@ def npz_of_lies(folder: Path) -> object:
     """A shape of 3 TB before ten bytes."""
     out = io.BytesIO()
     np.lib.format.write_array_header_1_0(
-        out, {"descr": "<f4", "fortran_order": False, "shape": (768 * GIGA,)}  # type: ignore[arg-type]
+        out,
+        {"descr": "<f4", "fortran_order": False, "shape": (768 * GIGA,)},
     )
     with zipfile.ZipFile(folder / "a.npz", "w") as archive:
         archive.writestr("w.npy", out.getvalue() + b"0123456789")
@@ -86,8 +89,7 @@ def npz_of_lies(folder: Path) -> object:
 
 def h5(folder: Path) -> object:
     """A data set of 4 GB without one number: what is not there reads as 0."""
-    import h5py
-
+    h5py: Any = importlib.import_module("h5py")
     with h5py.File(folder / "a.h5", "w") as file:
         file.attrs["layer_names"] = [b"dense"]
         group = file.create_group("dense")
@@ -192,10 +194,9 @@ def model(folder: Path) -> object:
 
 
 def model_as_source(folder: Path) -> object:
-    try:
+    with contextlib.suppress(ValueError):
         model(folder)
-    except ValueError:
-        return build_model(ModelConfig(), 0, source=load_source(folder))
+    return build_model(ModelConfig(), 0, source=load_source(folder))
 
 
 def model_of_empty_tensors(folder: Path) -> object:
@@ -316,7 +317,9 @@ def large_pictures(folder: Path) -> object:
 
 def sparse_bitmaps(folder: Path) -> object:
     """8 BMPs of 44 megapixels that take no room on the disk."""
-    header = b"BM" + struct.pack("<IHHI", 0, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 7900, 5600, 1, 24, 0, 0, 0, 0, 0, 0)
+    header = (
+        b"BM" + struct.pack("<IHHI", 0, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 7900, 5600, 1, 24, 0, 0, 0, 0, 0, 0)
+    )
     for k in range(8):
         (folder / str(k % 2)).mkdir(exist_ok=True)
         with open(folder / str(k % 2) / f"{k}.bmp", "wb") as file:

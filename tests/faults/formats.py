@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -15,11 +16,11 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.random import Generator
-from PIL import Image
 
 from facefast import _scan
 from facefast.data import oracle, read_bin, read_index, read_pairs
@@ -106,7 +107,13 @@ def _tars(folder: Path) -> list[bytes]:
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w", format=form) as tar:
             facts = json.dumps({"identity": "ann"}).encode()
-            for name, data in {"a.jpg": jpeg(), "a.cls": b"3", "b.jpg": jpeg(), "b.json": facts, "é" * 40 + ".png": b"1"}.items():
+            for name, data in {
+                "a.jpg": jpeg(),
+                "a.cls": b"3",
+                "b.jpg": jpeg(),
+                "b.json": facts,
+                "é" * 40 + ".png": b"1",
+            }.items():
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -251,6 +258,7 @@ def _safetensors(folder: Path) -> list[bytes]:
 
 def _npz(folder: Path) -> list[bytes]:
     found = []
+    save: Any
     for save in (np.savez, np.savez_compressed):
         out = io.BytesIO()
         save(out, **{"conv/kernel": np.arange(24, dtype="f4"), "bias": np.ones(3, ">f8"), "n": np.array(["a"])})
@@ -259,10 +267,9 @@ def _npz(folder: Path) -> list[bytes]:
 
 
 def _keras(folder: Path) -> list[bytes]:
-    import h5py
-
+    h5py: Any = importlib.import_module("h5py")
     found = []
-    for options in ({}, {"compression": "gzip", "chunks": True}):
+    for options in (dict[str, Any](), {"compression": "gzip", "chunks": True}):
         out = io.BytesIO()
         with h5py.File(out, "w") as file:
             file.attrs["layer_names"] = [b"dense", b"conv"]
@@ -338,7 +345,7 @@ class _Planted(Form):
 
     def mutated(self, seeds: list[bytes], rng: Generator) -> bytes:
         entropy = rng.bit_generator.seed_seq.entropy  # type: ignore[attr-defined]
-        return LETTERS[entropy[1] : entropy[1] + 1]  # type: ignore[no-any-return]
+        return LETTERS[entropy[1] : entropy[1] + 1]
 
 
 LETTERS = b"-rxmc-h-"

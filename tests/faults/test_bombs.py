@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,17 +50,23 @@ def test_pipes_are_never_opened(tmp_path: Path) -> None:
     for name in ("a.npz", "a.pt", "a.safetensors", "a.h5"):
         with pytest.raises(ValueError, match="no such file"):
             load_source(tmp_path / name)
-    for read, name in (
+    readers: list[tuple[Callable[[Path], object], str]] = [
         (read_safetensors, "a.safetensors"),
         (read_bin, "a.bin"),
         (read_corrections, "a.csv"),
         (oracle.decode, "a.jpg"),
         (files.read_json, "model.json"),
         (FaceIndex.load, "a.npz"),
-    ):
+    ]
+    for read, name in readers:
         with pytest.raises(ValueError, match="regular file"):
             read(tmp_path / name)
-    for read, name in ((read_webdataset, "a.tar"), (read_recordio, "a.rec"), (read_recordio, "b.rec"), (checkpoint.load_model, ".")):
+    for read, name in (
+        (read_webdataset, "a.tar"),
+        (read_recordio, "a.rec"),
+        (read_recordio, "b.rec"),
+        (checkpoint.load_model, "."),
+    ):
         with pytest.raises((ValueError, StorageError)):
             read(tmp_path / name)
     with pytest.raises(ValueError, match="regular file"):

@@ -13,7 +13,9 @@ import pytest
 from tests.faults.formats import FORMATS, PLANTED
 from tests.faults.fuzz import Order, Outcome, fuzz
 
-MUTATIONS = int(os.environ.get("FACEFAST_FAULTS_SCALE") or (2000 if os.environ.get("FACEFAST_FAULTS") == "full" else 30))
+MUTATIONS = int(
+    os.environ.get("FACEFAST_FAULTS_SCALE") or (2000 if os.environ.get("FACEFAST_FAULTS") == "full" else 30)
+)
 NAMES = [name for name in FORMATS if name != PLANTED]
 
 

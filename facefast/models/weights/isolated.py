@@ -55,9 +55,7 @@ def read_apart(path: Path, read: Callable[[Path], Mapping[str, Tensor]]) -> dict
         os.close(memory)
 
 
-def _answer(
-    path: Path, read: Callable[[Path], Mapping[str, Tensor]], memory: int, size: int
-) -> dict[str, Any]:
+def _answer(path: Path, read: Callable[[Path], Mapping[str, Tensor]], memory: int, size: int) -> dict[str, Any]:
     receiver, sender = os.pipe()
     with warnings.catch_warnings():
         # A child of a process with threads may not take locks that those hold. This one only reads a file, as the
@@ -98,7 +96,8 @@ def _ending(status: int) -> str:
 
 def _until_end(receiver: int, deadline: float) -> bytes | None:
     """All that the other side writes, None where it does not come to an end."""
-    parts, total = [], 0
+    parts: list[bytes] = []
+    total = 0
     waiting = select.poll()
     waiting.register(receiver, select.POLLIN)
     while total <= MAX_MESSAGE:
@@ -169,7 +168,7 @@ def _send(tensors: Mapping[str, Tensor], memory: int, most: int) -> list[tuple[s
         if at + count > most:  # before it is made contiguous: a view of one number may have any shape
             raise ValueError(f"its tensors take more than {most} bytes, the most that a file of its size may hold")
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        view = memoryview(flat.numpy())
+        view = memoryview(flat.numpy().data)
         os.lseek(memory, at, os.SEEK_SET)
         while view:
             view = view[os.write(memory, view) :]

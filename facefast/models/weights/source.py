@@ -207,7 +207,9 @@ def _from_folder(path: Path) -> Source:
             continue
         manifest.verify(folder)
         config = files.read_json(document)
-        lacking = [name for name in ("backbone", "embedding", "image") if not isinstance(config, dict) or name not in config]
+        lacking = [
+            name for name in ("backbone", "embedding", "image") if not isinstance(config, dict) or name not in config
+        ]
         if lacking:
             raise ValueError(f"{document} has no entry {lacking[0]!r}; it is not a facefast model")
         model = from_json(ModelConfig, {name: config[name] for name in ("backbone", "embedding")})
