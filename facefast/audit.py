@@ -33,7 +33,7 @@ from facefast.labels.copies import copies_by_pixels
 from facefast.labels.selftest import SelfTest, plant_wrong_labels, self_test
 from facefast.labels.sheets import strips, write_sheets
 from facefast.labels.suspects import KINDS, Suspects, find_suspects
-from facefast.recipe import Photographs
+from facefast.recipe import Photographs, Recipe, to_json
 from facefast.recipe.options import parse
 from facefast.runtime import exits, files, process
 
@@ -162,7 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
         given = parse(AuditArguments, arguments, "audit")
         if (given.out is None) == (given.plant == 0):
             raise ValueError("give either --out DIR, for the findings, or --plant FRACTION, for the self-test")
-        with process.start() as run:
+        with process.start(rank_timeout=Recipe.rank_timeout) as run:
+            run.require_same(to_json(given))
             index, rows = embed_photographs(given.model, given.data, run, given.batch_size)
             embeddings = unit_rows(rows)
             if len(np.unique(index.labels[index.labels >= 0])) < 2:

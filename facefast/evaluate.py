@@ -15,7 +15,7 @@ import tyro
 from facefast.evaluation.measure import evaluate
 from facefast.evaluation.sets import find_evaluation_set, given_pairs
 from facefast.models import checkpoint
-from facefast.recipe import DataConfig, EvalConfig
+from facefast.recipe import DataConfig, EvalConfig, Recipe, to_json
 from facefast.recipe.options import parse
 from facefast.runtime import exits, files, process
 from facefast.runtime.process import decode_threads
@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
         given = parse(EvaluateArguments, arguments, "evaluate")
-        with process.start() as run:
+        with process.start(rank_timeout=Recipe.rank_timeout) as run:
+            run.require_same(to_json(given))
             reading = given.data.reading(decode_threads(0, run.world))
             model = checkpoint.load_model(given.model, run.device)
             if given.pairs or given.bin:

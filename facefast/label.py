@@ -24,7 +24,7 @@ from facefast.data.corrections import Label, write_labels
 from facefast.data.walk import holds_picture, is_folder, is_picture, top_entries
 from facefast.evaluation.embed import embed_photographs
 from facefast.labels.clustering import Floats, Numbers, agreement, assign, cluster, unit_rows
-from facefast.recipe import Photographs
+from facefast.recipe import Photographs, Recipe, to_json
 from facefast.recipe.options import parse
 from facefast.runtime import exits, process
 
@@ -170,7 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     with exits.exit_codes() as outcome:
         given = parse(LabelArguments, arguments, "label")
         given = dataclasses.replace(given, data=with_format(given.data))
-        with process.start() as run:
+        with process.start(rank_timeout=Recipe.rank_timeout) as run:
+            run.require_same(to_json(given))
             index, rows = embed_photographs(given.model, given.data, run, given.batch_size)
             embeddings = unit_rows(rows)
             if run.is_main:
