@@ -84,7 +84,7 @@ def test_without_json_lines_say_the_same(
     assert len(lines) == 3 and all(line.split("/")[-1].startswith("cy_000") for line in lines)
     assert gallery.main(["list", str(enrolled)]) == 0
     assert "     2  bo\n" in capsys.readouterr().out
-    assert gallery.main(["enroll", str(enrolled), str(root), "--detect=none"]) == 65  # one is damaged, the others are there
+    assert gallery.main(["enroll", str(enrolled), str(root), "--detect=none"]) == 65  # one damaged, others there
     captured = capsys.readouterr()
     assert "bo_0002.png: it could not be decoded" in captured.out
     assert "0 of 9 pictures enrolled (8 by duplicate, 1 by quality)" in captured.out
