@@ -66,8 +66,8 @@ class OpenSetScores:
         ):
             raise ValueError(
                 f"{len(self.genuine)} scores, {len(self.ranks)} ranks and {len(self.known)} identities of known "
-                f"people, {len(self.impostors)} scores, {len(self.strangers)} identities and {len(self.nearest)} nearest "
-                "entries of strangers; give as many of each"
+                f"people, {len(self.impostors)} scores, {len(self.strangers)} identities and {len(self.nearest)} "
+                "nearest entries of strangers; give as many of each"
             )
 
     def missed(self, threshold: float) -> NDArray[np.bool_]:
