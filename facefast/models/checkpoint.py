@@ -133,12 +133,13 @@ def amend(path: Path, documents: dict[str, Any]) -> None:
     path = path.resolve()
     aside = path.with_name(f".{path.name}.tmp")
     step = files.read_json(path / manifest.NAME)["step"]
+    replaced = {manifest.NAME, *(f"{stem}.json" for stem in documents)}
     try:
         with files.storing(path, DOCUMENTS, UNTOUCHED):
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             for file in path.iterdir():  # links to the same content cost no room
-                if file.name not in (manifest.NAME, *(f"{stem}.json" for stem in documents)):
+                if file.name not in replaced:
                     os.link(file, aside / file.name)
             _write_all(aside, {}, documents)
             manifest.write(aside, step)

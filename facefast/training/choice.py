@@ -164,10 +164,10 @@ def said(state: TrainState, data: PhaseData) -> str:
         return "* handed on: the last, since no picture could be spared to choose by"
     name = named_metric(state.recipe.eval, state.validated[handed_on(state)])[1]
     asked = data.validation.test if name in ("top1", "tasks") else data.validation.verification
-    count = 0 if asked is None else len(asked)
+    count, part = 0 if asked is None else len(asked), "training" if asked is data.train else "validation"
     return (
-        f"* handed on as checkpoints/best: {name} of {count} validation pictures chose it; all other numbers are of "
-        "the test part, which chose nothing"
+        f"* handed on as checkpoints/best: {name} of {count} {part} pictures chose it; all other numbers are of the "
+        "test part, which chose nothing"
     )
 
 

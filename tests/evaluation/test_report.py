@@ -1,4 +1,4 @@
-"""report.html and the table on the terminal: the best evaluations, the curves, and nothing that a browser would run."""
+"""report.html and the table on the terminal: what the test part gave, curves, and nothing that a browser would run."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ def test_the_table_is_aligned_and_shows_only_numbers_that_somebody_has() -> None
     assert first.split() == ["scratch", "50.00%", "-", "91.23%"]  # 40 pairs cannot show a rate of one in a thousand
     assert second.split() == ["finetune", "100.00%", "-", "-"]
     assert len({len(line) for line in (header, first, second)}) == 1
+
+
+def test_the_row_that_is_handed_on_is_marked_and_no_other() -> None:
+    header, first, second = report.results_text(RESULTS, "finetune")
+    assert second.startswith("finetune *") and "*" not in header + first
+    assert first.index("50.00%") + len("50.00%") == second.index("100.00%") + len("100.00%")
+    assert report.results_text(RESULTS, "nobody") == report.results_text(RESULTS)
 
 
 class Page(HTMLParser):
@@ -61,7 +68,7 @@ def train_line(step: int, phase: str, loss: float | None, speed: float = 100.0) 
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "run <b>1"
     folder.mkdir()
-    best = {"phase": "finetune", "metric": "top1", "value": 0.875}
+    best = {"phase": "<i>finetune</i>", "metric": "top1", "value": 0.75, "validation": 0.875}
     status = {"state": "done", "step": 6, "best": best, "bound_by": "compute", "advice": "use less"}
     files.write_json(folder / "status.json", status)
     files.write_json(folder / "recipe.json", {"source": "<script>alert(1)</script>"})
@@ -69,26 +76,40 @@ def folder(tmp_path: Path) -> Path:
     files.write_json(folder / "environment.json", {"torch": "2"})
     lines = [
         *(train_line(step, "scratch", 4.0 / step) for step in (1, 2, 3)),
-        {"step": 3, "phase": "scratch", "split": "eval", "top1": 0.125, "tar@1e-3": None},
+        {"step": 3, "phase": "scratch", "split": "validation", "top1": 0.1},
+        {"step": 3, "phase": "scratch", "split": "test", "top1": 0.125, "tar@1e-3": None, "validation": 0.1},
         train_line(4, "<i>finetune</i>", None),  # all its updates were skipped
-        {"step": 4, "phase": "<i>finetune</i>", "split": "eval", "top1": 0.25},
+        {"step": 4, "phase": "<i>finetune</i>", "split": "validation", "top1": 0.875},
         *(train_line(step, "<i>finetune</i>", 1.0) for step in (5, 6)),
-        {"step": 6, "phase": "<i>finetune</i>", "split": "eval", "top1": 0.875},
-        {"step": 7, "phase": "<i>finetune</i>", "split": "eval", "top1": 0.75},
+        {"step": 6, "phase": "<i>finetune</i>", "split": "validation", "top1": 0.3},
+        {"step": 6, "phase": "<i>finetune</i>", "split": "test", "top1": 0.25, "validation": 0.875},
+        {"step": 6, "phase": "<i>finetune</i>", "split": "test", "top1": 0.75, "validation": 0.875},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
-def test_the_page_shows_the_evaluation_of_each_phases_best_checkpoint_and_the_state(folder: Path) -> None:
+def test_the_page_shows_what_the_test_part_gave_and_marks_what_is_handed_on(folder: Path) -> None:
     assert report.write(folder) == folder / "report.html"
     text = Page((folder / "report.html").read_text(encoding="utf-8")).text
-    assert "State: done at step 6. Best checkpoint: top1 87.50% in phase finetune. Bound by compute; use less." in text
-    assert "12.50%" in text and "87.50%" in text
-    assert "25.00%" not in text and "75.00%" not in text  # evaluations of checkpoints that are not the best
+    assert (
+        "State: done at step 6. Handed on: <i>finetune</i> (*), top1 75.00% on the test part. "
+        "Bound by compute; use less." in text
+    )
+    assert "On the test part, which has chosen nothing" in text
+    assert "<i>finetune</i> *75.00%87.50%" in text  # the last line of a row, with what has chosen it
+    assert "scratch12.50%10.00%" in text  # which is not marked
+    assert "30.00%" not in text and "25.00%" not in text  # another checkpoint's, and one that was asked again
     assert "TAR at FAR 0.1 %" not in text  # nobody has it
     for name in ("status.json", "recipe.json", "plan.json", "environment.json"):
         assert name in text
+
+
+def test_a_page_from_before_the_test_part_was_asked_says_that_nothing_was_measured(folder: Path) -> None:
+    status = files.read_json(folder / "status.json")
+    files.write_json(folder / "status.json", status | {"best": status["best"] | {"value": None}})
+    text = Page(report.write(folder).read_text(encoding="utf-8")).text
+    assert "Handed on: <i>finetune</i> (*), not measured on the test part." in text
 
 
 def test_nothing_on_the_page_is_run_or_fetched(folder: Path) -> None:
@@ -115,5 +136,5 @@ def test_a_run_that_was_never_examined_has_a_page_too(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("")
     files.write_json(folder / "status.json", {"state": "failed", "step": None, "best": None})
     text = Page(report.write(folder).read_text(encoding="utf-8")).text
-    assert "Best checkpoint: none." in text
+    assert "Handed on: none." in text
     assert text.count("no values") == 2

@@ -25,7 +25,7 @@ from facefast import train
 from facefast.models import checkpoint
 from facefast.runtime import files, log, manifest
 from facefast.runtime.exits import StorageError
-from facefast.training import finish, step
+from facefast.training import choice, finish, step
 from tests.support import disks, small
 
 pytestmark = pytest.mark.faults
@@ -337,14 +337,13 @@ def test_a_run_whose_folder_is_gone_ends_with_74_and_makes_nothing_anew(
 
         monkeypatch.setattr(checkpoint, "write_tensors", write_tensors)
     else:
-        measure = train.measure
+        report = choice.report_phase
 
-        def last(*rest: Any) -> bool:
-            improved = measure(*rest)
+        def last(*rest: Any) -> None:
+            report(*rest)
             away(out)
-            return improved
 
-        monkeypatch.setattr(train, "measure", last)
+        monkeypatch.setattr(train, "report_phase", last)
     assert begin(drawn, out, "--projector") == 74
     message = capsys.readouterr().err
     assert f"the run folder {out} is gone: {said}" in message and "Traceback" not in message

@@ -123,8 +123,8 @@ def test_numbers_that_are_none_are_null_in_json_and_absent_in_tensorboard(tmp_pa
     assert train["loss"] is None and train["accuracy"] is None
     assert evaluation["tar@1e-3"] is None
     tags = board(tmp_path).Tags()["scalars"]
-    assert "eval/top1" in tags and "train/lr" in tags
-    assert "eval/tar@1e-3" not in tags and "train/loss" not in tags
+    assert "validation/top1" in tags and "train/lr" in tags
+    assert "validation/tar@1e-3" not in tags and "train/loss" not in tags
 
 
 def test_tensorboard_has_the_numbers_of_the_lines(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_tensorboard_has_the_numbers_of_the_lines(tmp_path: Path) -> None:
             run_log.step(at(step), stats(loss_sum=32 / 2**step), 8, 0.0)
         run_log.evaluation(at(3), {"top1": 0.75, "auc": 0.5}, "top1", True)
     assert scalars(tmp_path, "train/loss") == [(1, 2.0), (2, 1.0), (3, 0.5)]
-    assert scalars(tmp_path, "eval/auc") == [(3, 0.5)]
+    assert scalars(tmp_path, "validation/auc") == [(3, 0.5)]
 
 
 def test_tensorboard_shows_the_pictures_as_they_are(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_no_later_or_torn
             run_log.step(at(step), stats(loss_sum=80 * step), 8, 0.0)
     assert [(line["step"], line["split"]) for line in lines(tmp_path)] == [
         *((step, "train") for step in (1, 2, 3, 4)),
-        (4, "eval"),
+        (4, "validation"),
         *((step, "train") for step in (5, 6)),
     ]
     expected = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60)]  # each step once, in TensorBoard as well
@@ -275,7 +275,7 @@ def test_a_run_that_was_stopped_before_its_first_update_keeps_what_it_knew_then(
     with open_log(tmp_path, first_step=0) as run_log:
         run_log.step(at(1), stats(loss_sum=8), 8, 0.0)
     assert [line["step"] for line in lines(tmp_path)] == [0, 1]
-    assert scalars(tmp_path, "eval/top1") == [(0, 0.25)]
+    assert scalars(tmp_path, "validation/top1") == [(0, 0.25)]
 
 
 def test_a_run_that_starts_anew_keeps_nothing_of_the_one_before(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_a_run_that_starts_anew_keeps_nothing_of_the_one_before(tmp_path: Path) 
             run_log.evaluation(at(0), {"top1": value}, "top1", True)
             run_log.step(at(1), stats(loss_sum=8 * value), 8, 0.0)
     assert [line.get("top1") for line in lines(tmp_path)] == [0.5, None]
-    assert scalars(tmp_path, "eval/top1") == [(0, 0.5)]
+    assert scalars(tmp_path, "validation/top1") == [(0, 0.5)]
     assert scalars(tmp_path, "train/loss") == [(1, 0.5)]
 
 
@@ -330,10 +330,25 @@ def test_a_skipped_update_now_and_then_stops_nothing(tmp_path: Path) -> None:
             run_log.step(at(step), stats(skipped=int(step % LOST_UPDATES > 0)), 8, 0.0)  # 19 of 20 are lost
 
 
+def test_what_the_test_part_gave_is_a_line_of_its_own_under_the_rows_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_log(tmp_path) as run_log:
+        run_log.evaluation(at(8), {"top1": 0.5}, "top1", True)
+        run_log.report(at(8), "class means", {"top1": 0.25, "tar@1e-3": math.nan, "validation": 0.5})
+    validation, test = lines(tmp_path)
+    assert (validation["split"], validation["phase"], validation["top1"]) == ("validation", "finetune", 0.5)
+    expected = {"step": 8, "phase": "class means", "split": "test", "top1": 0.25, "tar@1e-3": None, "validation": 0.5}
+    assert test == expected | {"epoch": 1.0}
+    assert scalars(tmp_path, "validation/top1") == [(8, 0.5)]
+    assert scalars(tmp_path, "test/top1") == [(8, 0.25)]
+    assert "class means epoch 1, test: top1 25.00%\n" in capsys.readouterr().out  # it has chosen nothing
+
+
 def test_an_evaluation_is_said_with_its_headline_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_log(tmp_path) as run_log:
         run_log.evaluation(at(8), {"loss": 0.12345, "top1": 0.5, "pairs": 6000}, "top1", True)
-    assert "finetune epoch 1: loss 0.1235, top1 50.00%  (best top1 so far)" in capsys.readouterr().out
+    assert "finetune epoch 1, validation: loss 0.1235, top1 50.00%  (best top1 so far)" in capsys.readouterr().out
     run_log.close()  # a second time
     run_log.say("too late")
     assert "too late" not in capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""What tests of how a phase begins share: a state before its first phase, and a log that only listens."""
+"""What tests of how phases begin and end share: a state before its first phase or in its last, a log that only
+listens."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from facefast.data import FaceIndex
 from facefast.data.prepare import EvaluationSet, PhaseData
 from facefast.models import FaceModel
 from facefast.recipe import (
@@ -25,6 +27,8 @@ from tests.support import small
 
 RUN = Runtime(World(), torch.device("cpu"))
 NOBODY = EvaluationSet(test=None, verification=None, pairs=None, held_out=False)
+TWO = PhaseData(FaceIndex.build("people", [b"ann.jpg", b"bo.jpg"], [0, 1], ("ann", "bo")), NOBODY, NOBODY)
+"""Ann and Bo, and nothing to measure on."""
 SCRATCH = Phase(name="scratch", start="scratch", batch_size=4)
 
 
@@ -55,6 +59,16 @@ def make_state(*phases: Phase, data: Sequence[PhaseData], source: Path | None = 
         **fields,
     )
     return TrainState(recipe, resolve(recipe, tuple(each.facts() for each in data), 1), RUN)
+
+
+def at_end(recipe: Recipe, **found: Any) -> TrainState:
+    """A state in the last phase of a run, of which only what was measured matters: fields of `TrainState`."""
+    state = TrainState(recipe, resolve(recipe, len(recipe.phases) * (TWO.facts(),), 1), RUN)
+    state.phase_number = len(recipe.phases) - 1
+    for name, value in found.items():
+        assert hasattr(state, name)
+        setattr(state, name, value)
+    return state
 
 
 def same(one: FaceModel, other: FaceModel, part: str = "backbone.") -> bool:

@@ -36,7 +36,7 @@ from tests.support.beginning import NOBODY, RUN, SCRATCH, Said, make_state, same
 
 def faces(landmarks: bool) -> PhaseData:
     points = np.zeros((2, 5, 2), np.float32) if landmarks else None
-    return PhaseData(FaceIndex.build("x", [b"a", b"b"], [0, 1], ("ann", "bo"), landmarks=points), NOBODY)
+    return PhaseData(FaceIndex.build("x", [b"a", b"b"], [0, 1], ("ann", "bo"), landmarks=points), NOBODY, NOBODY)
 
 
 def source_of(backbone: str = "resnet18", **image: Any) -> Source:
@@ -133,7 +133,7 @@ def test_a_student_that_cannot_start_from_its_teacher_is_refused_before_any_phot
 
 
 def test_random_weights_are_those_of_the_phases_own_seed_and_draw_from_nobody_elses(index: FaceIndex) -> None:
-    data = PhaseData(index, NOBODY)
+    data = PhaseData(index, NOBODY, NOBODY)
     state = make_state(SCRATCH, dataclasses.replace(SCRATCH, name="again"), data=(data, data))
     before = torch.get_rng_state()
     one, two, other = (begin.starting_model(state, number, data, None, None) for number in (0, 0, 1))
@@ -145,7 +145,7 @@ def test_random_weights_are_those_of_the_phases_own_seed_and_draw_from_nobody_el
 
 
 def test_a_source_gives_everything_but_the_head(index: FaceIndex, source_run: Path) -> None:
-    data = PhaseData(index, NOBODY)
+    data = PhaseData(index, NOBODY, NOBODY)
     state = make_state(
         Phase(start="source", batch_size=4, loss=LossConfig(scale=16.0)), data=(data,), source=source_run
     )
@@ -159,7 +159,7 @@ def test_a_source_gives_everything_but_the_head(index: FaceIndex, source_run: Pa
 
 
 def test_without_a_loss_on_names_there_is_no_head(index: FaceIndex) -> None:
-    data = PhaseData(index, NOBODY)
+    data = PhaseData(index, NOBODY, NOBODY)
     phase = dataclasses.replace(
         SCRATCH, sampler="pk", pictures_per_identity=2, loss=LossConfig(weight=0.0, triplet=1.0)
     )
@@ -170,7 +170,7 @@ def test_without_a_loss_on_names_there_is_no_head(index: FaceIndex) -> None:
 @pytest.fixture
 def first_done(index: FaceIndex) -> TrainState:
     """The end of a first phase; the averaged weights are what is handed on."""
-    data = PhaseData(index, NOBODY)
+    data = PhaseData(index, NOBODY, NOBODY)
     second = Phase(name="second", head_start="previous", batch_size=4)
     state = make_state(SCRATCH, second, data=(data, data), ema=0.5)
     state.enter(0, begin.starting_model(state, 0, data, None, None))
@@ -183,7 +183,7 @@ def first_done(index: FaceIndex) -> TrainState:
 def test_the_next_phase_starts_from_the_averaged_weights_of_the_one_before(
     first_done: TrainState, index: FaceIndex
 ) -> None:
-    found = begin.starting_model(first_done, 1, PhaseData(index, NOBODY), None, None)
+    found = begin.starting_model(first_done, 1, PhaseData(index, NOBODY, NOBODY), None, None)
     assert same(found, first_done.evaluated, "")
     assert not same(found, first_done.model)
 
@@ -192,7 +192,9 @@ def test_a_run_that_goes_on_in_a_phase_does_not_start_it_from_the_phase_before_a
     first_done: TrainState, index: FaceIndex
 ) -> None:
     first_done.phase_number = 1  # as `find_saved` leaves it: what is in the state is no phase's end
-    assert not same(begin.starting_model(first_done, 1, PhaseData(index, NOBODY), None, None), first_done.evaluated)
+    assert not same(
+        begin.starting_model(first_done, 1, PhaseData(index, NOBODY, NOBODY), None, None), first_done.evaluated
+    )
 
 
 @pytest.mark.parametrize("change", ["wanted", "other people", "not wanted"])
@@ -204,7 +206,7 @@ def test_a_head_is_taken_over_only_where_it_stands_for_the_same_people_and_is_wa
     if change == "not wanted":
         phases = (SCRATCH, dataclasses.replace(first_done.recipe.phases[1], head_start="random"))
         first_done.recipe = dataclasses.replace(first_done.recipe, phases=phases)
-    found = begin.starting_model(first_done, 1, PhaseData(index, NOBODY), None, None)
+    found = begin.starting_model(first_done, 1, PhaseData(index, NOBODY, NOBODY), None, None)
     assert same(found, first_done.evaluated)
     assert same(found, first_done.evaluated, "head.") == (change == "wanted")
     assert found.class_names == index.class_names
@@ -214,7 +216,7 @@ def test_a_head_is_taken_over_only_where_it_stands_for_the_same_people_and_is_wa
 def test_attribute_heads_are_taken_over_where_they_tell_the_same(index: FaceIndex, same_attributes: bool) -> None:
     values = np.tile(np.array([[0.0], [1.0], [1.0]], np.float32), (3, 1))
     index = dataclasses.replace(index, attributes=values, attribute_names=("smile",))
-    data = PhaseData(index, NOBODY, (AttributeSpec("smile"),))
+    data = PhaseData(index, NOBODY, NOBODY, (AttributeSpec("smile"),))
     state = make_state(SCRATCH, Phase(name="second", batch_size=4), data=(data, data))
     state.enter(0, begin.starting_model(state, 0, data, None, None))
     with torch.no_grad():
@@ -222,14 +224,14 @@ def test_attribute_heads_are_taken_over_where_they_tell_the_same(index: FaceInde
             parameter.add_(1.0)
     if not same_attributes:
         index = dataclasses.replace(index, attribute_names=("beard",))
-        data = PhaseData(index, NOBODY, (AttributeSpec("beard"),))
+        data = PhaseData(index, NOBODY, NOBODY, (AttributeSpec("beard"),))
     found = begin.starting_model(state, 1, data, None, None)
     assert same(found, state.model)
     assert same(found, state.model, "attribute_heads.") == same_attributes
 
 
 def test_a_student_starts_from_its_teachers_layers(index: FaceIndex) -> None:
-    data, teacher = PhaseData(index, NOBODY), small.make_model(template="none")
+    data, teacher = PhaseData(index, NOBODY, NOBODY), small.make_model(template="none")
     phase = Phase(start="teacher", batch_size=4, distill=DistillConfig(embeddings=1.0))
     state = make_state(phase, data=(data,), model={"teacher": "run"})
     assert same(begin.starting_model(state, 0, data, None, teacher), teacher)
@@ -246,10 +248,10 @@ def side_inputs(phase: Phase, data: PhaseData, source_run: Path, **model: str) -
 
 
 def test_a_plain_phase_learns_from_its_batches_alone(index: FaceIndex, source_run: Path) -> None:
-    found = side_inputs(Phase(start="source", batch_size=4), PhaseData(index, NOBODY), source_run)
+    found = side_inputs(Phase(start="source", batch_size=4), PhaseData(index, NOBODY, NOBODY), source_run)
     assert (found.embeddings, found.teacher, found.source) == (None, None, None)
     assert found.values is not None and found.values.shape == (9, 0)
-    pulled = side_inputs(Phase(start="source", batch_size=4, l2sp=0.1), PhaseData(index, NOBODY), source_run)
+    pulled = side_inputs(Phase(start="source", batch_size=4, l2sp=0.1), PhaseData(index, NOBODY, NOBODY), source_run)
     assert pulled.source is not None and "backbone.conv1.conv.weight" in pulled.source
 
 
@@ -257,7 +259,7 @@ def test_a_frozen_backbone_sees_each_picture_once_and_unreadable_ones_are_no_num
     index: FaceIndex, source_run: Path
 ) -> None:
     phase = Phase(start="source", batch_size=4, trainable=("head",))
-    found = side_inputs(phase, PhaseData(index, NOBODY), source_run).embeddings
+    found = side_inputs(phase, PhaseData(index, NOBODY, NOBODY), source_run).embeddings
     assert found is not None
     assert [row for row in range(9) if found[row].isnan().all()] == [small.BROKEN]
     rows = [row for row in range(9) if row != small.BROKEN]
@@ -265,17 +267,17 @@ def test_a_frozen_backbone_sees_each_picture_once_and_unreadable_ones_are_no_num
     assert unit.isfinite().all()
     assert float((unit @ unit.T - torch.eye(8)).max()) < 0.99  # each its own
     varied = dataclasses.replace(phase, augment=AugmentSpec(flip=0.5))
-    assert side_inputs(varied, PhaseData(index, NOBODY), source_run).embeddings is None
+    assert side_inputs(varied, PhaseData(index, NOBODY, NOBODY), source_run).embeddings is None
 
 
 def test_the_source_itself_may_teach_and_does_not_learn(index: FaceIndex, source_run: Path) -> None:
     phase = Phase(start="source", batch_size=4, distill=DistillConfig(embeddings=1.0))
-    teacher = side_inputs(phase, PhaseData(index, NOBODY), source_run, teacher="source").teacher
+    teacher = side_inputs(phase, PhaseData(index, NOBODY, NOBODY), source_run, teacher="source").teacher
     assert teacher is not None and not teacher.model.training
     assert same(teacher.model, checkpoint.load_model(source_run))
     assert teacher.cache is not None and teacher.cache[small.BROKEN].isnan().all()  # pictures that never change
     varied = dataclasses.replace(phase, augment=AugmentSpec(flip=0.5))
-    teacher = side_inputs(varied, PhaseData(index, NOBODY), source_run, teacher="source").teacher
+    teacher = side_inputs(varied, PhaseData(index, NOBODY, NOBODY), source_run, teacher="source").teacher
     assert teacher is not None and teacher.cache is None and not teacher.model.training
 
 
@@ -285,7 +287,7 @@ def test_the_source_itself_may_teach_and_does_not_learn(index: FaceIndex, source
 def test_a_phase_begins_with_class_means_and_knows_what_the_source_does_untrained(
     index: FaceIndex, source_run: Path, tmp_path: Path
 ) -> None:
-    data, said = PhaseData(index, NOBODY), Said()
+    data, said = PhaseData(index, NOBODY, NOBODY), Said()
     phase = Phase(name="tune", start="source", head_start="class_mean", batch_size=4, steps=5)
     state = make_state(phase, data=(data,), source=source_run)
     found = begin.begin(tmp_path, state, 0, data, load_source(source_run), None, None, said.log)
@@ -303,7 +305,7 @@ def test_a_phase_begins_with_class_means_and_knows_what_the_source_does_untraine
 def test_the_source_is_measured_untrained_only_where_that_is_wanted(
     index: FaceIndex, source_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = PhaseData(index, NOBODY)
+    data = PhaseData(index, NOBODY, NOBODY)
     monkeypatch.setattr(begin, "embed_training_rows", lambda *_, **__: pytest.fail("nobody wants embeddings"))
     state = make_state(
         Phase(start="source", batch_size=4), data=(data,), source=source_run, eval=EvalConfig(baselines=False)
@@ -314,12 +316,13 @@ def test_the_source_is_measured_untrained_only_where_that_is_wanted(
 def test_a_phase_that_is_taken_up_has_its_checkpoints_weights_and_embeds_nothing(
     index: FaceIndex, source_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, said = PhaseData(index, NOBODY), Said()
+    data, said = PhaseData(index, NOBODY, NOBODY), Said()
     phase = Phase(name="tune", start="source", head_start="class_mean", batch_size=4, steps=5)
     state = make_state(phase, data=(data,), source=source_run)
     begin.begin(tmp_path, state, 0, data, load_source(source_run), None, None, said.log)
     state.step = state.phase_step = 3
-    state.best, state.results = 0.5, {"tune": {"top1": 0.5}}
+    state.best, state.chosen = 0.5, (0, 2)
+    state.validated, state.reported = {"tune": {"top1": 0.5}}, {"class means": {"top1": 0.25, "auc": float("nan")}}
     with torch.no_grad():
         for parameter in state.model.parameters():
             parameter.add_(1.0)
@@ -329,13 +332,16 @@ def test_a_phase_that_is_taken_up_has_its_checkpoints_weights_and_embeds_nothing
     found = begin.begin(tmp_path, resumed, 0, data, load_source(source_run), None, saved, said.log)
     assert found.known is None
     assert same(resumed.model, state.model, "")
-    assert (resumed.step, resumed.phase_step, resumed.best, resumed.results) == (3, 3, 0.5, {"tune": {"top1": 0.5}})
+    assert (resumed.step, resumed.phase_step, resumed.best, resumed.chosen) == (3, 3, 0.5, (0, 2))
+    assert resumed.validated == state.validated
+    assert resumed.reported["class means"].pop("top1") == 0.25
+    assert np.isnan(resumed.reported["class means"].pop("auc"))  # null in the file
     assert said[-1].endswith("5 steps of 4, goes on")
 
 
 def test_a_class_without_a_readable_picture_has_no_mean(index: FaceIndex, source_run: Path, tmp_path: Path) -> None:
     rows = [0, 1, 2, small.BROKEN, 6, 7, 8]  # bo has only the picture that cannot be read
-    data = PhaseData(index.select(rows), NOBODY)
+    data = PhaseData(index.select(rows), NOBODY, NOBODY)
     phase = Phase(start="source", head_start="class_mean", batch_size=4)
     state = make_state(phase, data=(data,), source=source_run)
     with pytest.raises(ValueError, match="1 of 3 classes have no readable picture"):

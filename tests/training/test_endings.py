@@ -11,16 +11,26 @@ import torch
 
 from facefast.data import FaceIndex, read_index
 from facefast.data.prepare import EvaluationSet, PhaseData
-from facefast.recipe import DataConfig, EvalConfig, ImageSpec, ModelConfig, Phase, Recipe, resolve, to_json
+from facefast.models import checkpoint
+from facefast.recipe import DataConfig, ImageSpec, ModelConfig, Phase, Recipe, resolve, to_json
 from facefast.runtime import files
 from facefast.runtime.log import STATS, Position, RunLog, Speed
 from facefast.runtime.process import Runtime, World
 from facefast.training import finish
 from facefast.training.step import TrainState
 from tests.support import small
+from tests.support.beginning import NOBODY, TWO, at_end
 
 RUN = Runtime(World(), torch.device("cpu"))
-SECOND_RANK = Runtime(World(rank=1, size=1, local_rank=0, local_size=1), torch.device("cpu"))
+
+
+class Second(Runtime):
+    """A process that does not write, without the one that does."""
+
+    is_main = False
+
+
+SECOND_RANK = Second(World(), torch.device("cpu"))
 BOUND = {"images_per_second": 166.4, "bound_by": "compute", "data_wait_fraction": 0.014, "advice": "use bf16"}
 
 
@@ -42,14 +52,16 @@ def make_state(index: FaceIndex, run: Runtime = RUN, **fields: Any) -> TrainStat
     state = TrainState(recipe, resolve(recipe, (index.facts(),), 1), run)
     state.enter(0, small.make_model(classes=small.PEOPLE, template="none"))
     state.step = state.phase_step = 4
-    state.best, state.results = 0.75, {"scratch": {"top1": 0.75}}
+    state.best, state.chosen, state.validated = 0.75, (0, 4), {"scratch": {"top1": 0.75}}
     return state
 
 
 def open_log(folder: Path, state: TrainState, enabled: bool = True) -> RunLog:
-    """The log of a run whose folder has its documents, after one update of 8 pictures."""
+    """The log of a run whose folder has its documents and its checkpoint, after one update of 8 pictures."""
     for name, value in (("recipe", to_json(state.recipe)), ("plan", to_json(state.plan)), ("environment", {})):
         files.write_json(folder / f"{name}.json", value)
+    tensors, documents = state.tensors(), state.documents()
+    checkpoint.save(folder, state.step, tensors=tensors, documents=documents, best=True, keep=1)
     log = RunLog(folder, enabled=enabled, total_steps=4, first_step=None, every=1)
     log.step(Position(4, "scratch", 1.0, 0.1, True), torch.tensor([8.0, 4, 8, 0, 8, 8, 8, 0]), 8, 0.0)
     log.speeds[:] = [Speed(updates=1, pictures=8, seconds=2.0, waited=0.5)]
@@ -58,7 +70,7 @@ def open_log(folder: Path, state: TrainState, enabled: bool = True) -> RunLog:
 
 
 def data_of(index: FaceIndex) -> PhaseData:
-    return PhaseData(index, EvaluationSet(test=index, verification=None, pairs=None, held_out=False))
+    return PhaseData(index, NOBODY, EvaluationSet(test=index, verification=None, pairs=None, held_out=False))
 
 
 def test_a_stopped_run_says_so_to_the_scheduler_and_to_whoever_looks_on(
@@ -71,7 +83,12 @@ def test_a_stopped_run_says_so_to_the_scheduler_and_to_whoever_looks_on(
         "state": "preempted",
         "exit_code": 75,
         "step": 4,
-        "best": {"phase": "scratch", "metric": "top1", "value": 0.75},
+        "best": {
+            "phase": "scratch",
+            "metric": "top1",
+            "value": None,
+            "validation": 0.75,
+        },  # the test part was not asked
     }
     assert "stopped at step 4; the same command goes on from there" in capsys.readouterr().out
     assert not (tmp_path / "report.html").exists()  # it is not done
@@ -83,13 +100,14 @@ def test_a_finished_run_tells_the_scheduler_what_bound_it_and_prints_its_summary
     index: FaceIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = make_state(index)
-    assert finish.finish(tmp_path, state, (data_of(index),), open_log(tmp_path, state)) == 0
+    state.reported = {"scratch": {"top1": 0.5}}
+    assert finish.finish(tmp_path, state, None, (data_of(index),), open_log(tmp_path, state)) == 0
     status = files.read_json(tmp_path / "status.json")
     assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, 4)
-    assert status["best"] == {"phase": "scratch", "metric": "top1", "value": 0.75}
+    assert status["best"] == {"phase": "scratch", "metric": "top1", "value": 0.5, "validation": 0.75}
     assert (status["bound_by"], status["images_per_second"], status["data_wait_fraction"]) == ("decode", 4.0, 0.25)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "State: done at step 4. Best checkpoint: top1 75.00% in phase scratch. Bound by decode" in page
+    assert "State: done at step 4. Handed on: scratch (*), top1 50.00% on the test part. Bound by decode" in page
     assert "4 images/s, bound by decode (data wait 25.0%)" in capsys.readouterr().out
 
 
@@ -99,12 +117,12 @@ def test_ranks_that_do_not_write_give_the_same_exit_code_and_no_file(
 ) -> None:
     state = make_state(index, SECOND_RANK)
     log = open_log(tmp_path, state, enabled=False)
-    before = sorted(tmp_path.iterdir())
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     if stopped:
         assert finish.leave(tmp_path, state, log) == 75
     else:
-        assert finish.finish(tmp_path, state, (data_of(index),), log) == 0
-    assert sorted(tmp_path.iterdir()) == before
+        assert finish.finish(tmp_path, state, None, (data_of(index),), log) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert capsys.readouterr().out == ""
 
 
@@ -116,7 +134,7 @@ def test_the_projector_shows_test_pictures_that_could_be_read_under_their_own_na
         folder = tmp_path / str(wanted)
         folder.mkdir()
         state = make_state(index, projector=wanted)
-        assert finish.finish(folder, state, (data_of(index.select(rows)),), open_log(folder, state)) == 0
+        assert finish.finish(folder, state, None, (data_of(index.select(rows)),), open_log(folder, state)) == 0
         found = [path.read_text().splitlines() for path in folder.rglob("metadata.tsv")]
         assert found == ([["ann", "cy"]] if wanted else [])
 
@@ -129,7 +147,7 @@ def test_status_is_replaced_as_a_whole_and_running_has_no_exit_code_yet(tmp_path
 
 
 def test_a_failed_run_still_says_how_far_it_came_and_what_was_best(tmp_path: Path) -> None:
-    best = {"phase": "scratch", "metric": "top1", "value": 0.5}
+    best = {"phase": "scratch", "metric": "top1", "value": None, "validation": 0.5}
     finish.write_status(tmp_path, "running", step=3, best=best)
     finish.fail(tmp_path, 74, "no room")
     expected = {"state": "failed", "exit_code": 74, "step": 3, "best": best, "error": "no room"}
@@ -143,9 +161,9 @@ def test_a_failed_run_still_says_how_far_it_came_and_what_was_best(tmp_path: Pat
 def test_a_finished_run_that_is_started_again_keeps_its_speed(index: FaceIndex, tmp_path: Path) -> None:
     state = make_state(index)
     first = open_log(tmp_path, state)
-    finish.finish(tmp_path, state, (data_of(index),), first)
+    finish.finish(tmp_path, state, None, (data_of(index),), first)
     again = RunLog(tmp_path, enabled=True, total_steps=4, first_step=4, every=1)
-    finish.finish(tmp_path, state, (data_of(index),), again)
+    finish.finish(tmp_path, state, None, (data_of(index),), again)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     status = files.read_json(tmp_path / "status.json")
     assert status["images_per_second"] == pytest.approx(line["images_per_second"]) and status["images_per_second"] > 0
@@ -157,33 +175,11 @@ def test_a_reason_with_bytes_that_are_no_text_is_noted_all_the_same(tmp_path: Pa
     assert files.read_json(tmp_path / "status.json")["error"] == reason
 
 
-# The best checkpoint and the summary, over several phases.
+# The summary, over several phases.
 
 
-def of_phases(phases: tuple[Phase, ...], results: dict[str, dict[str, float]], config: EvalConfig) -> TrainState:
-    """A state of which only the evaluations matter."""
-    recipe = Recipe(data=DataConfig(root="people"), phases=phases, eval=config)
-    state = TrainState(recipe, None, RUN)  # type: ignore[arg-type]
-    state.results, state.phase_number = results, len(phases) - 1
-    return state
-
-
-def test_a_phase_on_other_identities_has_a_best_checkpoint_of_its_own() -> None:
-    phases = (Phase(name="first", start="scratch", split="train"), Phase(name="second", split="val"))
-    state = of_phases(phases, {"first": {"top1": 0.9}, "second": {"top1": 0.6}}, EvalConfig())
-    state.best = 0.6
-    assert finish.best_of(state) == {"phase": "second", "metric": "top1", "value": 0.6}
-    state.best = 0.9  # which is none of this phase's: other people were named
-    with pytest.raises(AssertionError):
-        finish.best_of(state)
-
-
-def test_the_best_checkpoint_goes_by_the_metric_that_was_asked_for() -> None:
-    phases = (Phase(name="first", start="scratch"), Phase(name="second"))
-    results = {"first": {"top1": 0.9, "auc": 0.6}, "second": {"top1": 0.8, "known_auc": 0.7}}
-    state = of_phases(phases, results, EvalConfig(metric="auc"))
-    state.best = 0.7
-    assert finish.best_of(state) == {"phase": "second", "metric": "known_auc", "value": 0.7}
+def of_phases(phases: tuple[Phase, ...], reported: dict[str, dict[str, float]]) -> TrainState:
+    return at_end(Recipe(data=DataConfig(root="people"), phases=phases), reported=reported)
 
 
 def test_transfer_is_held_against_scratch_by_its_best_phase_on_the_same_people_and_may_lose() -> None:
@@ -199,14 +195,14 @@ def test_transfer_is_held_against_scratch_by_its_best_phase_on_the_same_people_a
         "last": {"top1": 0.625},
         "all": {"top1": 0.5},
     }
-    text = finish.summary(Path("run"), of_phases(phases, results, EvalConfig()), BOUND)
+    text = finish.summary(Path("run"), of_phases(phases, results), TWO, BOUND)
     assert "transfer against training from scratch on the same budget: -12.5 points top1" in text
 
 
 def test_rows_of_baselines_stand_in_the_summary_and_are_no_phases() -> None:
     phases = (Phase(name="scratch", start="scratch"), Phase(name="tune", start="scratch"))
     results = {"class means": {"top1": 0.99}, "scratch": {"top1": 0.5}, "tune": {"top1": 0.75}}
-    text = finish.summary(Path("run"), of_phases(phases, results, EvalConfig()), BOUND)
+    text = finish.summary(Path("run"), of_phases(phases, results), TWO, BOUND)
     assert "+25.0 points" in text
     (line,) = (line for line in text.splitlines() if line.startswith("class means"))
     assert line.split() == ["class", "means", "99.00%"]
@@ -215,19 +211,6 @@ def test_rows_of_baselines_stand_in_the_summary_and_are_no_phases() -> None:
 def test_what_the_evaluation_could_not_tell_is_a_dash_in_the_summary() -> None:
     phases = (Phase(name="only", start="scratch"),)
     results = {"only": {"top1": 0.5, "verification_accuracy": 0.75, "tar@1e-3": float("nan")}}
-    text = finish.summary(Path("run"), of_phases(phases, results, EvalConfig()), BOUND)
+    text = finish.summary(Path("run"), of_phases(phases, results), TWO, BOUND)
     (line,) = (line for line in text.splitlines() if line.startswith("only"))
-    assert line.split() == ["only", "50.00%", "75.00%", "-"]
-
-
-def test_a_bad_number_never_chooses_the_best_checkpoint_by_its_order() -> None:
-    """Where the metric is left to us another number chooses; one that was asked for is refused."""
-    nan = float("nan")
-    assert finish.named_metric(EvalConfig(), {"top1": nan, "verification_accuracy": 0.9})[1] == "verification_accuracy"
-    for results in ({"verification_accuracy": nan}, {"known_tasks": nan}):
-        with pytest.raises(ValueError, match="the evaluation gives only nothing"):
-            finish.named_metric(EvalConfig(), results)
-    with pytest.raises(ValueError, match="has too few pairs"):
-        finish.named_metric(EvalConfig(metric="top1"), {"top1": nan, "verification_accuracy": 0.9})
-    assert finish.named_metric(EvalConfig(), {"top1": 0.5, "verification_accuracy": nan}) == (0.5, "top1")
-    assert finish.named_metric(EvalConfig(metric="tasks"), {"tasks": 0.0}) == (0.0, "tasks")  # 0 is a number
+    assert line.split() == ["only", "*", "50.00%", "75.00%", "-"]

@@ -18,13 +18,12 @@ from facefast import train
 from facefast.data import make_sampler
 from facefast.data import prepare as prepare_module
 from facefast.models import checkpoint
-from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe
+from facefast.recipe import DataConfig, Phase, Recipe
 from facefast.runtime import files, log
 from facefast.runtime.log import read_lines
-from facefast.runtime.process import Runtime, World
 from facefast.training import finish
-from facefast.training.step import TrainState
 from tests.support import small
+from tests.support.beginning import TWO, at_end
 from tests.support.pictures import encode, smooth_picture
 from tests.support.ranks import run_ranks
 
@@ -91,7 +90,7 @@ def test_a_run_that_a_signal_to_one_rank_stopped_goes_on_to_the_same_bits(drawn:
         assert files.read_json(run / "status.json")["state"] == "done"
         assert (run / "report.html").exists()
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 6]  # the last is the evaluation
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 6, 6]  # the last are the two evaluations
     one, two = (run / "checkpoints" / "step-0000006" for run in (whole, out))
     for stem in ("model", "ema", "optimizer"):
         expected = safetensors.torch.load_file(one / f"{stem}.safetensors")
@@ -248,47 +247,14 @@ def test_a_rank_that_lost_its_connection_leaves_the_reason_of_the_one_that_faile
     assert files.read_json(tmp_path / "status.json") == {"state": "failed", "exit_code": 65, "error": "bad pictures"}
 
 
-@pytest.mark.parametrize(
-    ("metric", "results", "expected"),
-    [
-        ("auto", {"auc": 0.9, "top1": 0.5, "verification_accuracy": 0.8}, (0.5, "top1")),
-        ("auto", {"verification_accuracy": 0.8, "known_verification_accuracy": 0.9}, (0.8, "verification_accuracy")),
-        ("auto", {"known_verification_accuracy": 0.9}, (0.9, "known_verification_accuracy")),
-        ("auc", {"top1": 0.5, "auc": 0.9}, (0.9, "auc")),
-        ("tar@1e-2", {"top1": 0.5, "known_tar@1e-2": 0.7}, (0.7, "known_tar@1e-2")),
-    ],
-)
-def test_the_best_checkpoint_is_chosen_by_the_number_asked_for(
-    metric: Any, results: dict[str, float], expected: tuple[float, str]
-) -> None:
-    assert finish.named_metric(EvalConfig(metric=metric), results) == expected
-
-
-def test_a_number_that_the_evaluation_cannot_give_is_refused() -> None:
-    with pytest.raises(ValueError, match="eval.metric is auc, but the evaluation gives only top1, top5"):
-        finish.named_metric(EvalConfig(metric="auc"), {"top1": 0.5, "top5": 0.5})
-    with pytest.raises(ValueError, match="the evaluation gives only nothing"):
-        finish.named_metric(EvalConfig(), {})
-    # Nothing is ever greater than NaN: the first checkpoint would have stayed the best one without a word.
-    with pytest.raises(ValueError, match="eval.metric is tar@1e-3, for which the evaluation has too few pairs"):
-        finish.named_metric(EvalConfig(metric="tar@1e-3", pairs=40), {"top1": 0.5, "tar@1e-3": float("nan")})
-
-
-def make_state(recipe: Recipe, results: dict[str, dict[str, float]]) -> TrainState:
-    """A state of which only the evaluations matter."""
-    state = TrainState(recipe, None, Runtime(World(), torch.device("cpu")))  # type: ignore[arg-type]
-    state.results, state.phase_number = results, len(recipe.phases) - 1
-    return state
-
-
 BOUND = {"images_per_second": 166.4, "bound_by": "compute", "data_wait_fraction": 0.014, "advice": "use bf16"}
 
 
 def test_the_summary_compares_with_training_from_scratch_where_both_were_done() -> None:
     phases = (Phase(name="scratch", start="scratch"), Phase(name="finetune", start="scratch"))
     recipe = Recipe(data=DataConfig(root="people", format="folder"), phases=phases)
-    state = make_state(recipe, {"scratch": {"top1": 0.7}, "finetune": {"top1": 0.956}})
-    text = finish.summary(Path("run"), state, BOUND)
+    state = at_end(recipe, reported={"scratch": {"top1": 0.7}, "finetune": {"top1": 0.956}})
+    text = finish.summary(Path("run"), state, TWO, BOUND)
     assert "transfer against training from scratch on the same budget: +25.6 points top1" in text
     assert "166 images/s, bound by compute (data wait 1.4%); to change that: use bf16" in text
     assert "drawn" not in text
@@ -297,28 +263,6 @@ def test_the_summary_compares_with_training_from_scratch_where_both_were_done() 
 
 def test_the_summary_of_drawn_faces_says_so_and_compares_nothing_with_itself() -> None:
     recipe = Recipe(data=DataConfig(root="drawn", format="synthetic"), phases=(Phase(name="scratch", start="scratch"),))
-    text = finish.summary(Path("run"), make_state(recipe, {"scratch": {"top1": 0.7}}), BOUND)
+    text = finish.summary(Path("run"), at_end(recipe, reported={"scratch": {"top1": 0.7}}), TWO, BOUND)
     assert "These faces are drawn" in text
     assert "against training from scratch" not in text
-
-
-def test_the_best_checkpoint_is_unknown_before_the_first_evaluation() -> None:
-    state = make_state(Recipe(phases=(Phase(name="scratch", start="scratch"),)), {"scratch": {"top1": 0.7}})
-    assert finish.best_of(state) is None
-    state.best = 0.7
-    assert finish.best_of(state) == {"phase": "scratch", "metric": "top1", "value": 0.7}
-
-
-def test_the_best_checkpoint_may_be_one_of_the_phase_before() -> None:
-    phases = (
-        Phase(name="other", start="scratch"),
-        Phase(name="first", start="scratch"),
-        Phase(name="second", start="previous"),
-    )
-    state = make_state(Recipe(phases=phases), {"other": {"top1": 0.7}, "first": {"top1": 0.7}})
-    state.phase_number, state.best = 2, 0.7
-    assert finish.best_of(state) == {"phase": "first", "metric": "top1", "value": 0.7}
-    state.results["second"] = {"top1": 0.6}
-    assert (finish.best_of(state) or {})["phase"] == "first"
-    state.results["second"], state.best = {"top1": 0.8}, 0.8
-    assert finish.best_of(state) == {"phase": "second", "metric": "top1", "value": 0.8}

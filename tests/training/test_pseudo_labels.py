@@ -30,7 +30,7 @@ PSEUDO = Phase(name="loose", start="source", labels="pseudo", pseudo_confidence=
 def loose(index: FaceIndex) -> PhaseData:
     """One picture of each person has a name."""
     labels = np.where(np.arange(9) % 3 == 0, index.labels, -1).astype(np.int32)
-    return PhaseData(dataclasses.replace(index, labels=labels), NOBODY)
+    return PhaseData(dataclasses.replace(index, labels=labels), NOBODY, NOBODY)
 
 
 def named(state: TrainState, data: PhaseData, folder: Path, fresh: Any, said: Said, least: float = 0.0) -> list[int]:
