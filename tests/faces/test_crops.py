@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -116,8 +117,8 @@ def test_a_set_that_was_begun_goes_on_and_another_set_is_refused(large: FaceInde
 def test_too_little_space_is_said_before_anything_is_written(
     large: FaceIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = crops.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(crops.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(StorageError, match="6 crops need about"):
         crops.write(large, crops.plan(large, IMAGE), tmp_path / "set", READING)
     assert not list((tmp_path / "set").iterdir())

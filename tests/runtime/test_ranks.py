@@ -118,7 +118,12 @@ def stops(rank: int, folder: str, who: int) -> int:
             os.kill(os.getpid(), signal.SIGSTOP)
         # The test waits for both: the survivor's last act ends the other one.
         told = run.ranks._on_lost
-        run.ranks._on_lost = lambda code, text: (told(code, text), os.kill(victim, signal.SIGKILL))[0]
+
+        def last(code: int, text: str) -> None:
+            told(code, text)
+            os.kill(victim, signal.SIGKILL)
+
+        run.ranks._on_lost = last
         run.barrier()
 
     return life(rank, folder, work)
