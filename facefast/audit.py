@@ -36,7 +36,7 @@ from facefast.labels.selftest import SelfTest, plant_wrong_labels, self_test
 from facefast.labels.sheets import strips, write_sheets
 from facefast.labels.suspects import KINDS, Suspects, find_suspects
 from facefast.models import FaceModel
-from facefast.recipe import Photographs
+from facefast.recipe import Photographs, Recipe, to_json
 from facefast.recipe.options import parse
 from facefast.recipe.ranges import LARGEST_SEED, MOST, require
 from facefast.runtime import exits, files, process
@@ -174,7 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("give either --out DIR, for the findings, or --plant FRACTION, for the self-test")
         if given.out is not None:
             files.require_writable(given.out, folder=True)
-        with process.start() as run:
+        with process.start(rank_timeout=Recipe.rank_timeout) as run:
+            run.require_same(to_json(given))
 
             def faces(model: FaceModel) -> Locator:
                 return locator(model.image, model.faces, given.data.detect, run)

@@ -24,7 +24,7 @@ from facefast.evaluation.overlap import overlap_of
 from facefast.evaluation.sets import checked, find_evaluation_set, given_pairs
 from facefast.faces.align import Locator, locator
 from facefast.models import FaceModel, checkpoint
-from facefast.recipe import DataConfig, EvalConfig, Photographs, Reading
+from facefast.recipe import DataConfig, EvalConfig, Photographs, Reading, Recipe, to_json
 from facefast.recipe.options import parse, typed
 from facefast.recipe.ranges import LARGEST_SEED, require
 from facefast.runtime import exits, files, process
@@ -74,7 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     with exits.exit_codes() as outcome:
         given = parse(EvaluateArguments, arguments, "evaluate")
         _require_sense(given)
-        with process.start() as run:
+        with process.start(rank_timeout=Recipe.rank_timeout) as run:
+            run.require_same(to_json(given))
             reading = given.data.reading(decode_threads(0, run.world))
             model = checkpoint.load_model(given.model, run.device)
             precision = checkpoint.precision_of(given.model, model)

@@ -41,6 +41,10 @@ class GalleryArguments:
     two photographs or names; forget: names."""
     model: Path | None = None
     """The run, checkpoint, package or weights file that makes the embeddings; by default the gallery's own."""
+    detect: str = "auto"
+    """Where faces are: auto finds out whether pictures are aligned as the model wants them, and looks for the largest
+    face in the middle where they are not; mtcnn, or the .onnx file of YuNet, looks through all pictures; none takes
+    their middle."""
     from_run: bool = False
     """Enroll the people that the model was trained on, by their training pictures."""
     numbers: Literal["auto", "float32", "float16"] = "auto"
@@ -60,9 +64,9 @@ class GalleryArguments:
 
 
 _OWN = {
-    "enroll": ("model", "from_run", "numbers"),
-    "search": ("model", "join", "top", "fpir", "threshold"),
-    "verify": ("model", "fmr", "threshold"),
+    "enroll": ("model", "from_run", "numbers", "detect"),
+    "search": ("model", "join", "top", "fpir", "threshold", "detect"),
+    "verify": ("model", "fmr", "threshold", "detect"),
     "list": (),
     "forget": (),
 }
@@ -108,7 +112,7 @@ def _embedder(given: GalleryArguments, run: process.Runtime, stored: Gallery | N
         raise ValueError("nothing tells which model makes the embeddings; give --model")
     if given.model is None and not path.exists():
         raise ValueError(f"{path}, the model that {given.gallery} was made with, is gone; give --model")
-    made = enrolment.Embedder.load(path, run)
+    made = enrolment.Embedder.load(path, run, given.detect)
     if stored is not None:
         Gallery(stored.path, fingerprint(made.model))  # refuses another model's
     return made
@@ -132,7 +136,7 @@ def _enroll(given: GalleryArguments) -> None:
             given.gallery,
             enrolment.offer_of(index, embedder, name),
             fingerprint(embedder.model),
-            thresholds=enrolment.thresholds_of(given.model) if given.model is not None else None,
+            thresholds=embedder.thresholds if given.model is not None else None,
             numbers=None if given.numbers == "auto" else given.numbers,
             source=str(model_path),
         )
@@ -206,8 +210,8 @@ def _verify(given: GalleryArguments) -> None:
         elif given.model is not None:
             raise ValueError(f"{given.gallery} is no gallery, and --model names another model; give one of them")
         else:
-            embedder = enrolment.Embedder.load(given.gallery, run)
-            thresholds = enrolment.thresholds_of(given.gallery)
+            embedder = enrolment.Embedder.load(given.gallery, run, given.detect)
+            thresholds = embedder.thresholds
         sides = [_side(word, stored, embedder) for word in given.words]
     cosine = float(sides[0].double() @ sides[1].double())
     threshold, why = given.threshold, ""
@@ -252,10 +256,12 @@ def _list(given: GalleryArguments) -> None:
     stored = Gallery(given.gallery)
     counts = dict(zip(stored.names, stored.counts.tolist(), strict=True))
     if given.json:
-        _print_json({"people": counts, **_size(stored)})
+        _print_json({"people": counts, "doubles": stored.doubles(), **_size(stored)})
     else:
         for name, count in counts.items():
             print(f"{count:6d}  {name}")
+        for one, other in stored.doubles():
+            print(f"{one} and {other} look like one person under two names; forget one of them if so")
         print(_sentence(stored))
 
 

@@ -27,7 +27,7 @@ from facefast.evaluation.embed import embed_photographs
 from facefast.faces.align import Locator, locator
 from facefast.labels.clustering import Floats, Numbers, agreement, assign, cluster, unit_rows
 from facefast.models import FaceModel
-from facefast.recipe import Photographs
+from facefast.recipe import Photographs, Recipe, to_json
 from facefast.recipe.options import parse
 from facefast.recipe.ranges import MOST, require
 from facefast.runtime import exits, files, process
@@ -185,7 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
         given = parse(LabelArguments, arguments, "label")
         files.require_writable(given.out)
         given = dataclasses.replace(given, data=with_format(given.data))
-        with process.start() as run:
+        with process.start(rank_timeout=Recipe.rank_timeout) as run:
+            run.require_same(to_json(given))
 
             def faces(model: FaceModel) -> Locator:
                 return locator(model.image, model.faces, given.data.detect, run)

@@ -69,6 +69,8 @@ def find_images(given: tuple[Path, ...]) -> list[Path]:
     Raises:
         ValueError: a path that is not there, or nothing to look at.
     """
+    if not given:
+        raise ValueError("predict needs photographs: facefast predict MODEL IMAGE|DIR...")
     found: list[Path] = []
     for path in given:
         require_there(path)

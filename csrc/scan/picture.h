@@ -46,7 +46,7 @@ inline constexpr const char* kFaultNames[] = {
     "unreadable (permission or I/O error)",
     "empty file",
     "range outside its file",
-    "too many bytes (more than 16 MiB and 8 for each pixel)",
+    "too many bytes (more than 16 MiB and 8 for each pixel, or than 128 MiB)",
     "not a picture",
     "unsupported: GIF",
     "unsupported: AVIF",
@@ -86,7 +86,8 @@ struct Picture {
 
 // An encoded picture may have so many bytes beside those for its pixels, 16-bit RGBA at most: for colour profiles,
 // previews, and the films that phones put behind their photographs.
-constexpr uint64_t kFreeBytes = uint64_t{16} << 20, kBytesPerPixel = 8;
+// Several of them are in memory at a time: above `kMostBytes` none is read, whatever its pixels.
+constexpr uint64_t kFreeBytes = uint64_t{16} << 20, kBytesPerPixel = 8, kMostBytes = uint64_t{128} << 20;
 
 // The size of a picture by its beginning, for a file that is too large to be read before that is known: the first
 // `size` bytes, or of a TIFF the directory behind its header. A fault where it does not show.

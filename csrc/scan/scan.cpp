@@ -90,7 +90,8 @@ class Source {
         if (measured.fault != Fault::kNone) return Fault::kTooManyBytes;
         const uint64_t pixels = uint64_t{measured.width} * measured.height;
         if (pixels > max_pixels_) return Fault::kTooManyPixels;
-        if (size > static_cast<int64_t>(kFreeBytes + kBytesPerPixel * pixels)) return Fault::kTooManyBytes;
+        const uint64_t most = std::min(kFreeBytes + kBytesPerPixel * pixels, kMostBytes);
+        if (size > static_cast<int64_t>(most)) return Fault::kTooManyBytes;
       }
     }
     size_ = size;

@@ -204,7 +204,7 @@ def _frames(
     if template == "none" or points is None:
         return _centred(index, rows, image, sizes)
     height, width = image.shape
-    source = points[rows].astype(np.float64).view(np.complex128)[..., 0] + (0.5 + 0.5j)  # [B, 5]
+    source = points[rows].astype(np.float64, order="C").view(np.complex128)[..., 0] + (0.5 + 0.5j)  # [B, 5]
     target = _target(template, width, height)  # [5]
     with np.errstate(all="ignore"):  # NaN, infinite or coinciding landmarks: found below
         source_mean, target_mean = source.mean(1), target.mean()

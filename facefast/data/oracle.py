@@ -22,7 +22,7 @@ from facefast.runtime.untrusted import open_regular
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 """What both decoders read; PIL alone would try dozens of formats, and their parsers' faults."""
 
-LARGEST = 1 << 29
+LARGEST = 1 << 27
 """Bytes of an encoded picture."""
 Picture = NDArray[np.uint8]
 
@@ -57,7 +57,9 @@ def decode(source: bytes | str | os.PathLike[str], max_pixels: int = Reading.max
             if "transparency" in picture.info:  # PIL warns where a palette loses it on the way to RGB
                 picture = picture.convert("RGBA")
             return np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged picture makes Pillow's parsers raise nearly anything
         raise ValueError(f"cannot decode {name}: {error}") from error
 
 

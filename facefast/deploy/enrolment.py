@@ -12,23 +12,21 @@ import torch
 from torch import Tensor
 
 from facefast.data import FaceIndex, read_index
-from facefast.data.index import FAULTS, advice
+from facefast.data.index import FAULTS, NO_FACE, advice
 from facefast.data.prepare import divide, photographs_of
 from facefast.data.walk import DECODED, list_pictures
 from facefast.deploy.gallery import Offer
 from facefast.evaluation.embed import embed_rows
 from facefast.evaluation.thresholds import Thresholds
+from facefast.faces.align import Locator, locator
 from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
 from facefast.recipe import Reading, Recipe, from_json
-from facefast.runtime import files
 from facefast.runtime.process import Runtime, decode_threads
 
 LEAST_SIDE = 40
 """Pixels of a picture's shorter side; what is smaller shows too little of a face to know it again by."""
 BATCH_SIZE = 64
-THRESHOLDS = "thresholds.json"
-"""Beside a checkpoint's or a package's model.json."""
 
 Quality = Callable[[FaceIndex], Sequence[str]]
 """What speaks against each row's picture, in words; empty for good ones."""
@@ -40,26 +38,41 @@ class Embedder(NamedTuple):
     model: FaceModel
     precision: Precision
     run: Runtime
+    faces: Locator
 
     @classmethod
-    def load(cls, path: Path, run: Runtime) -> Embedder:
+    def load(cls, path: Path, run: Runtime, detect: str = "auto") -> Embedder:
         """From a run, a checkpoint, a package or source weights.
+
+        Args:
+            path: it.
+            run: the process.
+            detect: what finds faces, as `facefast.faces.align` says.
 
         Raises:
             ValueError: there is no model there.
             StorageError: a file of it is damaged.
         """
         model = checkpoint.load_model(path, run.device)
-        return cls(model, checkpoint.precision_of(path, model), run)
+        return cls(model, checkpoint.precision_of(path, model), run, locator(model.image, model.faces, detect, run))
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """Those that the model was given, none where it has none."""
+        return Thresholds.from_json(self.model.thresholds or {})
 
     def embed(self, index: FaceIndex) -> tuple[Tensor, list[str]]:
-        """[N, D] of any length, 0 for pictures that could not be read, and [N] why they could not."""
+        """[N, D] of any length, of the largest face in the middle of each picture, and [N] why there is none: it
+        could not be read, or shows no face."""
         faults = [FAULTS[fault] + advice(FAULTS[fault]) if fault else "" for fault in index.faults.tolist()]
         sound = np.flatnonzero(index.faults == 0)
         embeddings = torch.zeros(len(index), self.model.embedding_size)
         if len(sound):
             reading = Reading(decode_threads(0, self.run.world), max_bad_fraction=1.0)  # each fault is an answer
-            part = index.select(sound)
+            part = self.faces(index.select(sound), reading, faceless=True)
+            if part.landmarks is not None:
+                for place in np.flatnonzero(~np.isfinite(part.landmarks).all((1, 2))).tolist():
+                    faults[sound[place]] = FAULTS[NO_FACE]
             found, seen = embed_rows(self.model, part, self.run, self.precision, reading, batch_size=BATCH_SIZE)
             embeddings[torch.from_numpy(sound)] = found
             for place in torch.nonzero(~seen).flatten().tolist():
@@ -143,15 +156,3 @@ def offer_of(index: FaceIndex, embedder: Embedder, name: str | None = None, qual
     against = quality(index)
     names = [name if name is not None else index.class_names[label] for label in index.labels.tolist()]
     return Offer(names, embeddings, index.hashes, tuple(a or b for a, b in zip(faults, against, strict=True)))
-
-
-def thresholds_of(path: Path) -> Thresholds:
-    """The thresholds that a model was given, none where it has none.
-
-    Raises:
-        ValueError: they are damaged.
-    """
-    if not path.is_dir():
-        return Thresholds()
-    document = checkpoint.find_model(path) / THRESHOLDS
-    return Thresholds.from_json(files.read_json(document)) if document.exists() else Thresholds()

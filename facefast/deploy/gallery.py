@@ -21,7 +21,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from facefast.deploy import gallery_file
-from facefast.evaluation.openset import Join, OpenSetScores, leave_one_out, naming_thresholds
+from facefast.evaluation.openset import (
+    Join,
+    OpenSetScores,
+    double_names,
+    leave_one_out,
+    naming_thresholds,
+    without_double_names,
+)
 from facefast.evaluation.thresholds import NamingThreshold, Thresholds
 from facefast.models import FaceModel
 from facefast.recipe import to_json
@@ -265,9 +272,17 @@ class Gallery:
         """
         return leave_one_out(torch.from_numpy(np.array(self.embeddings, np.float32)), self.people, join)
 
+    def doubles(self) -> list[tuple[str, str]]:
+        """People who are probably enrolled under two names: `double_names`; nobody looks beyond `OWN_ROWS` pictures."""
+        if len(self.names) < 2 or len(self) > OWN_ROWS:
+            return []
+        pairs = {tuple(sorted(pair)) for pair in double_names(self.scores())}
+        return [(self.names[one], self.names[other]) for one, other in sorted(pairs)]
+
     def naming(self, fpir: float, join: Join = "max") -> NamingThreshold:
         """The threshold of naming: found among the enrolled people themselves, each in turn a stranger to the others,
-        where they are enough to show the rate, else that of the model.
+        where they are enough to show the rate, else that of the model. Who is probably enrolled under two names
+        (`doubles`) is no stranger to the other and does not count.
 
         A stranger has more chances to be taken for somebody among many people: the gallery's own is the right one.
 
@@ -276,7 +291,8 @@ class Gallery:
         """
         own: NamingThreshold | None = None
         if len(self.names) > 1 and len(self) <= OWN_ROWS:
-            (own,) = naming_thresholds(self.scores(join), [fpir])
+            scores, _ = without_double_names(self.scores(join))
+            (own,) = naming_thresholds(scores, [fpir])
             if own.value is not None:
                 return own
         try:

@@ -220,6 +220,7 @@ def identify(embed: Embed, probes: FaceIndex, gallery: FaceIndex, join: Join) ->
         "left_out_copies": int(copies.sum()),
         "left_out_nameless": int((people < 0).sum()),
         "join": join,
+        "double_names": [[names[who], names[other]] for who, other in openset.double_names(scores)],
         "naming_thresholds": [threshold.to_json() for threshold in openset.naming_thresholds(scores)],
     }
     if len(scores.genuine):
@@ -262,6 +263,8 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
             yield from _draw_lines(value)
         elif short == "cmc":
             yield "found among the first 1, 5, 20: " + ", ".join(f"{value[k - 1]:.2%}" for k in (1, 5, 20))
+        elif short == "double_names":
+            yield from (f"{who}, a stranger, looks like {other} of the gallery: one person?" for who, other in value)
         elif short == "groups":
             yield from _group_lines(value)
         elif short == "hardest":

@@ -59,12 +59,12 @@ def decide(weight: Tensor, scale: float, train: LabelledEmbeddings, validation: 
     """
     fair = train if validation is None else validation
     everything = scores(train if validation is None else _joined(train, validation), weight)
-    twins = double_names(everything)
+    twins = sorted({(min(pair), max(pair)) for pair in double_names(everything)})
     naming = naming_thresholds(without_double_names(everything)[0])
     if validation is not None:
         fair_scores = scores(validation, weight)
         # Few pictures of a person may hide that two names are one person's: those found among all are left out.
-        kept = ~np.isin(fair_scores.strangers, [who for who, _ in twins])
+        kept = ~np.isin(fair_scores.strangers, [who for pair in twins for who in pair])
         naming = tuple(map(_higher, naming, naming_thresholds(_part(fair_scores, kept))))
     pairs = pair_thresholds(_pairs(fair, twins))
     on = f"{_rows(train)} training pictures" + (

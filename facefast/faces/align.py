@@ -347,7 +347,7 @@ def _laid(index: FaceIndex, frame: Frame) -> NDArray[np.float32]:
     """[N, 5, 2] where the faces of aligned pictures lie."""
     assert frame.points is not None
     sizes = upright_sizes(index, np.arange(len(index)))
-    return (frame.points * sizes[:, None] - 0.5).astype(np.float32)
+    return np.ascontiguousarray(frame.points * sizes[:, None] - 0.5, np.float32)
 
 
 def locator(image: ImageSpec, faces: Mapping[str, Any] | None, detect: str, run: Runtime) -> Locator:

@@ -1,6 +1,7 @@
 """Where the faces of photographs are: detectors, and photographs shown to one on all cores.
 
-MTCNN is the default: it needs no file, and models are trained on faces aligned by its landmarks.
+MTCNN is the default: it needs no file, and verification on photographs as they were taken is 1.0 points better with its
+landmarks than with YuNet's (97.6 and 96.6 %, benchmarks/LOG.md), which takes a quarter of the time.
 """
 
 from __future__ import annotations

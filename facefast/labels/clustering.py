@@ -131,7 +131,7 @@ def cluster(
     own, other, _ = own_and_other(unit, labels, len(order), block=block)
     scale = _temperature(unit, labels, len(order), own, block)
     margin = np.where(np.isfinite(other), own - other, np.inf)
-    confidences = np.where(np.isfinite(own), 1 / (1 + np.exp(-scale * margin)), 0)
+    confidences = np.where(np.isfinite(own), 1 / (1 + np.exp(np.minimum(-scale * margin, 80))), 0)
     return labels, confidences.astype(np.float32)
 
 

@@ -11,7 +11,16 @@ import tyro
 
 from facefast.recipe.config import BinaryConfig, ModelConfig, TaskConfig
 from facefast.recipe.named import RECIPES, Given, with_scratch_baseline
-from facefast.recipe.options import did_you_mean, hyphenated, in_full, nearest, one_of, options
+from facefast.recipe.options import (
+    did_you_mean,
+    group_of,
+    hyphenated,
+    in_full,
+    nearest,
+    one_of,
+    options,
+    quoting_errors,
+)
 from facefast.recipe.usage import ALIASES, short_help
 from facefast.recipe.whole import Recipe
 
@@ -65,7 +74,8 @@ def train_arguments(arguments: list[str]) -> tuple[Recipe, Path, str]:
         raise ValueError(f"there is no recipe {name!r}{near} (facefast train --help says what each does)")
     early = EarlyArguments()
     if said := [word for word in rest if word not in (*HELP, HELP_ALL) and not word.startswith("--tyro-")]:
-        early, _ = tyro.cli(EarlyArguments, args=said, prog=_program(name), return_unknown_args=True)
+        with quoting_errors():
+            early, _ = tyro.cli(EarlyArguments, args=said, prog=_program(name), return_unknown_args=True)
     name = name or _recipe_for(early.given)
     shape = _arguments(name, EXAMPLE, early.compare_scratch)
     if HELP_ALL in rest:
@@ -77,9 +87,10 @@ def train_arguments(arguments: list[str]) -> tuple[Recipe, Path, str]:
     # Names before values: a misspelt --tasks.attributes is no recipe that lacks its attributes.
     words = [names.in_full(word) if word.startswith("--") and not word.startswith("--tyro-") else word for word in rest]
     default = _arguments(name, early.given, early.compare_scratch)
-    chosen, unused = tyro.cli(
-        TrainArguments, args=words, default=default, prog=_program(name), return_unknown_args=True
-    )
+    with quoting_errors():
+        chosen, unused = tyro.cli(
+            TrainArguments, args=words, default=default, prog=_program(name), return_unknown_args=True
+        )
     if unused:
         raise ValueError(names.unknown(unused[0]) if unused[0].startswith("-") else _stray(unused[0]))
     recipe = chosen.recipe
@@ -167,11 +178,19 @@ class _Names:
 
     def unknown(self, flag: str) -> str:
         """What is wrong with an option that there is not, and which one was meant."""
+        if flag == "--":
+            return "train takes no words beside its recipe and its options; leave -- out"
         start, phase, rest = (*flag.split(".", 2), "", "")[:3]
-        if start == "--phases" and phase not in (*self.phases, *map(str, range(len(self.phases)))):
+        if phase.isdecimal() and int(phase) < len(self.phases):
+            phase = self.phases[int(phase)]
+        if text := group_of(".".join(filter(None, (start, phase, rest))), self.known):
+            return f"{text} (facefast train --help-all lists all of them)"
+        if start == "--phases" and phase not in self.phases:
             meant = [f"--phases.{name}.{rest}" for name in nearest(phase, self.phases)]
             where = f"the phases are {', '.join(self.phases)}"
         else:
             meant = nearest(flag, [*self.known, *ALIASES, "--help", HELP_ALL])
+            if len(self.phases) > 1 and meant and meant[0] in ALIASES:
+                meant = [f"--phases.{name}.{meant[0][2:]}" for name in self.phases]
             where = "facefast train --help-all lists all of them"
         return f"there is no option {flag}{did_you_mean(meant)} ({where})"

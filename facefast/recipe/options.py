@@ -4,10 +4,12 @@ word meant, and the parsing of a whole line."""
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
+import io
 import itertools
 import sys
 import textwrap
@@ -109,6 +111,20 @@ def nearest(word: str, known: Iterable[str]) -> list[str]:
     return ends or difflib.get_close_matches(word, known, 1)
 
 
+def group_of(flag: str, known: Iterable[str], shown: int = 4) -> str:
+    """What to say of a word that is the beginning or the middle of options' names, as --data is of --data.root and
+    --loss of --phases.last.loss.gamma; "" for any other."""
+    known = list(known)
+    middle = f".{flag.lstrip('-')}"
+    groups = [flag, *(name[: name.index(f"{middle}.")] + middle for name in known if f"{middle}." in name)]
+    for group in groups:
+        inside = [name for name in known if name.startswith(f"{group}.")]
+        if inside:
+            more = f" and {len(inside) - shown} more" if len(inside) > shown else ""
+            return f"{group} is a group of options: {', '.join(inside[:shown])}{more}"
+    return ""
+
+
 def did_you_mean(words: Iterable[str]) -> str:
     """ "; did you mean a or b?", nothing for no words."""
     words = list(words)
@@ -144,9 +160,29 @@ def parse(kind: type[T], arguments: list[str] | None, command: str) -> T:
     for flag in _flags(words):
         # Names before values: tyro would rather say which ones are missing, and knows no --thread=3 for --threads 3.
         if flag not in taken and not flag.startswith("--tyro-"):
+            if text := group_of(flag, [option.flag for option in known]):
+                raise ValueError(f"{text} (facefast {command} --help lists all of them)")
             near = did_you_mean(nearest(flag, ["--help", *(option.flag for option in known)]))
             raise ValueError(f"there is no option {flag}{near} (facefast {command} --help lists all of them)")
-    return tyro.cli(kind, args=words, prog=f"facefast.{command}")
+    with quoting_errors():
+        return tyro.cli(kind, args=words, prog=f"facefast.{command}")
+
+
+@contextlib.contextmanager
+def quoting_errors() -> Iterator[None]:
+    """Within it what tyro says of a wrong value is the text of its SystemExit instead of being printed: whoever prints
+    it can escape what was typed."""
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"  # tyro draws its frames from what this has
+    said = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+        said.flush()
+        text = said.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+        raise SystemExit(text.strip("\n") or error.code) from None
 
 
 def typed(kind: type[Any], arguments: list[str] | None) -> frozenset[str]:

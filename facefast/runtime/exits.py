@@ -58,7 +58,12 @@ def exit_code(error: BaseException) -> int | None:
     """The exit code for an error that a user can act on; None for a bug, which is shown with its traceback."""
     if isinstance(error, RankError):
         return error.code
-    codes = {DataError: EXIT_DATA, NumericsError: EXIT_NUMERICS, StorageError: EXIT_STORAGE}
+    codes = {
+        DataError: EXIT_DATA,
+        NumericsError: EXIT_NUMERICS,
+        StorageError: EXIT_STORAGE,
+        terminal.OutputError: EXIT_STORAGE,
+    }
     for kind, code in codes.items():
         if isinstance(error, kind):
             return code
@@ -73,7 +78,7 @@ def exit_code(error: BaseException) -> int | None:
 
 def reason(error: BaseException) -> str:
     """What is said of an error that has an exit code."""
-    if isinstance(error, StorageError):
+    if isinstance(error, StorageError | terminal.OutputError):
         return str(error)
     if _is_out_of_memory(error):
         asked = next(iter(str(error).splitlines()), "") or "no more was given"
@@ -84,8 +89,10 @@ def reason(error: BaseException) -> str:
     if _has_no_folder(error):
         return "the folder that this was started in is gone; change to another one"
     if isinstance(error, OSError) and error.strerror:
-        where = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes | os.PathLike) else ""
-        return f"the system refuses{where}: {error.strerror}; mend its permissions or its place, or give another path"
+        if not isinstance(error.filename, str | bytes | os.PathLike):
+            return f"it cannot be written: {error.strerror}; make room, or give it another place"
+        path = os.fsdecode(error.filename)
+        return f"the system refuses {path}: {error.strerror}; mend its permissions or its place, or give another path"
     return str(error) or type(error).__name__
 
 
@@ -128,7 +135,7 @@ def exit_codes(on_failure: Callable[[int, str], None] | None = None) -> Iterator
             yield outcome
         except SystemExit as error:  # the argument parser's: 2 is its usage error
             if isinstance(error.code, str):
-                terminal.complain(terminal.message(error.code))
+                terminal.complain(terminal.plain(error.code))
             outcome.code = EXIT_USAGE if error.code == 2 or isinstance(error.code, str) else int(error.code or 0)
         except KeyboardInterrupt:
             terminal.complain("interrupted")
@@ -137,13 +144,13 @@ def exit_codes(on_failure: Callable[[int, str], None] | None = None) -> Iterator
             outcome.code = _fail(error, on_failure)
         lost = terminal.broken_output()
         if lost and outcome.code == EXIT_DONE and on_failure is None:
-            outcome.code = _fail(StorageError(lost), None)
+            outcome.code = _fail(lost, None)
 
 
 def _fail(error: Exception, on_failure: Callable[[int, str], None] | None) -> int:
     """Says what went wrong; returns the exit code."""
     if isinstance(error, OSError) and error.filename is None and (lost := terminal.broken_output()):
-        error = StorageError(lost)
+        error = lost
     code = exit_code(error)
     if code is None:
         terminal.complain(terminal.plain("".join(traceback.format_exception(error)).rstrip()))

@@ -47,9 +47,21 @@ def _escaped(text: str) -> str:
     return "".join(map(escape_letter, text))
 
 
+class OutputError(OSError):
+    """What was printed does not arrive: nobody reads it any more, as after head, or its disk is full."""
+
+
 def say(text: str) -> None:
-    """Prints a result at once; paths and names in it are escaped where that is needed."""
-    print(plain(text), flush=True)
+    """Prints a result at once; paths and names in it are escaped where that is needed.
+
+    Raises:
+        OutputError: it does not arrive.
+    """
+    try:
+        print(plain(text), flush=True)
+    except OSError as error:
+        _silence(sys.stdout)
+        raise OutputError(_why(error)) from error
 
 
 def complain(text: str) -> None:
@@ -94,30 +106,32 @@ def _format_warning(
     return f"warning: {_escaped(' '.join(str(message).split()))}\n"
 
 
-def broken_output() -> str | None:
-    """Why what was printed does not arrive: nobody reads it any more, as after head, or its disk is full; None if it
-    does. What is still to be written then goes nowhere."""
-    reasons = []
+def broken_output() -> OutputError | None:
+    """Why what was printed does not arrive, None if it does; what is still to be written then goes nowhere."""
+    lost = []
     for stream in (sys.stdout, sys.stderr):
-        reason = None
         try:
             if _has_no_reader(stream):
-                reason = "nobody reads the output any more"
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
             stream.flush()
         except OSError as error:
-            reason = reason or (
-                "nobody reads the output any more"
-                if error.errno == errno.EPIPE
-                else f"the output cannot be written: {error.strerror}; give it another place"
-            )
+            _silence(stream)
+            lost.append(OutputError(_why(error)))
         except ValueError:  # closed by whoever called us
             continue
-        if reason is not None:
-            reasons.append(reason)
-            # Without this the interpreter writes once more at its end, fails, and leaves with a code of its own.
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return reasons[0] if reasons else None
+    return lost[0] if lost else None
+
+
+def _why(error: OSError) -> str:
+    if error.errno == errno.EPIPE:
+        return "nobody reads the output any more"
+    return f"the output cannot be written: {error.strerror}; give it another place"
+
+
+def _silence(stream: TextIO) -> None:
+    # Otherwise the interpreter writes once more at its end, fails, and leaves with a code of its own.
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _has_no_reader(stream: TextIO) -> bool:

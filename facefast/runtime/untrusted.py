@@ -10,6 +10,7 @@ import errno
 import math
 import os
 import stat
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -144,7 +145,7 @@ def _read_npy(file: Any, name: str, size: int) -> NDArray[Any]:
     if count < 0 or count * dtype.itemsize != left or (count and not dtype.itemsize):
         raise ValueError(f"{name} announces shape {shape} of {dtype}, and has {left} bytes")
     data = np.empty(left, np.uint8)
-    view, at = memoryview(data), 0
+    view, at = memoryview(data.data), 0
     while at < left:
         part = file.readinto(view[at : at + _CHUNK])
         if not part:
@@ -152,4 +153,6 @@ def _read_npy(file: Any, name: str, size: int) -> NDArray[Any]:
         at += part
     if not left:
         return np.empty(shape, dtype)
+    if dtype.kind == "U" and data.view(np.dtype("u4").newbyteorder(dtype.byteorder)).max() > sys.maxunicode:
+        raise ValueError(f"{name} holds texts with letters that do not exist")
     return data.view(dtype).reshape(shape, order="F" if fortran else "C")

@@ -28,6 +28,7 @@ from facefast.training.step import TrainState
 
 MEANS = "class-means"
 """The folder beside the other checkpoints in which class means are handed on."""
+ROUNDING = 1e-6
 MOST_DECIDING = 20_000
 """Training pictures that thresholds are found on."""
 
@@ -169,7 +170,8 @@ def handed_on(state: TrainState) -> str:
         return phase.name
     means = state.validated.get(CLASS_MEANS, {}).get("top1", -1.0)
     chooses = state.best is not None and named_metric(state.recipe.eval, state.validated[phase.name])[1] == "top1"
-    return CLASS_MEANS if chooses and means >= (state.best or 0.0) else phase.name
+    # Fine-tuning has to name one picture more, not to be ahead by a rounding.
+    return CLASS_MEANS if chooses and means >= (state.best or 0.0) - ROUNDING else phase.name
 
 
 def best_of(state: TrainState) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from tests.support.pictures import encode, smooth_picture
 FAULTY = faulty_pictures()
 SOUND = sound_pictures()
 LIMIT = 64_000_000
-TOO_LONG = "too many bytes (more than 16 MiB and 8 for each pixel)"
+TOO_LONG = "too many bytes (more than 16 MiB and 8 for each pixel, or than 128 MiB)"
 
 
 def inspect(data: bytes, max_pixels: int = LIMIT) -> tuple[str, str, int, int, int]:
@@ -207,9 +207,9 @@ def test_a_tail_behind_a_picture_is_not_kept_and_a_long_one_not_read(tmp_path: P
     assert faults == [TOO_LONG] * 4 + ["ok", TOO_LONG]
     paths = np.array([os.fsencode(tmp_path / name) for name in [*files, "short.jpg"]])
     whole = np.full(len(paths), -1, np.int64)
-    content, read_faults, *_ = _scan.read(paths, whole, whole, 2, LIMIT, found["hash"][: len(paths)])
+    kept, read_faults, *_ = _scan.read(paths, whole, whole, 2, LIMIT, found["hash"][: len(paths)])
     assert [_scan.FAULTS[fault] for fault in read_faults] == faults[:5]
-    assert content[4].tobytes() == jpeg(), "the hash is the file's, the bytes are the picture's"
+    assert kept[4].tobytes() == jpeg(), "the hash is the file's, the bytes are the picture's"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
 
 

@@ -393,6 +393,18 @@ def test_thresholds_are_kept_and_the_gallerys_own_come_first(tmp_path: Path) -> 
     assert own.rate_interval is not None and named <= own.rate_interval.high
 
 
+def test_one_person_under_two_names_is_told_and_sets_no_threshold(tmp_path: Path) -> None:
+    embeddings, names = crowd(40, 10)
+    again = embeddings[torch.tensor([name == "person 005" for name in names])]
+    again = again + 0.5 * torch.randn(10, WIDTH, generator=torch.Generator().manual_seed(4))
+    clean, _ = gallery.enroll(tmp_path / "clean", offer(embeddings, names), "m")
+    both = offer(torch.cat([embeddings, again]), [*names, *["alias"] * 10])
+    stored, refused = gallery.enroll(tmp_path / "both", both, "m")
+    assert not refused
+    assert (clean.doubles(), stored.doubles()) == ([], [("alias", "person 005")])
+    assert stored.naming(0.01).require() == pytest.approx(clean.naming(0.01).require(), abs=0.05)
+
+
 @pytest.mark.parametrize(
     ("names", "hashes", "message"),
     [

@@ -214,3 +214,22 @@ def test_a_thinned_curve_has_points_of_the_whole_one_and_both_ends() -> None:
     assert thin[0] == whole[0] and thin[-1][1] == 1
     rare = [accepted for _, accepted, _ in thin if 0 < accepted < 0.01]
     assert len(rare) > 20  # a straight spacing would have two
+
+
+def test_a_person_under_two_names_is_found_and_set_aside() -> None:
+    embeddings, labels = crowd(40, 10, noise=0.8)
+    twice, named = torch.cat([embeddings, embeddings[labels == 3] + 0.3]), np.append(labels, np.full(10, 50))
+    scores = openset.leave_one_out(twice, named, "max")
+    assert sorted(openset.double_names(scores)) == [(3, 50), (50, 3)]
+    kept, aside = openset.without_double_names(scores)
+    assert aside == 2
+    assert not {3, 50} & {*kept.strangers.tolist(), *kept.known.tolist()}
+    assert len(kept.impostors) == len(kept.nearest) == len(scores.impostors) - 20
+    clean = openset.leave_one_out(embeddings, labels, "max")
+    assert openset.double_names(clean) == []
+    # Pictures of the one, which are all very like those of the other, would set the threshold of a low rate.
+    raw, better, best = (openset.naming_thresholds(s, [0.01])[0].require() for s in (scores, kept, clean))
+    assert raw > better + 0.1
+    assert better == pytest.approx(best, abs=0.05)
+    alone = OpenSetScores(np.zeros(0), labels[:0], np.ones(9), labels[:0], labels[:9], labels[:9])
+    assert openset.double_names(alone) == []

@@ -96,6 +96,27 @@ def test_the_variance_of_pairs_is_the_sum_over_all_pairs_with_an_identity_in_com
     assert found == pytest.approx(max(0.0, naive) * 12 / 11 / 80**2)
 
 
+def test_the_interval_of_another_set_holds_what_another_set_shows() -> None:
+    rng = np.random.default_rng(11)
+    people = np.repeat(np.arange(60), 25)
+
+    def trials() -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        return rng.normal(size=1500) + rng.normal(size=60)[people]
+
+    inside = {False: 0, True: 0}
+    for _ in range(200):
+        first, second = trials(), trials()
+        threshold = thresholds.lowest_threshold(first, 0.05)
+        rate = (second >= threshold).mean()
+        for again in inside:
+            found = thresholds.error_interval(first >= threshold, people, again=again)
+            inside[again] += found.low <= rate <= found.high
+    assert inside[True] / 200 >= 0.9
+    assert inside[False] < inside[True] - 10
+    few = thresholds.error_interval(np.arange(300) < 3, again=True)
+    assert few.low == 0 and thresholds.error_interval(np.arange(300) < 3).low > 0
+
+
 @pytest.mark.parametrize("pairs", [False, True])
 def test_intervals_by_identity_hold_the_truth_as_often_as_they_say(pairs: bool) -> None:
     # Each identity has its own chance of an error, so trials of one are far from independent.

@@ -217,6 +217,8 @@ def test_every_face_of_a_group_has_a_row_the_main_one_first(
     assert found.landmarks is not None
     centres = found.landmarks[:, :, 0].mean(1)
     assert 178 < centres[0] < 356 and sorted((centres // 178).tolist()) == [0, 1, 2]
+    upright = drawn.select([5, *(0 if left < 178 else 10 for left in centres[1:])])
+    assert abs(rendered(found, ARCFACE) - rendered(upright, ARCFACE)).mean() < 0.1  # as a model is shown them
 
 
 def test_pictures_that_fit_the_model_have_one_row_each(folders: dict[str, Path], detector: Counted) -> None:

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from facefast import align
 from facefast.data import FaceIndex, oracle, read_index
 from facefast.data.drawn import synthetic
 from facefast.faces import crops
+from facefast.faces.align import Locator
 from facefast.recipe import AugmentSpec, ImageSpec, Reading
 from facefast.runtime.exits import StorageError
+from facefast.runtime.process import Runtime, World
 from tests.support.pictures import exif
 
 READING = Reading(2)
@@ -85,8 +88,6 @@ def test_crops_are_bounded_and_what_the_index_knows_stays(large: FaceIndex, smal
 
 
 def test_the_folder_is_read_as_a_data_set_wherever_it_is_moved(small: FaceIndex, tmp_path: Path) -> None:
-    import shutil
-
     moved = tmp_path / "moved"
     shutil.copytree(small.root, moved)
     index = read_index(moved)
@@ -127,6 +128,22 @@ def test_too_little_space_is_said_before_anything_is_written(
 def test_pictures_without_landmarks_cannot_be_cut(large: FaceIndex) -> None:
     with pytest.raises(ValueError, match="no landmarks"):
         crops.plan(dataclasses.replace(large, landmarks=None), IMAGE)
+
+
+def test_a_run_reads_large_photographs_once_and_small_ones_as_they_are(large: FaceIndex, tmp_path: Path) -> None:
+    run = Runtime(World(), torch.device("cpu"))
+    for detect, folder in (("auto", tmp_path / "a"), ("auto", tmp_path / "a")):  # the second time it is there already
+        locate = Locator(IMAGE, detect, run, alone=True, crops=folder)
+        found = locate(large, READING)
+        assert found.root == str(folder / "0") and found.paths.tolist() == large.paths.tolist()
+        assert "cut out of large photographs" in locate.said()[-1] and "MiB" in locate.said()[-1]
+    tiny = dataclasses.replace(large, widths=np.full(6, 300, np.int32), heights=np.full(6, 300, np.int32))
+    assert Locator(IMAGE, "auto", run, alone=True, crops=tmp_path / "b")(tiny, READING) is tiny
+    assert Locator(IMAGE, "auto", run, alone=True)(large, READING) is large  # data.crops never
+    (tmp_path / "c" / "0").mkdir(parents=True)
+    (tmp_path / "c" / "0" / "letter.txt").write_text("mine")
+    locate = Locator(IMAGE, "auto", run, alone=True, crops=tmp_path / "c")
+    assert locate(large, READING) is large and "decoded anew in every epoch" in locate.said()[-1]
 
 
 # The command.

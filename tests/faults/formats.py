@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import importlib
 import io
 import json
+import os
 import pickle
 import struct
 import tarfile
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -198,9 +203,19 @@ def _apply(path: Path) -> None:
 def _indexes(folder: Path) -> list[bytes]:
     index = _people(folder)
     points = np.full((len(index), 5, 2), 20, np.float32)
-    index = FaceIndex(**{**vars(index), "landmarks": points, "boxes": np.ones((len(index), 4), np.float32)})
-    index.scanned(threads=1).save(folder / "saved.npz")
-    return [(folder / "saved.npz").read_bytes()]
+    index = dataclasses.replace(index, landmarks=points, boxes=np.ones((len(index), 4), np.float32))
+    os.chdir(folder)  # so that the saved root is the same wherever the folder is
+    dataclasses.replace(index.scanned(threads=1), root="people").save(folder / "saved.npz")
+    return [_dateless((folder / "saved.npz").read_bytes())]
+
+
+def _dateless(archive: bytes) -> bytes:
+    """The same archive whenever it was made."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(out, "w") as new:
+        for member in old.infolist():
+            new.writestr(zipfile.ZipInfo(member.filename), old.read(member), member.compress_type)
+    return out.getvalue()
 
 
 # Weights.
@@ -243,18 +258,18 @@ def _safetensors(folder: Path) -> list[bytes]:
 
 def _npz(folder: Path) -> list[bytes]:
     found = []
+    save: Any
     for save in (np.savez, np.savez_compressed):
         out = io.BytesIO()
         save(out, **{"conv/kernel": np.arange(24, dtype="f4"), "bias": np.ones(3, ">f8"), "n": np.array(["a"])})
-        found.append(out.getvalue())
+        found.append(_dateless(out.getvalue()))
     return found
 
 
 def _keras(folder: Path) -> list[bytes]:
-    import h5py
-
+    h5py: Any = importlib.import_module("h5py")
     found = []
-    for options in ({}, {"compression": "gzip", "chunks": True}):
+    for options in (dict[str, Any](), {"compression": "gzip", "chunks": True}):
         out = io.BytesIO()
         with h5py.File(out, "w") as file:
             file.attrs["layer_names"] = [b"dense", b"conv"]
@@ -330,7 +345,7 @@ class _Planted(Form):
 
     def mutated(self, seeds: list[bytes], rng: Generator) -> bytes:
         entropy = rng.bit_generator.seed_seq.entropy  # type: ignore[attr-defined]
-        return LETTERS[entropy[1] : entropy[1] + 1]  # type: ignore[no-any-return]
+        return LETTERS[entropy[1] : entropy[1] + 1]
 
 
 LETTERS = b"-rxmc-h-"

@@ -15,8 +15,10 @@ from numpy.random import Generator
 Mutation = Callable[[bytearray, Generator, Sequence[bytes]], bytearray]
 NUMBERS = (0, 1, 2, 3, 127, 128, 255, 256, 0x7FFF, 0x8000, 0xFFFF, 1 << 24, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 33)
 TEXTS = (
-    b"0", b"-1", b"99999999999999999999", b"1e400", b"nan", b"inf", b"../../etc/passwd", b"/dev/zero", b"\0", b"\xff\xfe",
-    b"\n", b"\r", b'"', b",", b"[" * 3000, b"{" * 3000, b"9" * 5000, b"null", b"true", b"[]", b"{}", b"0x10", b"1_0", b"''",
+    b"0", b"-1", b"99999999999999999999", b"1e400", b"nan", b"inf", b"../../etc/passwd", b"/dev/zero", b"\0",
+    b"\xff\xfe",
+    b"\n", b"\r", b'"', b",", b"[" * 3000, b"{" * 3000, b"9" * 5000, b"null", b"true", b"[]", b"{}",
+    b"0x10", b"1_0", b"''",
 )  # fmt: skip
 
 
@@ -85,7 +87,8 @@ def change_word(data: bytearray, rng: Generator, seeds: Sequence[bytes]) -> byte
 
 
 BLIND: tuple[Mutation, ...] = (
-    flip_bits, set_bytes, truncate, remove_run, repeat_run, insert_run, splice, change_number, change_number, change_word,
+    flip_bits, set_bytes, truncate, remove_run, repeat_run, insert_run, splice, change_number, change_number,
+    change_word,
 )  # fmt: skip
 
 
@@ -121,7 +124,7 @@ def inside_zip(data: bytes, rng: Generator, seeds: Sequence[bytes]) -> bytes:
                 end = len(content) if begin or rng.integers(2) else 128
                 part = content[begin:end]
                 content = content[:begin] + (mutate(part, rng, [part]) if part else part) + content[end:]
-            new.writestr(member.filename, content)
+            new.writestr(zipfile.ZipInfo(member.filename), content, method)  # without the time of day
     return out.getvalue()
 
 
@@ -162,7 +165,23 @@ def inside_tar(data: bytes, rng: Generator, seeds: Sequence[bytes]) -> bytes:
 def inside_json(data: bytes, rng: Generator, seeds: Sequence[bytes]) -> bytes:
     """Another value in the place of one, whatever it was."""
     document = json.loads(data)
-    values = (0, -1, 20_000_000, 1 << 70, 1e308, 0.5, "", "../x", "timm/resnet18", None, True, [], {}, [[]], "\ud800")
+    values: tuple[object, ...] = (
+        0,
+        -1,
+        20_000_000,
+        1 << 70,
+        1e308,
+        0.5,
+        "",
+        "../x",
+        "timm/resnet18",
+        None,
+        True,
+        [],
+        {},
+        [[]],
+        "\ud800",
+    )
     places: list[tuple[object, object]] = []
     waiting = [document]
     while waiting:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ import pytest
 from facefast.data import oracle, read_bin, read_index
 from facefast.data.corrections import read_corrections
 from facefast.data.formats.recordio import read_recordio
+from facefast.data.formats.webdataset import read_webdataset
 from facefast.data.index import FaceIndex
 from facefast.models import checkpoint, load_source
 from facefast.models.weights import isolated
 from facefast.models.weights.readers import read_safetensors
 from facefast.runtime import files
+from facefast.runtime.exits import StorageError
 from tests.faults.bombs import BOMBS, READ
 from tests.support.pictures import make_index
 from tests.support.ranks import ROOT
@@ -47,20 +50,25 @@ def test_pipes_are_never_opened(tmp_path: Path) -> None:
     for name in ("a.npz", "a.pt", "a.safetensors", "a.h5"):
         with pytest.raises(ValueError, match="no such file"):
             load_source(tmp_path / name)
-    for read, name in (
+    readers: list[tuple[Callable[[Path], object], str]] = [
         (read_safetensors, "a.safetensors"),
         (read_bin, "a.bin"),
-        (read_recordio, "a.rec"),
-        (lambda path: read_index(path, "webdataset"), "a.tar"),
         (read_corrections, "a.csv"),
         (oracle.decode, "a.jpg"),
         (files.read_json, "model.json"),
         (FaceIndex.load, "a.npz"),
-    ):
+    ]
+    for read, name in readers:
         with pytest.raises(ValueError, match="regular file"):
             read(tmp_path / name)
-    with pytest.raises(ValueError):
-        checkpoint.load_model(tmp_path)
+    for read, name in (
+        (read_webdataset, "a.tar"),
+        (read_recordio, "a.rec"),
+        (read_recordio, "b.rec"),
+        (checkpoint.load_model, "."),
+    ):
+        with pytest.raises((ValueError, StorageError)):
+            read(tmp_path / name)
     with pytest.raises(ValueError, match="regular file"):
         oracle.read_bytes(make_index(tmp_path, ["a.jpg"]), 0)
     (tmp_path / "people" / "ann").mkdir(parents=True)

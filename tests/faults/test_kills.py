@@ -17,12 +17,12 @@ from facefast.data.drawn import synthetic
 from facefast.runtime import files
 from tests.faults import runs
 from tests.support.ranks import Ranks, start_ranks
-from tests.support.scale import count
+from tests.support.scale import FULL, count
 
 AT_ONCE = 2
 """Runs side by side: one waits for the disk while another computes."""
 MOMENTS = ("starting", "training", "saving")
-ONE, EVERYTHING, ONE_RANK, LAUNCHED = count(2, 12), count(1, 6), count(1, 6), count(1, 6)
+ONE, EVERYTHING, ONE_RANK, LAUNCHED = count(1, 12), count(1, 6), count(1, 6), count(1, 6)
 """Kills of single processes, of both ranks, of one of two, and under torchrun: 30 by `make faults`."""
 
 
@@ -123,7 +123,7 @@ def test_two_ranks_that_are_killed_together_go_on_to_the_same_bits(straight: Str
     all_of(EVERYTHING, 2, (), tmp_path, straight, first=1001)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, 1] if FULL else [1])
 def test_the_death_of_one_rank_ends_the_other_and_both_go_on_to_the_same_bits(
     straight: Straight, tmp_path: Path, victim: int
 ) -> None:
@@ -155,7 +155,7 @@ def test_torchrun_and_its_workers_can_be_killed_as_well(straight: Straight, tmp_
         list(pool.map(lambda seed: launched_and_killed(seed, tmp_path, straight), range(LAUNCHED)))
 
 
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("asked", [0, 1] if FULL else [1])
 def test_a_request_to_stop_that_reaches_one_rank_alone_stops_both_after_the_same_update(
     straight: Straight, drawn: Path, tmp_path: Path, asked: int
 ) -> None:

@@ -89,7 +89,7 @@ def test_values_that_contradict_each_other_are_refused_as_if_they_had_been_typed
 
 
 def test_several_unknown_fields_are_all_named() -> None:
-    with pytest.raises(ValueError, match="ModelConfig has no field depth, width; it has backbone, drop_path"):
+    with pytest.raises(ValueError, match="ModelConfig has no field depth, width; it has backbone, batchnorm"):
         from_json(ModelConfig, {"width": 2, "depth": 3, "backbone": "resnet18"})
 
 

@@ -116,14 +116,13 @@ def stops(rank: int, folder: str, who: int) -> int:
         victim = run.ranks.all[who].process
         if rank == who:
             os.kill(os.getpid(), signal.SIGSTOP)
-        # The test waits for both: the survivor's last act ends the other one.
         told = run.ranks._on_lost
 
-        def last(code: int, text: str) -> None:
+        def last_act(code: int, text: str) -> None:
             told(code, text)
-            os.kill(victim, signal.SIGKILL)
+            os.kill(victim, signal.SIGKILL)  # the test waits for both
 
-        run.ranks._on_lost = last
+        run.ranks._on_lost = last_act
         run.barrier()
 
     return life(rank, folder, work)

@@ -188,10 +188,10 @@ class _Machine:
             self.pop()
         elif name == "APPEND":
             value = self.pop()
-            self.list().append(value)
+            self.top_list().append(value)
         elif name == "APPENDS":
             values = self.since_mark()
-            self.list().extend(values)
+            self.top_list().extend(values)
         elif name == "POP_MARK":
             self.since_mark()
         elif name in ("LIST", "TUPLE"):
@@ -241,12 +241,12 @@ class _Machine:
                 order = order if isinstance(order, str) else self.at_span(order)
                 if order not in ("<", ">", "|", "="):
                     raise ValueError(f"a byte order {order!r:.80}")
-                array.dtype = dtype.newbyteorder(order) if order != "|" else dtype
+                array.dtype = dtype if order == "|" else dtype.newbyteorder("big" if order == ">" else "little")
             case _Array(dtype=None), (_, tuple() as shape, _Array(dtype=np.dtype() as dtype), _, Span() as span):
                 self.hold(array, dtype, shape, span)
             case _:
                 raise ValueError("it makes an object that is no array of numbers")
-        return array  # type: ignore[no-any-return]
+        return array
 
     def hold(self, array: _Array, dtype: np.dtype[Any], shape: tuple[Any, ...], span: Span) -> None:
         whole = all(type(side) is int and side >= 0 for side in shape) and len(shape) <= 8
@@ -266,7 +266,7 @@ class _Machine:
         self.stack.pop()
         return value
 
-    def list(self) -> list[Any]:
+    def top_list(self) -> list[Any]:
         value = self.top()
         if type(value) is not list:
             raise ValueError("it appends to what is no list")

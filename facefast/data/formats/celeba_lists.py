@@ -125,7 +125,8 @@ def read_table(path: Path, columns: Sequence[str] | None, *, whole: bool = False
     # From the right: what is left of the numbers is the name, with whatever spaces it has.
     if commas:
         places = places or list(range(1, width + 1))
-        parts = [_comma_separated(line, name_at, places, len(header) or width + 1) for _, line in numbered]
+        cells = max(len(header), width + 1)  # a header with fewer names than columns fits no line
+        parts = [_comma_separated(line, name_at, places, cells) for _, line in numbered]
     else:
         parts = [line.rsplit(None, width) for _, line in numbered]
     parse = lists.whole if whole else _number

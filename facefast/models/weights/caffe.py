@@ -52,7 +52,7 @@ class _Reader:
         self.left = MAX_FIELDS
 
     def net(self, message: memoryview) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for number, value in self.fields(message):
             if number in LAYERS and isinstance(value, memoryview):
                 name, blobs = self.layer(value, *LAYERS[number])

@@ -96,7 +96,8 @@ def _ending(status: int) -> str:
 
 def _until_end(receiver: int, deadline: float) -> bytes | None:
     """All that the other side writes, None where it does not come to an end."""
-    parts, total = [], 0
+    parts: list[bytes] = []
+    total = 0
     waiting = select.poll()
     waiting.register(receiver, select.POLLIN)
     while total <= MAX_MESSAGE:
@@ -167,7 +168,7 @@ def _send(tensors: Mapping[str, Tensor], memory: int, most: int) -> list[tuple[s
         if at + count > most:  # before it is made contiguous: a view of one number may have any shape
             raise ValueError(f"its tensors take more than {most} bytes, the most that a file of its size may hold")
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        view = memoryview(flat.numpy())
+        view = memoryview(flat.numpy().data)
         os.lseek(memory, at, os.SEEK_SET)
         while view:
             view = view[os.write(memory, view) :]
