@@ -177,15 +177,17 @@ def handed_on(state: TrainState) -> str:
 def best_of(state: TrainState) -> dict[str, Any] | None:
     """The best checkpoint of this phase and those it goes on from, for status.json; None before any evaluation.
 
-    `value` is what the test part gives, once it was asked; `validation` is what has chosen.
+    `value` is what the test part gives, once it was asked; `validation` is what has chosen, the same number but for
+    pairs of known people where only those could choose.
     """
     row = handed_on(state)
     seen = state.validated.get(row) or state.reported.get(row)
     if seen is None:
         return None
     _, name = named_metric(state.recipe.eval, seen)
-    value = state.reported.get(row, {}).get(name)
-    return {"phase": row, "metric": name, "value": value, "validation": state.best}
+    asked = state.reported.get(row, {})
+    name = next((known for known in (name, name.removeprefix("known_")) if known in asked), name)
+    return {"phase": row, "metric": name, "value": asked.get(name), "validation": state.best}
 
 
 def said(state: TrainState, data: PhaseData) -> str:

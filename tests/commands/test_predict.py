@@ -169,7 +169,7 @@ def test_a_mobilefacenet_runs_in_full_precision_on_a_cpu_that_has_bfloat16(
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (("--top", "0"), 64, "--top is 0"),
+        (("--top", "0"), 64, "top is 0; it must lie in"),
         (("--detect", "gone.onnx"), 64, "the detector gone.onnx is not there"),
         ((*AS_THEY_ARE, "--embeddings", "gone/vectors.npz"), 74, "cannot write gone/vectors.npz"),
     ],
