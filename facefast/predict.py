@@ -21,7 +21,7 @@ from facefast.data.index import FAULTS, NO_FACE, advice, printable
 from facefast.data.walk import DECODED, list_pictures, require_there
 from facefast.deploy.gallery import Gallery, fingerprint
 from facefast.evaluation.embed import embed_rows
-from facefast.evaluation.naming import asked_rate, name_faces, score_needed
+from facefast.evaluation.naming import DEFAULT_FPIR, asked_rate, name_faces, score_needed, strictest
 from facefast.evaluation.thresholds import Thresholds
 from facefast.faces.align import locator
 from facefast.models import FaceModel, checkpoint
@@ -117,11 +117,22 @@ class Naming:
                 complain(f"note: {given.model} knows no threshold: everybody gets a name; give --threshold SCORE")
             return cls(given.top)
         known = Thresholds.from_json(model.thresholds or {})
+        find = known.name if gallery is None else gallery.naming
         try:
-            least = score_needed(given.threshold, known.name if gallery is None else gallery.naming)
+            if given.threshold != "auto":
+                return cls(given.top, score_needed(given.threshold, find), gallery)
+            threshold = strictest(find)
         except ValueError as error:
-            raise ValueError(f"{error}; give --threshold another rate, a score, or none to name everybody") from error
-        return cls(given.top, least, gallery)
+            if gallery is None and given.threshold == "auto":
+                complain(f"note: {error}: everybody gets a name; give --threshold SCORE")
+                return cls(given.top)
+            raise ValueError(f"{error}; give --threshold another rate, a score or none, which names all") from error
+        if threshold.rate != DEFAULT_FPIR:
+            complain(
+                f"note: too few pictures for a threshold at FPIR {DEFAULT_FPIR:g}; that of {threshold.rate:g} is taken, "
+                "which names as large a part of strangers"
+            )
+        return cls(given.top, threshold.require(), gallery)
 
 
 def predict(

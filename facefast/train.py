@@ -29,7 +29,7 @@ from facefast.runtime.log import RunLog, environment
 from facefast.runtime.process import Runtime
 from facefast.training.alike import same_arguments, same_checkpoint, same_start
 from facefast.training.begin import Start, begin, find_source, find_teacher, pictures_of, settle
-from facefast.training.choice import best_of, measure, report_baselines, report_phase
+from facefast.training.choice import best_of, has_best, measure, report_baselines, report_phase
 from facefast.training.finish import fail, finish, leave, reached, write_status
 from facefast.training.guard import culprit, not_finite, some
 from facefast.training.objective import RowCounts
@@ -53,6 +53,8 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
             require_room(folder, state)
             if saved is None:
                 measure_untrained(folder, state, start, log)
+            elif not has_best(folder, state):
+                save(folder, state, improved=True)
             saved = None  # it belongs to the phase it was saved in: the next one begins by its own rules
             with open_loader(state, data) as loader:  #             sampler -> rows -> augment -> dali -> Batch
                 show_pictures(state, data, loader.sampler, log)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from facefast.evaluation.baselines import LabelledEmbeddings
 from facefast.evaluation.calibration import Calibration, calibrate
-from facefast.evaluation.openset import OpenSetScores, double_names, naming_thresholds, without_double_names
+from facefast.evaluation.openset import FPIRS, OpenSetScores, double_names, naming_thresholds, without_double_names
 from facefast.evaluation.pairs import PairScores, pair_thresholds
 from facefast.evaluation.thresholds import NamingThreshold, Thresholds
 from facefast.models.heads import unit
@@ -151,6 +151,26 @@ def asked_rate(wish: str) -> float | None:
     if kind in ("far", "fpir") and _is_number(rate) and 0 < float(rate) < 1:
         return float(rate)
     raise ValueError(f"--threshold is {wish!r}; give far@1e-2 (part of strangers named), a score, auto or none")
+
+
+def strictest(find: Callable[[float], NamingThreshold]) -> NamingThreshold:
+    """The threshold for `DEFAULT_FPIR`, or for the lowest rate above it that there is one for.
+
+    Args:
+        find: the threshold for a rate.
+
+    Raises:
+        ValueError: there is none; saying why there is none for `DEFAULT_FPIR`.
+    """
+    refused: ValueError | None = None
+    for rate in sorted(rate for rate in FPIRS if rate >= DEFAULT_FPIR):
+        try:
+            threshold = find(rate)
+            threshold.require()
+            return threshold
+        except ValueError as error:
+            refused = refused or error
+    raise refused or ValueError(f"no threshold is known for FPIR {DEFAULT_FPIR:g} or more")
 
 
 def score_needed(wish: str, find: Callable[[float], NamingThreshold]) -> float:

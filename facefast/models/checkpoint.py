@@ -57,8 +57,7 @@ def save(
     # 3. `replace_folder` syncs every file and the folder before the rename: a name that survives a power cut must not
     #    stand for content that did not.
     # 4. Only then do the links move, and only after them are old checkpoints removed.
-    folder = run_folder / FOLDER
-    path = folder / f"step-{step:07d}"
+    folder, path = run_folder / FOLDER, of_step(run_folder, step)
     aside = folder / f".{path.name}.tmp"
     with files.storing(path, advice=UNTOUCHED):
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,6 +76,11 @@ def save(
         raise
     _remove_old(folder, keep)
     return path
+
+
+def of_step(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint after so many updates of the run lies, or would lie."""
+    return run_folder / FOLDER / f"step-{step:07d}"
 
 
 def needed_bytes(tensors: dict[str, dict[str, Tensor]]) -> int:

@@ -22,9 +22,12 @@ from facefast.evaluation.report import with_baselines
 from facefast.models import FaceModel, Source, build_model, checkpoint
 from facefast.models.heads import START_SCALE
 from facefast.recipe import EvalConfig, to_json
+from facefast.runtime import files
 from facefast.runtime.log import RunLog
 from facefast.training.step import TrainState
 
+MEANS = "class-means"
+"""The folder beside the other checkpoints in which class means are handed on."""
 ROUNDING = 1e-6
 MOST_DECIDING = 20_000
 """Training pictures that thresholds are found on."""
@@ -109,6 +112,33 @@ def _with_validation(
     )
 
 
+def _chosen(folder: Path, state: TrainState) -> Path:
+    """The checkpoint that was chosen: `best` is another one where the class means were handed on, or where a run was
+    killed between writing it and pointing there."""
+    number, updates = state.chosen
+    return checkpoint.of_step(folder, updates + sum(phase.steps for phase in state.plan.phases[:number]))
+
+
+def has_best(folder: Path, state: TrainState) -> bool:
+    """Whether the run folder holds what the run that goes on has chosen so far; `best` points there afterwards.
+
+    Where it is not there, as in a new folder that a run is taken over into, the choice is forgotten: what the run goes
+    on from is the best until something better comes.
+    """
+    if state.best is None and not state.chosen[1]:  # nothing was chosen yet
+        return True
+    if not state.run.broadcast(_chosen(folder, state).exists()):
+        state.best, state.chosen = None, (state.phase_number, state.phase_step)
+        state.validated.pop(state.phase.name, None)
+    path, best = _chosen(folder, state), folder / checkpoint.FOLDER / "best"
+    there = state.run.broadcast(path.exists())
+    with state.run.together():
+        if state.run.is_main and there and best.resolve().name not in (path.name, MEANS):
+            with files.storing(best):
+                files.replace_link(best, path.name)
+    return there
+
+
 def report_phase(folder: Path, state: TrainState, data: PhaseData, log: RunLog) -> None:
     """A row of the final table: the phase's model on the test part.
 
@@ -117,7 +147,7 @@ def report_phase(folder: Path, state: TrainState, data: PhaseData, log: RunLog) 
     model = state.evaluated
     state.run.barrier()  # rank 0 may still be writing it
     if state.chosen[0] == state.phase_number and state.chosen[1] > 0:
-        model = checkpoint.load_model(folder / checkpoint.FOLDER / "best", state.run.device)
+        model = checkpoint.load_model(_chosen(folder, state), state.run.device)
     state.run.broadcast_buffers(model)
     results = _evaluate(state, model, data.evaluation)
     state.set_modes()
@@ -147,15 +177,17 @@ def handed_on(state: TrainState) -> str:
 def best_of(state: TrainState) -> dict[str, Any] | None:
     """The best checkpoint of this phase and those it goes on from, for status.json; None before any evaluation.
 
-    `value` is what the test part gives, once it was asked; `validation` is what has chosen.
+    `value` is what the test part gives, once it was asked; `validation` is what has chosen, the same number but for
+    pairs of known people where only those could choose.
     """
     row = handed_on(state)
     seen = state.validated.get(row) or state.reported.get(row)
     if seen is None:
         return None
     _, name = named_metric(state.recipe.eval, seen)
-    value = state.reported.get(row, {}).get(name)
-    return {"phase": row, "metric": name, "value": value, "validation": state.best}
+    asked = state.reported.get(row, {})
+    name = next((known for known in (name, name.removeprefix("known_")) if known in asked), name)
+    return {"phase": row, "metric": name, "value": asked.get(name), "validation": state.best}
 
 
 def said(state: TrainState, data: PhaseData) -> str:
@@ -177,10 +209,10 @@ def hand_on(folder: Path, state: TrainState, source: Source | None, data: PhaseD
     Where fine-tuning did not beat the class means on the validation part, `best` becomes the source model with these
     as its head; they are then taken over the validation pictures too.
     """
-    best = folder / checkpoint.FOLDER / "best"
     state.run.barrier()  # rank 0 may still be writing it
     row = handed_on(state)
     if row != CLASS_MEANS:
+        best = _chosen(folder, state)
         model = checkpoint.load_model(best, state.run.device)
         if model.thresholds is None and decide_for(model, state, data, None, log) and state.run.is_main:
             checkpoint.amend(best, {"model": model.to_config()})
@@ -204,7 +236,7 @@ def hand_on(folder: Path, state: TrainState, source: Source | None, data: PhaseD
     _report(state, CLASS_MEANS, _evaluate(state, model, data.evaluation), log)
     if state.run.is_main:
         documents = {"model": model.to_config(), "recipe": to_json(state.recipe), "plan": to_json(state.plan)}
-        checkpoint.hand_on(folder, "class-means", {"model": model.state_dict()}, documents)
+        checkpoint.hand_on(folder, MEANS, {"model": model.state_dict()}, documents)
     state.run.barrier()
 
 

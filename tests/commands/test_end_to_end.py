@@ -74,8 +74,10 @@ def test_every_metric_line_has_the_promised_fields_and_the_phases_come_in_order(
     assert [line["phase"] for line in training] == ["scratch"] * 3 + ["pretrain"] * 4 + ["finetune"] * 5
     for line in training:
         assert {"epoch", "loss", "lr", "accuracy", "images_per_second", "data_wait_fraction"} <= line.keys()
-    evaluations = [line for line in lines if line["split"] == "eval"]
-    assert {line["phase"] for line in evaluations} == {"scratch", "pretrain", "finetune"}
+    for split in ("validation", "test"):
+        evaluations = [line for line in lines if line["split"] == split]
+        assert {line["phase"] for line in evaluations} == {"scratch", "pretrain", "finetune"}
+    assert [line["phase"] for line in evaluations] == ["scratch", "pretrain", "finetune"]  # asked once each
     assert {"top1", "top5", "per_class", "verification_accuracy", "tar@1e-2", "auc"} <= evaluations[-1].keys()
     assert evaluations[-1]["test_rows"] == 3  # one of five pictures of three people
 
@@ -103,8 +105,13 @@ def test_a_run_cut_off_at_any_step_ends_with_the_same_bits(
     assert run_tiny(drawn, out) == 0
     one, two = weights(finished, 12), weights(out, 12)
     assert all(torch.equal(one[name], two[name]) for name in one)
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert min(steps) > step
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert min(line["step"] for line in lines if line["split"] == "train") > step
+    reported = [
+        [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if line["split"] == "test"]
+        for run in (finished, out)
+    ]
+    assert reported[1] == [line for line in reported[0] if line["step"] >= step]
 
 
 def test_another_recipe_in_the_same_folder_is_refused_with_both_values(

@@ -57,7 +57,7 @@ def test_folders_give_their_pictures_in_order_and_files_are_taken_as_they_are(ph
     odd = photographs / "notes.txt"
     found = find_images((odd, photographs))
     assert [path.name for path in found] == ["notes.txt", "b.png", "a.PNG", "c.bmp"]
-    with pytest.raises(ValueError, match="gone.jpg is neither a photograph nor a folder"):
+    with pytest.raises(ValueError, match="gone.jpg does not exist; give the folder that holds the photographs"):
         find_images((photographs, photographs / "gone.jpg"))
     (photographs / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no photographs in .*empty; they end in \.apng, .*\.jpg"):
@@ -88,8 +88,8 @@ def test_names_come_with_probabilities_best_first_and_embeddings_are_the_models(
     found = answers_of(capsys)
     assert list(found) == ["b.png", "a.PNG", "c.bmp"]
     for answer in found.values():
-        assert set(answer) == {"path", "names", "probabilities", "faces"}
-        assert answer["faces"] == [{name: answer[name] for name in ("names", "probabilities")}]
+        assert set(answer) == {"path", "names", "probabilities", "score", "faces"}
+        assert answer["faces"] == [{name: answer[name] for name in ("names", "probabilities", "score")}]
         assert sorted(answer["names"]) == sorted(small.NAMES)  # no more than there are
         assert answer["probabilities"] == sorted(answer["probabilities"], reverse=True)
         assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
@@ -121,7 +121,7 @@ def test_unreadable_pictures_are_named_and_the_others_answered(
     assert sorted(name for name, answer in found.items() if "names" in answer) == ["a.PNG", "b.png", "c.bmp"]
     assert found["garbled.png"]["fault"] == "it could not be decoded"
     assert found["html.jpg"]["fault"]
-    assert predict.main([str(run), str(photographs / "html.jpg"), str(photographs / "garbled.png")]) == 65
+    assert predict.main([str(run), str(photographs / "html.jpg"), str(photographs / "garbled.png"), *AS_THEY_ARE]) == 65
     output = capsys.readouterr()
     assert "html.jpg  not read: " in output.out
     assert "none of 2 pictures could be embedded" in output.err
@@ -140,7 +140,7 @@ def test_a_model_without_identities_gives_embeddings_only(
 ) -> None:
     run = small.save_run(tmp_path / "headless", small.make_model(classes=()), photographs)
     assert predict.main([str(run), str(photographs)]) == 64
-    assert "knows no identities; ask for --embeddings" in capsys.readouterr().err
+    assert "knows no identities; give --gallery G, or --embeddings OUT.npz" in capsys.readouterr().err
     flags = (*AS_THEY_ARE, f"--embeddings={tmp_path / 'vectors.npz'}", "--json")
     assert predict.main([str(run), str(photographs), *flags]) == 0
     assert all(set(answer) == {"path", "faces"} for answer in answers_of(capsys).values())
@@ -169,7 +169,7 @@ def test_a_mobilefacenet_runs_in_full_precision_on_a_cpu_that_has_bfloat16(
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (("--top", "0"), 64, "--top is 0"),
+        (("--top", "0"), 64, "top is 0; it must lie in"),
         (("--detect", "gone.onnx"), 64, "the detector gone.onnx is not there"),
         ((*AS_THEY_ARE, "--embeddings", "gone/vectors.npz"), 74, "cannot write gone/vectors.npz"),
     ],
