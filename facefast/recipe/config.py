@@ -29,6 +29,9 @@ class BinaryConfig:
         return bool(self.people or self.negatives)
 
 
+LARGEST_EMBEDDING = 1 << 16
+
+
 @dataclass(frozen=True)
 class Reading:
     """How files are read, and how many of them may be bad."""
@@ -126,8 +129,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1 or not 0 <= self.drop_path < 1:
             raise ValueError(f"model.dropout {self.dropout} and model.drop_path {self.drop_path} must lie in [0, 1)")
-        if self.embedding < 0:
-            raise ValueError(f"model.embedding is {self.embedding}; it must be at least 0, the backbone's own")
+        if not 0 <= self.embedding <= LARGEST_EMBEDDING:
+            raise ValueError(
+                f"model.embedding is {self.embedding}; it must lie in [0, {LARGEST_EMBEDDING}], 0 is the backbone's own"
+            )
 
 
 @dataclass(frozen=True)
