@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
 import facefast
 from facefast.data import FaceIndex, make_loader, oracle, read_index
 from facefast.faces.detect import find_detector
@@ -19,13 +17,13 @@ parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?", default="runs/default", help="a run, a checkpoint, a package or source weights")
 parser.add_argument("photographs", nargs="*", type=Path, help="faces cut out alike, or whole photographs and --detect")
 parser.add_argument("--detect", help="mtcnn or YuNet's .onnx file: faces are aligned by its landmarks")
-given = parser.parse_args()
-if given.photographs:
+if (given := parser.parse_args()).photographs:
     paths, points = [bytes(path.resolve())[1:] for path in given.photographs], None  # from the root, "/"
     if given.detect:
         found = find_detector(given.detect).find(pictures := [oracle.decode(path) for path in given.photographs])
-        assert all(map(len, found)), "no face was found on one of the photographs"
-        points = np.stack([f.landmarks[f.main(p.shape[1], p.shape[0])] for f, p in zip(found, pictures, strict=True)])
+        if not all(map(len, found)):
+            sys.exit("no face was found on one of the photographs")
+        points = [f.landmarks[f.main(p.shape[1], p.shape[0])] for f, p in zip(found, pictures, strict=True)]
     index = FaceIndex.build("/", paths, None, (), landmarks=points)
 else:
     if not Path(given.model).exists():  # a minute's training of the default recipe; `make train` gives it its due
