@@ -223,8 +223,15 @@ class Loader:
         variance than the data has, and of a batch of one picture with none."""
         if not work.lacking():
             return
-        key = (self._seed, work.epoch, work.step, self._rank)
-        rows = candidates(self.sampler.rows, work.asked, key, len(work.asked) + SPARES)
+        # Drawn for the whole batch: padding is filled with the same pictures at any number of ranks.
+        batch = self.sampler.batch(work.epoch, work.step)
+        padded = np.flatnonzero(batch < 0)
+        rows = candidates(self.sampler.rows, batch, (self._seed, work.epoch, work.step, 0), len(batch) + SPARES)
+        rows = rows[self.index.faults[rows] == 0]
+        # This rank's padding first; then, for files that cannot be read, rows that no other rank begins with.
+        ours = rows[: len(padded)][padded[: len(rows)] % self._world == self._rank]
+        others = rows[len(padded) :]
+        rows = np.concatenate([ours, np.roll(others, -self._rank * (len(others) // self._world))])
         taken = set(work.rows.tolist())
         # Rows that are known to be bad are passed over, as one that turns out so is: the order stays the same.
         fresh = [row for row in rows.tolist() if row not in taken and not self._known_fault(row)]

@@ -121,6 +121,9 @@ class ModelConfig:
     """Dropout before the heads, in training."""
     drop_path: float = 0.0
     """Stochastic depth: probability of leaving out the last residual block, falling linearly to the first."""
+    batchnorm: Literal["rank", "sync"] = "rank"
+    """Whose pictures BatchNorm takes its statistics of in training: each process's own, or (sync) those of all
+    processes, which then train as one would with the whole batch."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1 or not 0 <= self.drop_path < 1:

@@ -34,6 +34,8 @@ class PhasePlan:
     """Pictures of one forward pass over all processes."""
     batch_per_rank: int
     """Pictures of one forward pass on one process."""
+    batchnorm_batch: int
+    """Pictures that BatchNorm takes its statistics of, where it does."""
     seed: int
     """Of everything that is drawn in the phase: first weights, the order, augmentation."""
     steps_per_epoch: int
@@ -62,13 +64,13 @@ def resolve(recipe: Recipe, facts: tuple[IndexFacts, ...], world_size: int) -> P
     return Plan(
         world_size=world_size,
         phases=tuple(
-            _resolve_phase(phase, fact, world_size, recipe.seed + 1000 * number)
+            _resolve_phase(phase, fact, world_size, recipe.seed + 1000 * number, recipe.model.batchnorm == "sync")
             for number, (phase, fact) in enumerate(zip(recipe.phases, facts, strict=True))
         ),
     )
 
 
-def _resolve_phase(phase: Phase, facts: IndexFacts, world_size: int, seed: int) -> PhasePlan:
+def _resolve_phase(phase: Phase, facts: IndexFacts, world_size: int, seed: int, synchronised: bool) -> PhasePlan:
     passes = world_size * phase.accumulate
     if phase.batch_size % passes:
         raise ValueError(
@@ -89,6 +91,7 @@ def _resolve_phase(phase: Phase, facts: IndexFacts, world_size: int, seed: int) 
         fingerprint=facts.fingerprint,
         batch_size=phase.batch_size // phase.accumulate,
         batch_per_rank=phase.batch_size // passes,
+        batchnorm_batch=phase.batch_size // (phase.accumulate if synchronised else passes),
         seed=seed,
         steps_per_epoch=steps_per_epoch,
         steps=phase.steps or max(1, round(phase.epochs * steps_per_epoch)),  # a phase makes one update at least

@@ -69,6 +69,8 @@ class Recipe:
                     f"it is {self.model.head}"
                 )
         # An option without effect is an error: it is refused here, before anything slow happens.
+        if self.model.batchnorm == "sync" and all(phase.batchnorm == "frozen" for phase in self.phases):
+            raise ValueError("model.batchnorm sync has no effect: every phase has batchnorm frozen")
         self._check_source_and_teacher()
         self._check_tasks()
 

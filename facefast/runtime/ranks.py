@@ -34,6 +34,8 @@ OnLost = Callable[[int, str], None]
 
 LEAST_PATIENCE = 60.0
 """Seconds that every rank is given to arrive, however short the limit is: imports are slow on a cold disk."""
+LAST_WORDS = 5.0
+"""Seconds that a process which ends for want of an answer takes to say so."""
 IDLE = 1e-4
 """Part of one core; a Python thread that uses less of it does nothing."""
 POLLING = 1e-2
@@ -257,19 +259,21 @@ class Ranks:
         if "--rank-timeout" not in text:  # not another rank's verdict, which says so already
             text += "; the same command goes on from the newest checkpoint (--rank-timeout sets the limit, 0 is none)"
 
-        def tell() -> None:
+        def publish() -> None:
             with contextlib.suppress(Exception):
                 self._place.open(2.0).set("verdict", text)
-            with contextlib.suppress(Exception):
-                self._on_lost(exits.EXIT_PREEMPTED, text)
-            if self._keeps:  # the verdict goes with it: the others read it first
-                time.sleep(self._interval + 0.5)
+                if self._keeps:  # the verdict goes with it: the others read it first
+                    time.sleep(self._interval + 0.5)
 
         print(f"\nerror: {text}", file=sys.stderr, flush=True)  # on a line of its own, below the progress bar
-        # The disk or the store may be what hangs.
-        helper = threading.Thread(target=tell, daemon=True)
-        helper.start()
-        helper.join(5)
+        # By others: the disk or the store may be what hangs.
+        tell = functools.partial(self._on_lost, exits.EXIT_PREEMPTED, text)
+        helpers = [threading.Thread(target=each, daemon=True) for each in (publish, tell)]
+        for helper in helpers:
+            helper.start()
+        deadline = time.monotonic() + LAST_WORDS
+        for helper in helpers:
+            helper.join(max(0.0, deadline - time.monotonic()))
         os._exit(exits.EXIT_PREEMPTED)
 
     def explain(self, error: BaseException) -> exits.RankError | None:

@@ -17,6 +17,7 @@ from facefast.evaluation.baselines import LabelledEmbeddings, class_means
 from facefast.evaluation.embed import embed_rows
 from facefast.labels.clustering import assign
 from facefast.models import STUDENTS, FaceModel, Source, build_model, checkpoint, inherit, load_source
+from facefast.models.batchnorm import takes_statistics
 from facefast.models.face import DEFAULT_BACKBONE
 from facefast.recipe import ImageSpec, Phase, Recipe
 from facefast.runtime.log import RunLog
@@ -195,9 +196,26 @@ def begin(
     state.enter(number, model, side_inputs(state, number, model, data, source, teacher, counts))
     if saved:
         state.load(saved)
+    for warning in batchnorm_advice(state):
+        log.say(f"note: {warning}")
     if fresh is None or not from_source:
         return Start(data, None)
     return Start(data, LabelledEmbeddings(fresh[0], labels.where(fresh[1], -1), plan.num_classes))
+
+
+FEW_FOR_BATCHNORM = 32
+"""Pictures below which a batch's statistics are noticeably worse than those of twice as many."""
+
+
+def batchnorm_advice(state: TrainState) -> Iterator[str]:
+    """A warning where several ranks train otherwise than one would, for BatchNorm's sake."""
+    plan, world = state.phase_plan, state.run.world.size
+    few = plan.batchnorm_batch < min(plan.batch_size, FEW_FOR_BATCHNORM)
+    if few and takes_statistics(state.model):
+        yield (
+            f"BatchNorm sees {plan.batchnorm_batch} pictures on each of {world} processes, where one process would "
+            f"see {plan.batch_size}: the loss differs from that of one; --model.batchnorm sync makes it the same"
+        )
 
 
 def side_inputs(

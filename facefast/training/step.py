@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from facefast.data import Batch
 from facefast.models import FaceModel
+from facefast.models.batchnorm import synchronise
 from facefast.models.checkpoint import pack_optimizer, read_tensors, unpack_optimizer
 from facefast.models.precision import Precision
 from facefast.recipe import Phase, PhasePlan, Plan, Recipe, to_json
@@ -34,7 +35,14 @@ from facefast.training.guard import StatisticsGuard
 from facefast.training.objective import Objective, RowCounts
 from facefast.training.optim import build_optimizer, rate_factor
 from facefast.training.prune import Pruner
-from facefast.training.transfer import Anchor, freeze_batchnorm, freeze_stages, keeps_statistics, parameter_groups
+from facefast.training.transfer import (
+    Anchor,
+    freeze_batchnorm,
+    freeze_stages,
+    keeps_statistics,
+    parameter_groups,
+    require_statistics,
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class TrainState:
 
     def __init__(self, recipe: Recipe, plan: Plan, run: Runtime) -> None:
         self.recipe, self.plan, self.run = recipe, plan, run
+        require_statistics(recipe, plan)
         self.reading = recipe.data.reading(decode_threads(recipe.threads, run.world))
         self.precision = Precision.choose(recipe.precision, recipe.model.backbone, recipe.channels_last, run.device)
         self.step = 0  # updates done in the whole run
@@ -88,6 +97,8 @@ class TrainState:
         phase, device, side = self.phase, self.run.device, self.side_inputs
         # Everything below takes the parameters that require a gradient now: freezing comes first.
         freeze_stages(model, phase.trainable)
+        if self.recipe.model.batchnorm == "sync":
+            synchronise(model)
         # Before the optimiser: what the objective learns itself (projections, log-variances) is its to move too.
         self.objective = Objective(
             model,

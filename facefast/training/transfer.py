@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from facefast.models import FaceModel
-from facefast.recipe import Phase
+from facefast.recipe import Phase, Plan, Recipe
 
 
 def freeze_stages(model: FaceModel, trainable: tuple[str, ...]) -> None:
@@ -61,6 +61,23 @@ def keeps_statistics(phase: Phase, num_rows: int, num_classes: int) -> bool:
     if phase.batchnorm == "auto":
         return phase.start not in ("scratch", "teacher") and num_rows < FEW_PICTURES * max(1, num_classes)
     return phase.batchnorm == "frozen"
+
+
+def require_statistics(recipe: Recipe, plan: Plan) -> None:
+    """Refuses synchronised BatchNorm where no phase takes statistics of its batches.
+
+    Raises:
+        ValueError: so it is, by `batchnorm auto` and the number of pictures.
+    """
+    keeping = (
+        phase.trains_only_head or keeps_statistics(phase, each.num_rows, each.num_classes)
+        for phase, each in zip(recipe.phases, plan.phases, strict=True)
+    )
+    if recipe.model.batchnorm == "sync" and all(keeping):
+        raise ValueError(
+            "model.batchnorm sync has no effect: every phase keeps the source's BatchNorm statistics (batchnorm auto "
+            f"does below {FEW_PICTURES} pictures an identity); set phases.K.batchnorm train, or leave it out"
+        )
 
 
 def parameter_groups(model: FaceModel, phase: Phase, own: Sequence[nn.Parameter] = ()) -> list[dict[str, Any]]:
