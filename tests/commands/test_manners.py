@@ -186,6 +186,15 @@ def test_too_few_photographs_are_said_to_be_too_few(
     assert end.code == (0 if enough else 64)
 
 
+def test_a_test_part_of_a_single_pair_ends_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    people = {"ann": 8, "bo": 5, "cy": 5, "dora": 5}  # 2, 1, 1 and 1 pictures are kept for testing
+    root = put(tmp_path / "in", *(f"{name}/{k}.png" for name, count in people.items() for k in range(count)))
+    end = ended(commands(str(root), Path(), tmp_path / "out")["train"], capsys)
+    assert end.code == 0
+    assert "too few pairs" in end.out
+    assert (tmp_path / "out" / "checkpoints" / "best" / "model.json").is_file()
+
+
 @pytest.mark.parametrize("name", ["empty.rec", "empty.tar", "empty.npz", "empty.idx", "empty.zip"])
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a folder"])
 def test_empty_containers_are_refused_by_name(

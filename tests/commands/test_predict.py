@@ -55,7 +55,7 @@ def test_folders_give_their_pictures_in_order_and_files_are_taken_as_they_are(ph
     odd = photographs / "notes.txt"
     found = find_images((odd, photographs))
     assert [path.name for path in found] == ["notes.txt", "b.png", "a.PNG", "c.bmp"]
-    with pytest.raises(ValueError, match="gone.jpg is neither a photograph nor a folder"):
+    with pytest.raises(ValueError, match="gone.jpg does not exist"):
         find_images((photographs, photographs / "gone.jpg"))
     (photographs / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no photographs in .*empty; they end in \.apng, .*\.jpg"):
@@ -163,7 +163,7 @@ def test_a_mobilefacenet_runs_in_full_precision_on_a_cpu_that_has_bfloat16(
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (("--top", "0"), 64, "--top is 0"),
+        (("--top", "0"), 64, "top is 0; it must lie in"),
         (("--detect", "gone.onnx"), 64, "the detector gone.onnx is not there"),
         (("--embeddings", "gone/vectors.npz"), 74, "cannot write gone/vectors.npz"),
     ],
