@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import facefast
 from facefast.data import FaceIndex, make_loader, oracle, read_index
 from facefast.faces.detect import find_detector
@@ -21,9 +23,8 @@ if (given := parser.parse_args()).photographs:
     paths, points = [bytes(path.resolve())[1:] for path in given.photographs], None  # from the root, "/"
     if given.detect:
         found = find_detector(given.detect).find(pictures := [oracle.decode(path) for path in given.photographs])
-        if not all(map(len, found)):
-            sys.exit("no face was found on one of the photographs")
-        points = [f.landmarks[f.main(p.shape[1], p.shape[0])] for f, p in zip(found, pictures, strict=True)]
+        all(map(len, found)) or sys.exit("no face was found on one of the photographs")
+        points = np.stack([f.landmarks[f.main(p.shape[1], p.shape[0])] for f, p in zip(found, pictures, strict=True)])
     index = FaceIndex.build("/", paths, None, (), landmarks=points)
 else:
     if not Path(given.model).exists():  # a minute's training of the default recipe; `make train` gives it its due
