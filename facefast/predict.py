@@ -129,8 +129,8 @@ class Naming:
             raise ValueError(f"{error}; give --threshold another rate, a score or none, which names all") from error
         if threshold.rate != DEFAULT_FPIR:
             complain(
-                f"note: too few pictures for a threshold at FPIR {DEFAULT_FPIR:g}; that of {threshold.rate:g} is taken, "
-                "which names as large a part of strangers"
+                f"note: too few pictures for a threshold at FPIR {DEFAULT_FPIR:g}; that of {threshold.rate:g} is "
+                "taken, which names as large a part of strangers"
             )
         return cls(given.top, threshold.require(), gallery)
 

@@ -165,7 +165,7 @@ def test_wrong_use_ends_with_a_message(
     for photograph in sorted((drawn / "img_align_celeba").iterdir())[:5]:
         shutil.copy(photograph, few)
     refused("holds 5 readable photographs; int8 needs at least 16", "--data.root", str(few.parent), *out)
-    refused("photographs is 3 and pairs 6000", "--data.root", str(drawn), "--photographs", "3", *out)
+    refused("photographs is 3; it must lie in [16,", "--data.root", str(drawn), "--photographs", "3", *out)
     refused("min_cosine is 2.0", "--data.root", str(drawn), "--min-cosine", "2", *out)
     refused("holds ann, which is no part of an int8 model", "--data.root", str(drawn), "--out", str(few.parent))
     refused("is a file; --out names a folder", "--data.root", str(drawn), "--out", str(next(few.iterdir())))
