@@ -152,7 +152,7 @@ def test_a_phase_on_other_people_has_a_best_checkpoint_of_its_own(index: FaceInd
     state.best, state.chosen, state.validated = 0.9, (0, 3), {"first": {"top1": 0.9}}
     state.reported = {"first": {"top1": 0.8}}
     state.enter(1, small.make_model(classes=small.PEOPLE, template="none"))
-    assert (state.best, state.validated, state.reported) == (None, {}, {"first": {"top1": 0.8}})
+    assert state.best is None and not state.validated and state.reported == {"first": {"top1": 0.8}}
 
 
 def test_the_metric_that_was_asked_for_is_named_as_the_test_part_knows_it() -> None:
@@ -239,7 +239,7 @@ def test_a_choice_that_is_not_in_the_folder_is_forgotten(state: TrainState, fold
     assert (folder / "checkpoints" / "best").readlink() == Path("step-0000004")
     state.best, state.chosen = 0.5, (0, 2)
     assert not choice.has_best(tmp_path / "another folder", state)  # it has to be saved there first
-    assert (state.best, state.chosen) == (None, (0, 4))
+    assert state.best is None and state.chosen == (0, 4)
 
 
 def test_a_run_that_has_chosen_nothing_yet_misses_nothing(state: TrainState, tmp_path: Path) -> None:
