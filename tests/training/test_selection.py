@@ -14,6 +14,7 @@ from facefast import evaluate, predict, train
 from facefast.data import FaceIndex
 from facefast.data.drawn import synthetic
 from facefast.data.prepare import divide
+from facefast.evaluation import measure
 from facefast.evaluation.baselines import class_means
 from facefast.evaluation.embed import embed_rows
 from facefast.models import checkpoint
@@ -23,6 +24,7 @@ from facefast.recipe import Reading, Recipe, from_json
 from facefast.runtime import files, manifest
 from facefast.runtime.log import read_lines
 from facefast.training import choice
+from facefast.training.step import TrainState
 from tests.support import small
 from tests.support.beginning import RUN
 from tests.support.ranks import run_ranks
@@ -86,7 +88,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_the_test_part_is_asked_once_for_each_row_and_never_before_its_phase_is_done(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, asked = choice.evaluate, []
+    real, asked = measure.evaluate, []
 
     def listen(model: Any, on: Any, *rest: Any) -> Any:
         assert on.test is not None
@@ -94,23 +96,21 @@ def test_the_test_part_is_asked_once_for_each_row_and_never_before_its_phase_is_
         return real(model, on, *rest)
 
     state: list[Any] = []
-    entered = choice.TrainState.enter
+    entered = TrainState.enter
 
     def enter(self: Any, *rest: Any) -> None:
         state[:] = [self]
         entered(self, *rest)
 
     monkeypatch.setattr(choice, "evaluate", listen)
-    monkeypatch.setattr(choice.TrainState, "enter", enter)
+    monkeypatch.setattr(TrainState, "enter", enter)
     assert train.main([*words, f"--out={tmp_path}", "--eval.no-baselines", "--save-every=1"]) == 0
     test = PEOPLE * 2
     assert [step for count, step in asked if count == test] == [3, 6]  # after the last update of each phase
     assert {count for count, _ in asked} == {test, PEOPLE * 4} and len(asked) > 2
 
 
-def test_class_means_that_fine_tuning_does_not_beat_are_handed_on_by_name(
-    means: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_class_means_that_fine_tuning_does_not_beat_are_handed_on_by_name(means: Path) -> None:
     best = means / "checkpoints" / "best"
     assert best.readlink() == Path("class-means")
     manifest.verify(best)
