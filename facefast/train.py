@@ -14,12 +14,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from facefast.data import Batch, Loader, Sampler, make_loader, make_sampler, oracle
 from facefast.data.cached import CachedLoader
-from facefast.data.prepare import PhaseData, prepare
+from facefast.data.divide import PhaseData
+from facefast.data.prepare import prepare
 from facefast.faces.align import Locator
-from facefast.models import checkpoint
+from facefast.models import FaceModel, Source, checkpoint
 from facefast.recipe import EvalConfig, ImageSpec, Recipe, flags, resolve, to_json
 from facefast.runtime import exits, files, manifest, process
 from facefast.runtime.exits import NumericsError, StorageError
@@ -40,14 +42,9 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     source = find_source(recipe)
     teacher = find_teacher(recipe, source, run.device)
     faces = face_locator(recipe, folder, pictures_of(recipe, source, teacher), run)
-    datasets = prepare(
-        recipe, folder, run, find_index(folder, resume), faces
-    )  # files -> index -> splits and evaluations
-    recipe = settle(recipe, source, teacher, datasets)
-    plan = resolve(recipe, tuple(data.facts() for data in datasets), run.world.size)
-    state = TrainState(recipe, plan, run)
-    state.faces = faces.document()
-    same_start(state, datasets, source, teacher)
+    begun = find_index(folder, resume)
+    datasets = prepare(recipe, folder, run, begun, faces)  #           files -> index -> splits and evaluations
+    state = first_state(recipe, run, source, teacher, datasets, faces)
     saved = find_saved(folder, resume, state)
     with open_log(folder, state, saved, faces.said()) as log:
         for number in range(state.phase_number, len(datasets)):  # a run that goes on enters the phase it stopped in
@@ -63,25 +60,35 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
                 show_pictures(state, data, loader.sampler, log)
                 for batches, row_counts in updates(state, loader, data):
                     stats = train_step(state, batches, row_counts)  #     model -> logits -> focal -> step
-                    log.step(
-                        state.position,
-                        stats,
-                        row_counts.rows,
-                        loader.wait_seconds,
-                        state.objective.names,
-                        functools.partial(culprit, state.model, batches, state.precision.autocast(run.device)),
-                    )
+                    log_update(log, state, loader, batches, row_counts, stats)
                     # Measured before it is saved: the checkpoint holds the results, and `best` may point at it.
-                    improved = evaluation_due(recipe.eval, state) and measure(state, data, log)
+                    improved = evaluation_due(state.recipe.eval, state) and measure(state, data, log)
                     # A signal reaches ranks at different moments; unless all leave after the same update, those that
                     # go on would wait in their next collective operation until it times out.
                     stopping = run.agree(run.stop_requested)
-                    if improved or stopping or save_due(recipe, state):
+                    if improved or stopping or save_due(state.recipe, state):
                         save(folder, state, improved)
                     if stopping:
                         return leave(folder, state, log)
             report_phase(folder, state, data, log)  #            the phase's chosen model on the test part, once
         return finish(folder, state, source, datasets, log)
+
+
+def first_state(
+    recipe: Recipe,
+    run: Runtime,
+    source: Source | None,
+    teacher: FaceModel | None,
+    datasets: tuple[PhaseData, ...],
+    faces: Locator,
+) -> TrainState:
+    """The state of a run that has not begun, with nothing left to decide: the same on every rank."""
+    recipe = settle(recipe, source, teacher, datasets)
+    plan = resolve(recipe, tuple(data.facts() for data in datasets), run.world.size)
+    state = TrainState(recipe, plan, run)
+    state.faces = faces.document()
+    same_start(state, datasets, source, teacher)
+    return state
 
 
 def face_locator(recipe: Recipe, folder: Path, image: ImageSpec, run: Runtime) -> Locator:
@@ -280,6 +287,21 @@ def updates(
             yield micro, RowCounts(len(rows), int(labelled[rows].sum()), tuple(known[rows].sum(0).tolist()))
             if state.phase_step == plan.steps:
                 return
+
+
+def log_update(
+    log: RunLog,
+    state: TrainState,
+    loader: Loader | CachedLoader,
+    batches: list[Batch],
+    row_counts: RowCounts,
+    stats: Tensor,
+) -> None:
+    """One update's numbers for the log, which reads the device when a line is due; asked what was wrong with it, it
+    looks at the batches."""
+    explain = functools.partial(culprit, state.model, batches, state.precision.autocast(state.run.device))
+    waited = loader.wait_seconds
+    log.step(state.position, stats, row_counts.rows, waited, state.objective.names, explain)
 
 
 def epoch_ends(state: TrainState, every: int = 1) -> bool:

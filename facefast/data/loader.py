@@ -335,7 +335,7 @@ class Loader:
 
     def _build(self, batch_size: int, source: Callable[[], Encoded], prefetch: int) -> Decoder:
         if self._decoder_kind == "oracle":
-            return _Oracle(self.image, source, self._device, self._dtype, self._channels_last)
+            return oracle.OracleDecoder(self.image, source, self._device, self._dtype, self._channels_last)
         return build_pipeline(
             self.image,
             batch_size=batch_size,
@@ -385,37 +385,6 @@ class Loader:
             f"python -m facefast.index {self.index.root}; then mend or remove them, or raise --data.max-bad-fraction",
             paths,
         )
-
-
-class _Oracle:
-    """The oracle as a decoder: the reference for the whole loader, and slow."""
-
-    def __init__(
-        self,
-        image: ImageSpec,
-        source: Callable[[], Encoded],
-        device: torch.device,
-        dtype: torch.dtype,
-        channels_last: bool,
-    ) -> None:
-        self._image, self._source = image, source
-        self._device, self._dtype = device, dtype
-        self._layout = torch.channels_last if channels_last else torch.contiguous_format
-
-    def run(self) -> Tensor:
-        data, numbers, _ = self._source()
-        try:
-            pictures = [oracle.decode(encoded.tobytes()) for encoded in data]
-        except ValueError as error:
-            raise RuntimeError(str(error)) from error
-        images = oracle.render_pictures(pictures, numbers, self._image)
-        return images.to(self._device, self._dtype, memory_format=self._layout)
-
-    def reset(self) -> None:
-        """Nothing is kept between batches."""
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def make_loader(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from facefast.data.augment import Draw, draw
+from facefast.data.dali import Encoded
 from facefast.data.index import FaceIndex
 from facefast.recipe import AugmentSpec, ImageSpec, Reading
 from facefast.runtime.untrusted import open_regular
@@ -190,3 +192,34 @@ def to_picture(images: Tensor, image: ImageSpec) -> Picture:
     if image.color == "bgr":
         values = values.flip(1)
     return np.ascontiguousarray(values.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy())
+
+
+class OracleDecoder:
+    """The oracle as a decoder: the reference for the whole loader, and slow."""
+
+    def __init__(
+        self,
+        image: ImageSpec,
+        source: Callable[[], Encoded],
+        device: torch.device,
+        dtype: torch.dtype,
+        channels_last: bool,
+    ) -> None:
+        self._image, self._source = image, source
+        self._device, self._dtype = device, dtype
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def run(self) -> Tensor:
+        data, numbers, _ = self._source()
+        try:
+            pictures = [decode(encoded.tobytes()) for encoded in data]
+        except ValueError as error:
+            raise RuntimeError(str(error)) from error
+        images = render_pictures(pictures, numbers, self._image)
+        return images.to(self._device, self._dtype, memory_format=self._layout)
+
+    def reset(self) -> None:
+        """Nothing is kept between batches."""
+
+    def close(self) -> None:
+        """Nothing is held."""

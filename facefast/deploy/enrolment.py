@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from facefast.data import FaceIndex, read_index
+from facefast.data.divide import divide
 from facefast.data.index import FAULTS, NO_FACE, advice
-from facefast.data.prepare import divide, photographs_of
+from facefast.data.prepare import photographs_of
 from facefast.data.walk import DECODED, list_pictures
 from facefast.deploy.gallery import Offer
 from facefast.evaluation.embed import embed_rows

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from facefast.data import FaceIndex, PairSet
-from facefast.data.prepare import EvaluationSet
+from facefast.data.divide import EvaluationSet
 from facefast.evaluation import metrics
 from facefast.evaluation.baselines import LabelledEmbeddings, baseline_accuracies
 from facefast.evaluation.embed import embed_rows

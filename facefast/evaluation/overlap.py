@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from facefast.data import FaceIndex, oracle
-from facefast.data.prepare import divide
+from facefast.data.divide import divide
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import Recipe, from_json
 

@@ -11,15 +11,8 @@ from typing import Any
 import numpy as np
 
 from facefast.data import FaceIndex, PairSet, read_bin, read_pair_list
-from facefast.data.prepare import (
-    EvaluationSet,
-    Locate,
-    can_be_paired,
-    check_budget,
-    divide,
-    photographs_of,
-    require_sound,
-)
+from facefast.data.divide import EvaluationSet, can_be_paired, divide
+from facefast.data.prepare import Locate, check_budget, photographs_of, require_sound
 from facefast.data.subsets import with_attributes
 from facefast.data.walk import require_there
 from facefast.models import FaceModel, checkpoint

@@ -181,7 +181,7 @@ def quoting_errors() -> Iterator[None]:
         if error.code in (0, None):
             raise
         said.flush()
-        text = said.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+        text = said.buffer.getvalue().decode(encoding)
         raise SystemExit(text.strip("\n") or error.code) from None
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from facefast.data import FaceIndex
-from facefast.data.prepare import PhaseData
+from facefast.data.divide import PhaseData
 from facefast.models import FaceModel, Source
 from facefast.recipe import Recipe, to_json
 from facefast.runtime import files

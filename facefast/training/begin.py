@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from facefast.data.corrections import Label, read_labels, write_labels
-from facefast.data.prepare import PhaseData
+from facefast.data.divide import PhaseData
 from facefast.evaluation.baselines import LabelledEmbeddings, class_means
 from facefast.evaluation.embed import embed_rows
 from facefast.labels.clustering import assign

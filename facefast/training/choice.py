@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from facefast.data import FaceIndex
-from facefast.data.prepare import EvaluationSet, PhaseData
+from facefast.data.divide import EvaluationSet, PhaseData
 from facefast.evaluation.baselines import CLASS_MEANS, LabelledEmbeddings, class_means
 from facefast.evaluation.embed import embed_rows
 from facefast.evaluation.measure import evaluate

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from facefast.data.prepare import PhaseData
+from facefast.data.divide import PhaseData
 from facefast.evaluation import report
 from facefast.evaluation.embed import embed_rows
 from facefast.models import Source

@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 
 from facefast.data import FaceIndex, read_index
+from facefast.data.divide import LEAST_TO_CHOOSE, LEAST_TO_DIVIDE, divide
 from facefast.data.index import FAULTS
-from facefast.data.prepare import (
-    LEAST_TO_CHOOSE,
-    LEAST_TO_DIVIDE,
-    check_budget,
-    divide,
-    photographs_of,
-    read_photographs,
-)
+from facefast.data.prepare import check_budget, photographs_of, read_photographs
 from facefast.recipe import (
     AttributeSpec,
     BinaryConfig,

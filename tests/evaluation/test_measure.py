@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from facefast.data import FaceIndex, PairSet, read_index
-from facefast.data.prepare import EvaluationSet
+from facefast.data.divide import EvaluationSet
 from facefast.evaluation import measure
 from facefast.evaluation.baselines import BASELINES, LabelledEmbeddings
 from facefast.evaluation.embed import embed_rows

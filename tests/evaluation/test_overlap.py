@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from facefast.data import FaceIndex, read_index
-from facefast.data.prepare import divide
+from facefast.data.divide import divide
 from facefast.evaluation import overlap
 from facefast.models import FaceModel
 from tests.support import small

@@ -12,8 +12,8 @@ import pytest
 
 from facefast.data import read_index
 from facefast.data.corrections import Correction, write_corrections
+from facefast.data.divide import EvaluationSet
 from facefast.data.drawn import synthetic
-from facefast.data.prepare import EvaluationSet
 from facefast.evaluation.sets import find_evaluation_set, given_pairs
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import BinaryConfig, DataConfig, EvalConfig, LossConfig, Phase, Reading, TaskConfig, to_json

@@ -1,6 +1,6 @@
 """Small files that ask for gigabytes or for years, by name; and what reads one, with its peak of memory.
 
-python -m tests.faults.bombs NAME FOLDER     writes it, reads it, prints {"error", "peak", "seconds"}
+python -m tests.faults.bombs FOLDER NAME ...     writes and reads each, prints a line of JSON for it
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from facefast.models import build_model, checkpoint, load_source
 from facefast.recipe import ImageSpec, ModelConfig
 from facefast.runtime import files, manifest
 from facefast.runtime.exits import StorageError
+from tests.faults.fuzz import peak_bytes, reset_peak
 from tests.support import foreign_files
 from tests.support.faulty import jpeg
 
@@ -329,7 +330,7 @@ def sparse_bitmaps(folder: Path) -> object:
 
 
 READ = ("large_pictures", "sparse_bitmaps")
-"""What is no fault, only large."""
+"""What is no fault, only large; each wants a process of its own, for memory that was used is not given back."""
 BOMBS: dict[str, Callable[[Path], object]] = {
     bomb.__name__: bomb
     for bomb in (
@@ -341,16 +342,20 @@ BOMBS: dict[str, Callable[[Path], object]] = {
 }  # fmt: skip
 
 
-def main(name: str, folder: str) -> None:
-    """Reads one bomb and prints what it came to, as a line of JSON."""
+def main(folder: str, *names: str) -> None:
+    """Reads bombs one after the other and prints what each came to, as a line of JSON."""
     warnings.simplefilter("ignore")
-    began, found = time.monotonic(), dict[str, Any]()
-    try:
-        found["value"] = repr(BOMBS[name](Path(folder)))[:200]
-    except (ValueError, StorageError) as error:
-        found["error"] = str(error)
-    peaks = [resource.getrusage(who).ru_maxrss << 10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps(found | {"peak": max(peaks), "seconds": time.monotonic() - began}), flush=True)
+    for name in names:
+        place = Path(folder) / name
+        place.mkdir()
+        reset_peak()
+        began, found = time.monotonic(), {"name": name}
+        try:
+            found["value"] = repr(BOMBS[name](place))[:200]
+        except (ValueError, StorageError) as error:
+            found["error"] = str(error)
+        peak = max(peak_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10)
+        print(json.dumps(found | {"peak": peak, "seconds": time.monotonic() - began}), flush=True)
     os._exit(0)
 
 

@@ -172,7 +172,7 @@ def _work(order: Order, first: int, folder: Path) -> None:
             os.write(output, b"ready\n")
         rng = np.random.default_rng([order.seed, number, zlib.crc32(name.encode())])
         form.write(home, form.mutated(seeds, rng))
-        _reset_peak()
+        reset_peak()
         began = time.monotonic()
         error, named = None, False
         try:
@@ -186,7 +186,7 @@ def _work(order: Order, first: int, folder: Path) -> None:
             "error": error and error[:300],
             "named": named,
             "seconds": time.monotonic() - began,
-            "peak": max(_peak(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10),
+            "peak": max(peak_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10),
         }
         os.write(output, json.dumps(line).encode() + b"\n")
 
@@ -198,12 +198,14 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (taken + 2 * PEAK_BYTES,) * 2)
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """Lets `peak_bytes` count from now on."""
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")
 
 
-def _peak() -> int:
+def peak_bytes() -> int:
+    """The most memory that this process had at a time."""
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM"))
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from facefast import train
+from facefast.data.divide import PhaseData
 from facefast.data.index import FAULTS, FaceIndex
-from facefast.data.prepare import PhaseData
 from facefast.data.prepare import prepare as indexed
 from facefast.models import checkpoint
 from facefast.recipe import Recipe

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from facefast.data import FaceIndex
-from facefast.data.prepare import EvaluationSet, PhaseData
+from facefast.data.divide import EvaluationSet, PhaseData
 from facefast.models import FaceModel
 from facefast.recipe import (
     DataConfig,

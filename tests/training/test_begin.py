@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from facefast.data import FaceIndex
-from facefast.data.prepare import PhaseData
+from facefast.data.divide import PhaseData
 from facefast.evaluation.baselines import class_means
 from facefast.models import FaceModel, Source, checkpoint, load_source
 from facefast.recipe import (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from facefast.data import FaceIndex, read_index
-from facefast.data.prepare import EvaluationSet, PhaseData
+from facefast.data.divide import EvaluationSet, PhaseData
 from facefast.models import checkpoint
 from facefast.recipe import DataConfig, ImageSpec, ModelConfig, Phase, Recipe, resolve, to_json
 from facefast.runtime import files

@@ -12,7 +12,7 @@ import torch
 
 from facefast.data import FaceIndex
 from facefast.data.corrections import read_labels
-from facefast.data.prepare import PhaseData
+from facefast.data.divide import PhaseData
 from facefast.models import FaceModel, load_source
 from facefast.recipe import (
     DistillConfig,

@@ -12,8 +12,8 @@ import torch
 
 from facefast import evaluate, predict, train
 from facefast.data import FaceIndex
+from facefast.data.divide import divide
 from facefast.data.drawn import synthetic
-from facefast.data.prepare import divide
 from facefast.evaluation import measure
 from facefast.evaluation.baselines import class_means
 from facefast.evaluation.embed import embed_rows

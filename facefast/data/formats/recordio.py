@@ -238,7 +238,7 @@ def _find(root: Path) -> Path:
 def _keys(file: Path, data: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Keys and offsets of the records, from the .idx or, without one, from the .rec itself."""
     listing = file.with_suffix(".idx")
-    if not listing.is_file():
+    if not listing.exists():
         offsets = _walk(file, data)
         return np.arange(len(offsets)), offsets
     try:
