@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from facefast.data import FaceIndex
-from facefast.data.prepare import EvaluationSet, PhaseData
+from facefast.data.divide import EvaluationSet, PhaseData
 from facefast.evaluation.baselines import CLASS_MEANS
 from facefast.models import checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe, TaskConfig
