@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from record import RESULTS, record
 
-from facefast.evaluation.baselines import BASELINES
+from facefast.evaluation.baselines import BASELINES, CLASS_MEANS
 
 NAME = "transfer"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "transfer.md"
@@ -132,16 +132,15 @@ def measure(name: str, seed: int, root: str, source: str, runs: Path) -> dict[st
         f"--seed={seed}", f"--out={folder}", "--resume=never",
     )  # fmt: skip
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    evaluations = [line for line in lines if line["split"] == "eval"]
-    last = evaluations[-1]
+    asked = {line["phase"]: line for line in lines if line["split"] == "test"}  # a row is its last line
+    best = json.loads((folder / "status.json").read_text(encoding="utf-8"))["best"]
+    last = asked[best["phase"]]
     found = {"top1": last.get("top1"), "tar": last["tar@1e-2"], "verification": last["verification_accuracy"]}
     found |= {key: value for key, value in last.items() if "/" in key}
-    found |= {key: evaluations[0][key] for key in BASELINES if key in evaluations[0]}
-    if "probe_top1" in evaluations[0]:
-        found |= {
-            "source_tar": evaluations[0]["tar@1e-2"],
-            "source_verification": evaluations[0]["verification_accuracy"],
-        }
+    found |= {key: asked[title]["top1"] for key, title in BASELINES.items() if title in asked}
+    if CLASS_MEANS in asked:
+        untrained = asked[CLASS_MEANS]
+        found |= {"source_tar": untrained["tar@1e-2"], "source_verification": untrained["verification_accuracy"]}
     rows = json.loads((folder / "plan.json").read_text())["phases"][-1]["num_rows"]
     return record(NAME, row=name, title=row.title, seed=seed, core_minutes=minutes, training_pictures=rows, **found)
 

@@ -42,7 +42,12 @@ class Decisions(NamedTuple):
     """Labels that seem to be one person under two names."""
 
 
-def decide(weight: Tensor, scale: float, train: LabelledEmbeddings, validation: LabelledEmbeddings | None) -> Decisions:
+def decide(
+    weight: Tensor,
+    train: LabelledEmbeddings,
+    validation: LabelledEmbeddings | None = None,
+    logits: Tensor | None = None,
+) -> Decisions:
     """Thresholds for naming and for pairs, and the temperature of the probabilities.
 
     A threshold for naming is the higher of two: by the validation pictures alone, which are fair but few, and by these
@@ -50,9 +55,9 @@ def decide(weight: Tensor, scale: float, train: LabelledEmbeddings, validation: 
 
     Args:
         weight: [C, D] the head's direction of each person.
-        scale: of the cosines in the probabilities.
         train: embeddings of training pictures.
-        validation: of pictures that were kept out of training; None where there are none.
+        validation: [V] of pictures that were kept out of training; None where there are none.
+        logits: [V, C] of those, whose softmax are the model's probabilities; without them there is no temperature.
 
     Raises:
         ValueError: fewer than two people, or no picture at all.
@@ -71,10 +76,8 @@ def decide(weight: Tensor, scale: float, train: LabelledEmbeddings, validation: 
         "" if validation is None else f" and {_rows(validation)} kept out of it"
     )
     calibration = None
-    if validation is not None:
-        labelled = validation.labels >= 0
-        logits = scale * unit(validation.embeddings[labelled]) @ unit(weight).T
-        calibration = calibrate(logits, validation.labels[labelled])
+    if validation is not None and logits is not None:
+        calibration = calibrate(logits, validation.labels)
     return Decisions(Thresholds(pairs, naming, f"{on}, each against all people but its own"), calibration, tuple(twins))
 
 

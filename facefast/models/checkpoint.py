@@ -142,15 +142,23 @@ def amend(path: Path, documents: dict[str, Any]) -> None:
         with files.storing(path, DOCUMENTS, UNTOUCHED):
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-            for file in path.iterdir():  # links to the same content cost no room
+            for file in path.iterdir():
                 if file.name not in replaced:
-                    os.link(file, aside / file.name)
+                    _link(file, aside / file.name)
             _write_all(aside, {}, documents)
             manifest.write(aside, step)
             files.replace_folder(aside, path)
     except StorageError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _link(file: Path, other: Path) -> None:
+    """Gives a file a second name, which costs no room; a copy where the file system cannot."""
+    try:
+        os.link(file, other)
+    except OSError:
+        shutil.copyfile(file, other)
 
 
 def _write_all(folder: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]) -> None:

@@ -265,7 +265,11 @@ def decide_for(
     train_known = labelled(state, model, train) if known is None else known
     asked = data.validation.test
     validation = None if asked is None or not (asked.labels >= 0).any() else labelled(state, model, asked)
-    decisions = decide(model.head.weight.detach().float().cpu(), model.scale, train_known, validation)
+    logits = None
+    if validation is not None:  # the head's own: a linear one has lengths and a bias beside directions
+        with torch.inference_mode():
+            logits = model.classify(validation.embeddings.to(state.run.device)).float().cpu() * model.scale
+    decisions = decide(model.head.weight.detach().float().cpu(), train_known, validation, logits)
     model.thresholds = decisions.thresholds.to_json()
     if decisions.calibration is not None:
         model.scale /= decisions.calibration.temperature

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import facefast
-from facefast import predict
+from facefast import gallery, predict
 from facefast.data import oracle, read_index
+from facefast.evaluation.thresholds import NamingThreshold
 from facefast.models import precision
 from facefast.models.precision import Precision
 from facefast.predict import find_images, index_of
@@ -109,6 +110,111 @@ def test_a_line_for_people_has_the_path_and_the_best_name(
     assert path == str(photographs / "b.png")
     assert name.split()[0] in small.NAMES
     assert name.endswith("%")
+
+
+# Unknown.
+
+
+def thresholds(**values: float | None) -> dict[str, Any]:
+    """Of naming, by rate in percent: p1=0.5 is a score of 0.5 at FPIR 1 %."""
+    naming = [
+        NamingThreshold(int(name[1:]) / 100, value, 400, 400, why="too few").to_json() for name, value in values.items()
+    ]
+    return {"pairs": [], "naming": naming, "measured_on": "nothing"}
+
+
+def run_with(folder: Path, found: dict[str, Any] | None) -> Path:
+    model = small.make_model()
+    model.thresholds = found
+    return small.save_run(folder, model, Path("nowhere"))
+
+
+def asked(run: Path, photo: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[dict[str, Any], str]:
+    """The answer, and what was said beside it."""
+    assert predict.main([str(run), str(photo), *AS_THEY_ARE, "--json", *flags]) == 0
+    output = capsys.readouterr()
+    (answer,) = map(json.loads, output.out.splitlines())
+    return answer, output.err
+
+
+def test_a_face_below_the_models_threshold_is_unknown_with_whom_it_is_nearest_to(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = photographs / "b.png"
+    named, _ = asked(run_with(tmp_path / "any", thresholds(p1=-1.0)), photo, capsys)
+    strict = run_with(tmp_path / "strict", thresholds(p10=-1.0, p1=0.999))
+    unknown, said = asked(strict, photo, capsys)
+    assert said.count("note") == 0 and named["names"][0] in small.NAMES
+    assert unknown["names"] == ["unknown"] and unknown["probabilities"] == [None]
+    assert unknown["nearest"] == named["names"] and unknown["score"] == named["score"] < 0.999
+    assert unknown["faces"] == [{key: unknown[key] for key in ("names", "probabilities", "score", "nearest")}]
+    for flags in (("--threshold=none",), ("--threshold=far@1e-1",), (f"--threshold={named['score'] - 1e-3}",)):
+        assert asked(strict, photo, capsys, *flags)[0] == named
+    assert asked(strict, photo, capsys, f"--threshold={named['score'] + 1e-3}", "--top=3")[0] == unknown
+    assert predict.main([str(strict), str(photo), *AS_THEY_ARE]) == 0
+    score = f"{named['score']:.3f}"
+    assert capsys.readouterr().out == f"{photo}  unknown (score {score}, nearest {named['names'][0]})\n"
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (None, "knows no threshold: everybody gets a name; give --threshold SCORE"),
+        (thresholds(p10=None, p5=None, p1=None), "no threshold for fpir 0.01: too few: everybody gets a name"),
+    ],
+)
+def test_a_model_that_can_tell_nobody_from_strangers_says_so_and_names_everybody(
+    found: dict[str, Any] | None,
+    said: str,
+    photographs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = run_with(tmp_path / "run", found)
+    answer, error = asked(run, photographs / "b.png", capsys)
+    assert error.startswith("note: ") and said in error and answer["names"][0] in small.NAMES
+    assert "note" not in asked(run, photographs / "b.png", capsys, "--threshold=none")[1]
+    assert asked(run, photographs / "b.png", capsys, "--threshold=1")[0]["names"] == ["unknown"]
+    assert predict.main([str(run), str(photographs), *AS_THEY_ARE, "--threshold=far@1e-2"]) == 64
+    assert "give --threshold another rate, a score or none, which names all" in capsys.readouterr().err
+
+
+def test_where_the_pictures_were_too_few_for_one_percent_the_next_rate_is_taken_with_a_word(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_with(tmp_path / "run", thresholds(p10=-1.0, p5=0.999, p1=None))
+    answer, error = asked(run, photographs / "b.png", capsys)
+    assert answer["names"] == ["unknown"]
+    assert "note: too few pictures for a threshold at FPIR 0.01; that of 0.05 is taken" in error
+
+
+def test_a_gallery_answers_instead_of_the_people_of_training(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    people, photographs = tmp_path / "people", tmp_path / "photographs"
+    photographs.mkdir()
+    for seed, name in enumerate(("dee", "eve", "fay")):
+        (photographs / f"{name}.png").write_bytes(encode(smooth_picture(64, 64, seed), "PNG"))
+        if name != "fay":
+            (people / name).mkdir(parents=True)
+            shutil.copy(photographs / f"{name}.png", people / name)
+    stored = tmp_path / "people.gallery"
+    flags = ("--model", str(run), *AS_THEY_ARE)
+    assert gallery.main(["enroll", str(stored), str(people), *flags]) == 0
+    capsys.readouterr()
+    given = (f"--gallery={stored}", "--threshold=0.99")
+    answer, _ = asked(run, photographs / "eve.png", capsys, *given, "--top=2")
+    assert answer["names"] == ["eve", "dee"] and "probabilities" not in answer
+    assert answer["scores"][0] == answer["score"] == pytest.approx(1, abs=1e-4) and answer["scores"][1] < 0.99
+    stranger, _ = asked(run, photographs / "fay.png", capsys, *given)
+    assert (stranger["names"], stranger["scores"]) == (["unknown"], [None])
+    assert stranger["nearest"][0] in ("dee", "eve")
+    assert predict.main([str(run), str(photographs), *AS_THEY_ARE, f"--gallery={stored}"]) == 64
+    assert "2 pictures of strangers cannot show a rate of 0.01" in capsys.readouterr().err
+    other = run_with(tmp_path / "other", None)
+    weights = small.make_uneven_model()
+    small.save_run(other, weights, Path("nowhere"))
+    assert predict.main([str(other), str(photographs), *AS_THEY_ARE, *given]) == 64
 
 
 def test_unreadable_pictures_are_named_and_the_others_answered(

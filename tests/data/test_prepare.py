@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from facefast.data import FaceIndex, read_index
-from facefast.data.divide import divide
+from facefast.data.divide import LEAST_TO_CHOOSE, LEAST_TO_DIVIDE, divide
 from facefast.data.index import FAULTS
 from facefast.data.prepare import check_budget, photographs_of, read_photographs
 from facefast.recipe import (
@@ -111,6 +111,77 @@ def test_few_pictures_a_person_make_a_test_set_but_no_pairs() -> None:
 def test_without_test_pictures_there_is_no_evaluation() -> None:
     evaluation = divide(people(0, 0), recipe(test_fraction=0.0), PHASE).evaluation
     assert (evaluation.test, evaluation.verification, evaluation.pairs) == (None, None, None)
+
+
+# What chooses.
+
+
+def test_validation_pictures_are_in_neither_training_nor_test_and_have_the_same_labels() -> None:
+    index = people(*[0] * 16, pictures=12)
+    data, without = (divide(index, recipe(validation_fraction=part), PHASE) for part in (0.2, 0.0))
+    parts = [data.train, data.validation.test, data.evaluation.test]
+    found = [files(part) for part in parts]
+    assert set().union(*found) == files(index) and sum(map(len, found)) == len(index)
+    for part in parts:
+        assert part is not None and part.class_names == data.train.class_names
+        assert np.bincount(part.labels, minlength=16).min() > 0  # everybody is in each
+    assert len(found[1]) == 16 * 2 >= LEAST_TO_CHOOSE and found[2] == files(
+        without.evaluation.test
+    )  # which does not move
+    assert files(without.train) == found[0] | found[1] and without.validation.test is None
+    again = divide(index, recipe(validation_fraction=0.2), PHASE)
+    assert files(again.validation.test) == found[1]
+
+
+def test_the_validation_part_is_other_pictures_with_another_seed() -> None:
+    index, wish = people(*[0] * 16, pictures=12), recipe(validation_fraction=0.2)
+    one, two = (divide(index, dataclasses.replace(wish, seed=seed), PHASE) for seed in (1, 2))
+    assert files(one.validation.test) != files(two.validation.test)
+
+
+def test_people_with_few_pictures_spare_none_to_choose_by() -> None:
+    rich = people(*[0] * 16, pictures=12)
+    labels = np.concatenate([rich.labels, np.repeat(np.arange(16, 22), LEAST_TO_DIVIDE)]).astype(np.int32)
+    index = make_index("/people", [f"{row}.jpg" for row in range(len(labels))], labels=labels)
+    data = divide(index, recipe(validation_fraction=0.2), PHASE)  # of five pictures four are left for training
+    assert data.validation.test is not None
+    assert set(data.validation.test.labels.tolist()) == set(range(16))
+    assert np.bincount(data.train.labels)[16:].tolist() == [LEAST_TO_DIVIDE - 1] * 6
+
+
+def test_a_validation_part_too_small_to_tell_checkpoints_apart_is_trained_on_instead() -> None:
+    """Then training pictures choose, by pairs: a worse judge than others, but a better one than the test part."""
+    data = divide(people(0, 0, 0, 0, pictures=12), recipe(test_fraction=0.25), PHASE)
+    assert data.validation.test is None and len(data.train) == 4 * 9
+    assert data.validation.verification is data.train and not data.validation.held_out
+    assert files(data.train).isdisjoint(files(data.evaluation.verification))
+
+
+def test_people_kept_out_are_halved_only_where_pairs_choose() -> None:
+    index = people(*[0] * 20, pictures=12)
+    names_choose = divide(index, recipe(verify_fraction=0.4, validation_fraction=0.3), PHASE)
+    assert len(names(names_choose.evaluation.verification)) == 8 and names_choose.evaluation.held_out
+    assert names_choose.validation.verification is names_choose.validation.test
+    assert not names_choose.validation.held_out
+    by_pairs = recipe(verify_fraction=0.4, validation_fraction=0.3)
+    by_pairs = dataclasses.replace(by_pairs, eval=dataclasses.replace(by_pairs.eval, metric="auc"))
+    no_names = dataclasses.replace(PHASE, sampler="pk", loss=LossConfig(weight=0.0, triplet=1.0))
+    for data in (
+        divide(index, by_pairs, PHASE),
+        divide(index, recipe(verify_fraction=0.4, validation_fraction=0.3), no_names),
+    ):
+        one, other = names(data.validation.verification), names(data.evaluation.verification)
+        assert len(one) == len(other) == 4 and one | other == names(names_choose.evaluation.verification)
+        assert data.validation.held_out and data.evaluation.held_out and one.isdisjoint(other)
+        assert (one | other).isdisjoint(names(data.train))
+
+
+def test_too_few_people_kept_out_are_all_reported() -> None:
+    index = people(*[0] * 8, pictures=12)
+    wish = recipe(verify_fraction=0.375)
+    data = divide(index, dataclasses.replace(wish, eval=dataclasses.replace(wish.eval, metric="auc")), PHASE)
+    assert len(names(data.evaluation.verification)) == 3
+    assert data.validation.verification is data.validation.test or data.validation.verification is data.train
 
 
 def half_named(pictures: int = 6) -> FaceIndex:

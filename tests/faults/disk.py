@@ -19,7 +19,7 @@ DEATHS = ("killed", "content lost", "names lost")
 """How a process dies. After a power cut files may be empty that were not synced, or bear the names, in folders that
 were not synced, that they had before; what was removed may be gone all the same. Both are what file systems really do,
 and the worst of it."""
-CALLS = ("mkdir", "rename", "replace", "rmdir", "unlink", "symlink", "open")
+CALLS = ("mkdir", "rename", "replace", "rmdir", "unlink", "symlink", "link", "open")
 
 
 def dies_at(call: int, death: str, folder: Path, action: Callable[[], object]) -> bool:

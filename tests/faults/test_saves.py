@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from facefast.models import checkpoint
-from facefast.runtime import files
+from facefast.runtime import files, manifest
 from facefast.runtime.log import _Lines
 from tests.faults.disk import DEATHS, dies_at
 from tests.support.scale import FULL
@@ -85,6 +86,96 @@ def test_whenever_a_save_is_cut_off_a_whole_checkpoint_is_left(tmp_path: Path, s
         tried += 1
     assert tried > 60 // EVERY
     print(f"{tried} of {tried} moments")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_checkpoint_that_is_amended_keeps_every_byte_but_of_the_documents_that_are_replaced(tmp_path: Path) -> None:
+    save(tmp_path, 2, 1.0, keep=2)
+    path = tmp_path / checkpoint.FOLDER / "step-0000002"
+    files.write_json(path / "model.json", {"old": 1})  # beside model.safetensors, which has its stem
+    manifest.write(path, 2)
+    before = content(path)
+    checkpoint.amend(tmp_path / checkpoint.FOLDER / "last", {"model": {"thresholds": {}}, "new": [1]})
+    after = content(path)
+    assert files.read_json(path / "model.json") == {"thresholds": {}} and files.read_json(path / "new.json") == [1]
+    changed = {"model.json", "new.json", manifest.NAME}
+    assert {n: b for n, b in after.items() if n not in changed} == {n: b for n, b in before.items() if n not in changed}
+    assert {"model.safetensors", "optimizer.safetensors", "state.json"} <= after.keys()
+    manifest.verify(path)
+    assert files.read_json(path / manifest.NAME)["step"] == 2
+    assert {each.name for each in path.parent.iterdir()} == {"last", "step-0000002"}
+    assert checkpoint.newest(tmp_path) == path
+
+
+def test_where_a_file_system_has_no_hard_links_a_checkpoint_is_amended_by_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    save(tmp_path, 2, 1.0, keep=2)
+    path = tmp_path / checkpoint.FOLDER / "step-0000002"
+    before = content(path)
+    monkeypatch.setattr(os, "link", link)
+    checkpoint.amend(path, {"recipe": {"a": 1}})
+    assert {n: b for n, b in content(path).items() if n != manifest.NAME} == {
+        **{n: b for n, b in before.items() if n != manifest.NAME},
+        "recipe.json": b'{\n  "a": 1\n}\n',
+    }
+    manifest.verify(path)
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_whenever_an_amendment_is_cut_off_the_checkpoint_is_whole_with_the_old_document_or_the_new_one(
+    tmp_path: Path, death: str
+) -> None:
+    first = tmp_path / "run"
+    first.mkdir()
+    save(first, 2, 1.0, 2)
+    tried = 0
+    for folder in moments(death, first, lambda folder: amend(folder, {"value": 2.0}), EVERY):
+        path = checkpoint.newest(folder)
+        assert path is not None, f"moment {folder.name}"
+        assert files.read_json(path / "state.json")["value"] in (1.0, 2.0), f"moment {folder.name}"
+        assert set(checkpoint.read_tensors(path, "model")["weight"].tolist()) == {1.0}, f"moment {folder.name}"
+        amend(folder, {"value": 3.0})  # nothing is in the way of the same command
+        assert files.read_json(path / "state.json")["value"] == 3.0
+        assert {each.name for each in path.parent.iterdir()} == {"last", path.name}, f"moment {folder.name}"
+        tried += 1
+    assert tried > 30 // EVERY
+
+
+def amend(folder: Path, state: dict[str, float]) -> None:
+    checkpoint.amend(folder / checkpoint.FOLDER / "step-0000002", {"state": state})
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_whenever_handing_on_class_means_is_cut_off_best_is_the_old_model_or_the_new_one(
+    tmp_path: Path, death: str
+) -> None:
+    first = tmp_path / "run"
+    first.mkdir()
+    save(first, 2, 1.0, 2)
+    files.replace_link(first / checkpoint.FOLDER / "best", "step-0000002")
+    tried = 0
+    for folder in moments(death, first, hand_on, EVERY):
+        best = folder / checkpoint.FOLDER / "best"
+        manifest.verify(best)
+        value = 2.0 if best.resolve().name == "class-means" else 1.0
+        assert set(checkpoint.read_tensors(best, "model")["weight"].tolist()) == {value}, f"moment {folder.name}"
+        assert checkpoint.newest(folder) == folder / checkpoint.FOLDER / "step-0000002"  # no run goes on from means
+        hand_on(folder)
+        left = {each.name for each in best.parent.iterdir() if not each.name.startswith(".best.")}
+        assert left == {"last", "best", "class-means", "step-0000002"}, f"moment {folder.name}"
+        tried += 1
+    assert tried > 30 // EVERY
+
+
+def hand_on(folder: Path) -> None:
+    checkpoint.hand_on(folder, "class-means", {"model": {"weight": torch.full((2000,), 2.0)}}, {"model": {}})
 
 
 LINES = "".join(json.dumps({"step": step, "split": "train"}) + "\n" for step in range(1, 6))
