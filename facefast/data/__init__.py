@@ -87,7 +87,7 @@ def read_index(
         max_pixels: limit of that scan.
 
     Raises:
-        ValueError: there is nothing at `root`, its format is not known, or a reader finds a fault.
+        ValueError: there is nothing at `root`, its format is not known, a reader finds a fault, or `cache` is no file.
     """
     place = Path(root)
     require_there(place)
@@ -96,6 +96,8 @@ def read_index(
     index = READERS[_format(place, format)](place)
     if cache is None:
         return index
+    if os.path.lexists(cache) and not os.path.isfile(cache):
+        raise ValueError(f"{os.fspath(cache)}, where the scan is to be kept, is no regular file; give another cache")
     state = f"{_state_on_disk(index)} {max_pixels}"
     if _state_of_cache(cache) == state:
         return dataclasses.replace(FaceIndex.load(cache), root=index.root)
