@@ -19,15 +19,12 @@ parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?", default="runs/default", help="a run, a checkpoint, a package or source weights")
 parser.add_argument("photographs", nargs="*", type=Path, help="faces cut out alike, or whole photographs and --detect")
 parser.add_argument("--detect", help="mtcnn or YuNet's .onnx file: faces are aligned by its landmarks")
-given = parser.parse_args()
-if given.photographs:
+if (given := parser.parse_args()).photographs:
     paths, points = [bytes(path.resolve())[1:] for path in given.photographs], None  # from the root, "/"
     if given.detect:
         found = find_detector(given.detect).find(pictures := [oracle.decode(path) for path in given.photographs])
-        if not all(map(len, found)):
-            sys.exit("no face was found on one of the photographs")
-        faces = [f.landmarks[f.main(p.shape[1], p.shape[0])] for f, p in zip(found, pictures, strict=True)]
-        points = np.stack(faces)
+        all(map(len, found)) or sys.exit("no face was found on one of the photographs")
+        points = np.stack([f.landmarks[f.main(p.shape[1], p.shape[0])] for f, p in zip(found, pictures, strict=True)])
     index = FaceIndex.build("/", paths, None, (), landmarks=points)
 else:
     if not Path(given.model).exists():  # a minute's training of the default recipe; `make train` gives it its due

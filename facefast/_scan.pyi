@@ -53,7 +53,7 @@ def read(
     threads: int,
     max_pixels: int,
     hashes: npt.NDArray[np.uint64] | None = None,
-    keep_bytes: int = ...,
+    keep_bytes: int = 9223372036854775807,
 ) -> tuple[
     list[npt.NDArray[np.uint8]],
     npt.NDArray[np.uint8],

@@ -71,11 +71,7 @@ class CompressArguments:
     """Of the photographs and of the pairs."""
 
     def __post_init__(self) -> None:
-        if max(abs(self.min_cosine), abs(self.original_min_cosine)) > 1 or not 0 <= self.max_loss <= 1:
-            raise ValueError(
-                f"min_cosine is {self.min_cosine}, original_min_cosine {self.original_min_cosine} and max_loss "
-                f"{self.max_loss}; cosines must lie in [-1, 1] and the loss in [0, 1]"
-            )
+        require(self, min_cosine=(-1, 1), original_min_cosine=(-1, 1), max_loss=(0, 1))
         require(self, photographs=(FEWEST, MOST), pairs=(2, MOST), seed=(0, LARGEST_SEED))
 
 

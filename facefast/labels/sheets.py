@@ -15,6 +15,7 @@ from facefast.data import FaceIndex, oracle
 from facefast.labels.clustering import Floats
 from facefast.labels.suspects import Suspect, Suspects
 from facefast.runtime.files import replacing, storing
+from facefast.runtime.terminal import escape_letter
 
 TILE = 96
 """Pixels on a side of one photograph."""
@@ -92,6 +93,7 @@ def draw_sheet(page: Sequence[Placed], index: FaceIndex) -> Image.Image:
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(LINE - 3)
     for x, y, strip in page:
         for line, text in enumerate((strip.title, strip.text)):
+            text = "".join(map(escape_letter, text))  # a line end would make the pen refuse
             text = text[: strip.width // 3]  # no letter is narrower for long: the loop below stays short
             while text and pen.textlength(text, font) > strip.width - GAP // 2:
                 text = text[:-1]

@@ -31,6 +31,9 @@ class BinaryConfig:
         return bool(self.people or self.negatives)
 
 
+LARGEST_EMBEDDING = 1 << 16
+
+
 @dataclass(frozen=True)
 class Reading:
     """How files are read, and how many of them may be bad."""
@@ -138,7 +141,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1 or not 0 <= self.drop_path < 1:
             raise ValueError(f"model.dropout {self.dropout} and model.drop_path {self.drop_path} must lie in [0, 1)")
-        require(self, "model.", embedding=(0, MOST))
+        require(self, "model.", embedding=(0, LARGEST_EMBEDDING))
 
 
 @dataclass(frozen=True)

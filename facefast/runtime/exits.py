@@ -99,7 +99,8 @@ def reason(error: BaseException) -> str:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    known = isinstance(error, RankError | NumericsError)  # which say so of others
+    return isinstance(error, RuntimeError) and not known and any(words in str(error) for words in _NO_MEMORY)
 
 
 def _has_no_folder(error: BaseException) -> bool:

@@ -335,7 +335,7 @@ def _planted(path: Path) -> None:
     elif what == b"x":
         raise TypeError("planted")
     elif what == b"m":
-        np.ones(1 << 30, np.uint8)
+        np.ones(700 << 20, np.uint8)
     elif what == b"r":
         raise ValueError("planted")
 

@@ -37,7 +37,7 @@ def test_damaged_files_are_read_or_refused_by_name(name: str, outcomes: dict[str
 
 
 def test_what_is_planted_is_found() -> None:
-    outcome = fuzz(Order([PLANTED], 8), hang_seconds=3, peak=1 << 30)[PLANTED]
+    outcome = fuzz(Order([PLANTED], 8), hang_seconds=6, peak=1 << 30)[PLANTED]
     assert (outcome.read, outcome.refused) == (4, 1)
     assert [fault.partition(":")[0] for fault in outcome.crashes] == ["mutation 4"]
     assert [fault.partition(":")[0] for fault in outcome.hangs] == ["mutation 6"]

@@ -85,6 +85,12 @@ def test_a_text_never_runs_into_the_next_strip(letter: str) -> None:
     assert 0 < ink(sheet, 1).max() < strip.width
 
 
+@pytest.mark.parametrize("name", ["an\nn", "\x1b[31m", "\udcff", "\u202e", "", " ", "\0", "\U0001f600" * 50])
+def test_a_text_of_any_letters_can_be_drawn(name: str, index: FaceIndex) -> None:
+    sheet = sheets.draw_sheet([(0, 0, Strip(name, f"sure: {name}", [[0]]))], index)
+    assert (tiles(sheet, 0, 0) == RED).all()
+
+
 def test_each_line_of_text_stands_above_its_photographs(index: FaceIndex) -> None:
     row = TILE + 2 * LINE
     sheet = sheets.draw_sheet([(0, 0, Strip("title", "", [[0]])), (0, row, Strip("", "text", [[0]]))], index)

@@ -134,7 +134,7 @@ def test_an_option_without_its_phase_is_refused_where_it_could_mean_several(word
         (["--size=64"], "there is no option --size; did you mean --image.size?"),
         (
             ["--epoch", "3"],
-            "there is no option --epoch; did you mean --phases.scratch.epochs, --phases.pretrain.epochs",
+            "no option --epoch; did you mean --phases.scratch.epochs, --phases.pretrain.epochs or --phases",
         ),
         (["--hepl"], "there is no option --hepl; did you mean --help?"),
         (["share", "--zoom=3"], "there is no option --zoom (facefast train --help-all lists all of them)"),
