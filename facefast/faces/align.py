@@ -39,7 +39,7 @@ FEWEST_FACES = 0.2
 """Part of the sample in which a face must be found, or these are no photographs of faces."""
 TICK_SECONDS = 20.0
 """Between two signs of life of the rank that looks for faces: the others' patience in a collective is finite."""
-Way = Literal["landmarks", "as they are", "other template", "detected", "not aligned"]
+Way = Literal["landmarks", "as they are", "own size", "other template", "detected", "not aligned"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class How:
             "landmarks": f"faces: the data set's landmarks are aligned to {self.template}",
             "as they are": f"faces: the photographs are aligned to {self.template} (a sample looked at{by} lies within "
             f"{self.distance:.1f} template pixels) and are taken as they are",
+            "own size": f"faces: hardly any was found{by}, but the pictures have the size that the model takes: they "
+            f"are taken for faces that are cut out and aligned to {self.template} already",
             "other template": f"faces: the photographs are aligned to {self.seen_template or 'a template'}"
             f"{'' if self.seen_template else ' of their own'}, not to {self.template} (a sample looked at{by} lies "
             f"within {self.distance:.1f} template pixels of its middle); they are brought to {self.template}",
@@ -192,6 +194,9 @@ class Locator:
                     seen[each.row] = _main_first(each.faces or Faces.none(), *sizes[each.row].tolist())
                     bar.update()
             shown = np.array([row for row in part.tolist() if len(seen[row])], np.int64)
+            if part is sample and not named and len(shown) <= FEWEST_FACES * len(part) and self._has_own_size(index):
+                self._note(How("own size", template, len(index), detector.key))
+                return index, rows
             if part is sample and not named and len(shown):
                 main = np.stack([seen[row].landmarks[0] for row in shown.tolist()])
                 frame = recognise(main, sizes[shown], self.image)
@@ -246,6 +251,8 @@ class Locator:
         found = self._find(index, sample, reading)
         seen = np.flatnonzero(found.counts > 0)
         readable = int((found.counts != UNREADABLE).sum())
+        if len(seen) <= FEWEST_FACES * readable and self._has_own_size(index):
+            return index, How("own size", template, len(index), detector.key)
         if faceless and len(seen) == 0:
             return index, How("not aligned", template, len(index), detector.key)
         if len(seen) <= FEWEST_FACES * readable and not faceless:
@@ -258,6 +265,11 @@ class Locator:
         if frame.kind != "none":
             return self._framed(index, frame)
         return self._detected(index, np.arange(len(index)), reading, faceless)
+
+    def _has_own_size(self, index: FaceIndex) -> bool:
+        """Whether each picture has just the size that the model takes, as faces have that were cut out for it."""
+        height, width = self.image.shape
+        return bool((upright_sizes(index, np.arange(len(index))) == (width, height)).all())
 
     def _framed(self, index: FaceIndex, frame: Frame) -> tuple[FaceIndex, How]:
         """Pictures that are aligned already, and what was done with them."""

@@ -205,6 +205,21 @@ def test_no_face_anywhere_is_refused_with_what_to_do(tmp_path: Path, detector: C
     assert made(ARCFACE, detector)(index, READING, faceless=True) is index
 
 
+def test_pictures_of_the_models_own_size_are_taken_for_cut_out_faces_where_none_is_found(
+    tmp_path: Path, detector: Counted
+) -> None:
+    height, width = ARCFACE.shape
+    for row in range(3):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.new("RGB", (width, height), (10, 90, 30 * row)).save(tmp_path / f"a/{row}.png")
+    index = read_index(tmp_path).scanned()
+    locate = made(ARCFACE, detector)
+    assert locate(index, READING) is index
+    assert "the pictures have the size that the model takes" in locate.said()[0]
+    found, owners = made(ARCFACE, detector).every_face(index, READING)
+    assert found is index and owners.tolist() == [0, 1, 2]
+
+
 def test_every_face_of_a_group_has_a_row_the_main_one_first(
     drawn: FaceIndex, tmp_path: Path, detector: Counted
 ) -> None:

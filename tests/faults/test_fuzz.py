@@ -1,6 +1,6 @@
 """Damaged files of every format that is read: none crashes, hangs, takes memory, or raises anything but a named error.
 
-FACEFAST_FAULTS=full reads 2000 of each, FACEFAST_FAULTS_SCALE=N another number.
+`make faults` reads 150 of each; FACEFAST_FAULTS_SCALE=2000 as many as were read once, which takes an hour.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import pytest
 
 from tests.faults.formats import FORMATS, PLANTED
 from tests.faults.fuzz import Order, Outcome, fuzz
+from tests.support.scale import count
 
-MUTATIONS = int(
-    os.environ.get("FACEFAST_FAULTS_SCALE") or (2000 if os.environ.get("FACEFAST_FAULTS") == "full" else 30)
-)
+MUTATIONS = int(os.environ.get("FACEFAST_FAULTS_SCALE") or count(small=30, full=150))
 NAMES = [name for name in FORMATS if name != PLANTED]
 
 

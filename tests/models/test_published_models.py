@@ -163,7 +163,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FaceModel]:
     """A model in evaluation mode from a file's tensors, every one of which is used, without the file."""
 
     def from_state(state: State, size: int = 0) -> FaceModel:
-        monkeypatch.setattr(source_module, "read", lambda path: {"state_dict": state})
+        monkeypatch.setattr(source_module, "read", lambda path: state)
         model = build_model(ModelConfig(source="published.file"), 2, ImageSpec(size=size))
         assert model.report is not None
         assert not model.report.missing and not model.report.unused
@@ -233,8 +233,8 @@ def test_a_published_model_gives_the_numbers_of_its_own_forward_pass(
 def test_a_training_programs_checkpoint_brings_backbone_and_pictures(tmp_path: Path) -> None:
     """AdaFace's .ckpt: the network behind a prefix, its head beside it."""
     shapes = published.adaface(IR18)
-    state = {k if k.startswith("head.") else f"model.{k}": torch.zeros(1).expand(s) for k, s in shapes.items()}
-    torch.save({"epoch": 25, "state_dict": state}, tmp_path / "adaface_ir18.ckpt")  # stores one zero a tensor
+    state = {k if k.startswith("head.") else f"model.{k}": torch.zeros(s) for k, s in shapes.items()}
+    torch.save({"epoch": 25, "state_dict": state}, tmp_path / "adaface_ir18.ckpt")
     model = build_model(ModelConfig(source=str(tmp_path / "adaface_ir18.ckpt")), 2)
     assert model.config.backbone == "adaface_ir18" and model.embedding_size == 512
     assert model.image == ImageSpec(size=112, template="arcface", color="bgr")
