@@ -146,8 +146,8 @@ def test_a_path_of_photographs_that_leads_nowhere_is_named(
 ) -> None:
     make, code = PLACES[place]
     (tmp_path / "in").mkdir()
-    root = make(tmp_path / "in")
-    assert well_mannered(ended(commands(root, run, tmp_path / "out")[command], capsys)).code == code
+    end = well_mannered(ended(commands(make(tmp_path / "in"), run, tmp_path / "out")[command], capsys))
+    assert end.code == code
     assert str(tmp_path / "in") in end.err
 
 
