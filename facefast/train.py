@@ -219,10 +219,11 @@ def measure_untrained(folder: Path, state: TrainState, start: Start, log: RunLog
     """Measures the model before any training, the floor to beat, and saves it where it is the best so far."""
     if start.known is None and state.phase.head_start != "class_mean":
         return
-    if measure(state, start.data, log, start.known):
-        save(folder, state, improved=True)
-    if start.known is not None:
+    improved = measure(state, start.data, log, start.known)
+    if start.known is not None:  # before it is saved: a run that goes on from there has these rows too
         report_baselines(state, start.data, start.known, log)
+    if improved:
+        save(folder, state, improved)
 
 
 def open_loader(state: TrainState, data: PhaseData) -> Loader | CachedLoader:

@@ -227,7 +227,6 @@ class Loader:
         batch = self.sampler.batch(work.epoch, work.step)
         padded = np.flatnonzero(batch < 0)
         rows = candidates(self.sampler.rows, batch, (self._seed, work.epoch, work.step, 0), len(batch) + SPARES)
-        rows = rows[self.index.faults[rows] == 0]
         # This rank's padding first; then, for files that cannot be read, rows that no other rank begins with.
         ours = rows[: len(padded)][padded[: len(rows)] % self._world == self._rank]
         others = rows[len(padded) :]

@@ -220,7 +220,9 @@ class RunLog:
         with self.tolerant("metrics.jsonl"):
             if self._lines is None:
                 raise OSError("it could not be opened")
-            self._lines.append(record | finite)
+            # What a run that goes on asks the test part again, it has the same answer to: one line is enough.
+            if split != "test" or not self._lines.had(record | finite):
+                self._lines.append(record | finite)
 
         def draw(board: SummaryWriter) -> None:
             for name, value in finite.items():
@@ -303,11 +305,8 @@ class _Lines:
     def __init__(self, path: Path, first_step: int | None) -> None:
         self.path = path
         # The run makes the updates after its checkpoint again: with the old lines every one of them would stand twice.
-        kept = (
-            b""
-            if first_step is None
-            else b"".join(line for line, record in _records(path) if record["step"] <= first_step)
-        )
+        lines = [] if first_step is None else [line for line, at in _records(path) if at["step"] <= first_step]
+        kept, self._kept = b"".join(lines), set(lines)
         before = path.read_bytes() if path.exists() else b""
         if not before.startswith(kept):
             with files.replacing(path, len(kept)) as aside:
@@ -317,9 +316,13 @@ class _Lines:
         self._file.truncate(len(kept))  # which needs no room
         self._torn = False
 
+    def had(self, record: Mapping[str, Any]) -> bool:
+        """Whether the run had written this line before it was taken up again."""
+        return _line(record) in self._kept
+
     def append(self, record: Mapping[str, Any]) -> None:
         """Raises OSError where the line cannot be written."""
-        line = json.dumps(record).encode() + b"\n"
+        line = _line(record)
         if self._torn:  # what is left of the line before ends here
             line = b"\n" + line
         end = os.fstat(self._file.fileno()).st_size
@@ -339,6 +342,10 @@ class _Lines:
         """Closes the file."""
         with contextlib.suppress(OSError):
             self._file.close()
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -72,7 +72,16 @@ def measure(state: TrainState, data: PhaseData, log: RunLog, known: LabelledEmbe
     results = _evaluate(state, state.evaluated, data.validation, known)
     state.set_modes()
     state.validated |= with_baselines(results)
-    value, name = named_metric(state.recipe.eval, results)
+    try:
+        value, name = named_metric(state.recipe.eval, results)
+    except ValueError:
+        if state.recipe.eval.metric != "auto":
+            raise
+        # Too few of its pictures can be read, or its pairs are too few: as if there were none.
+        log.say("note: the validation part gives no number to choose by")
+        if state.best is None:
+            state.chosen = here
+        return state.best is None
     # A phase is remembered by its best evaluation; a later, worse one is in the log alone.
     before = state.validated.get(state.phase.name)
     if before is None or value >= named_metric(state.recipe.eval, before)[0]:
@@ -184,7 +193,10 @@ def best_of(state: TrainState) -> dict[str, Any] | None:
     seen = state.validated.get(row) or state.reported.get(row)
     if seen is None:
         return None
-    _, name = named_metric(state.recipe.eval, seen)
+    try:
+        _, name = named_metric(state.recipe.eval, seen)
+    except ValueError:  # nothing could be told of its pictures
+        return None
     asked = state.reported.get(row, {})
     name = next((known for known in (name, name.removeprefix("known_")) if known in asked), name)
     return {"phase": row, "metric": name, "value": asked.get(name), "validation": state.best}

@@ -94,8 +94,7 @@ def well_mannered(end: End) -> End:
 
 def ended(words: list[str], capsys: pytest.CaptureFixture[str]) -> End:
     """Runs a command line of the console script in this process."""
-    code = cli.run(words)
-    return End(code, *capsys.readouterr())
+    return End(cli.run(words), *capsys.readouterr())
 
 
 def in_child(words: list[str], before: Callable[[], None]) -> End:
@@ -147,8 +146,7 @@ def test_a_path_of_photographs_that_leads_nowhere_is_named(
 ) -> None:
     make, code = PLACES[place]
     (tmp_path / "in").mkdir()
-    root = make(tmp_path / "in")
-    end = well_mannered(ended(commands(root, run, tmp_path / "out")[command], capsys))
+    end = well_mannered(ended(commands(make(tmp_path / "in"), run, tmp_path / "out")[command], capsys))
     assert end.code == code
     assert str(tmp_path / "in") in end.err
 

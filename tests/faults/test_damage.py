@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from facefast import train
-from facefast.data.divide import PhaseData
+from facefast.data.divide import EvaluationSet, PhaseData
 from facefast.data.index import FAULTS, FaceIndex
 from facefast.data.prepare import prepare as indexed
 from facefast.models import checkpoint
@@ -124,8 +124,8 @@ def victims_of(root: Path, share: float) -> list[Path]:
 def after_indexing(change: Callable[[PhaseData], PhaseData]) -> Any:
     """`prepare`, with something that happens as soon as it has looked at all files."""
 
-    def prepare(recipe: Recipe, folder: Path, run: Runtime) -> tuple[PhaseData, ...]:
-        datasets = indexed(recipe, folder, run)
+    def prepare(recipe: Recipe, folder: Path, run: Runtime, *rest: Any) -> tuple[PhaseData, ...]:
+        datasets = indexed(recipe, folder, run, *rest)
         return tuple(change(data) for data in datasets)
 
     return prepare
@@ -141,12 +141,15 @@ def masked(victims: Sequence[Path]) -> Any:
         lost = np.array([index.path(row) in paths for row in range(len(index))])
         return dataclasses.replace(index, faults=np.where(lost, FAULTS.index("missing"), index.faults).astype(np.uint8))
 
+    def asked(part: EvaluationSet) -> EvaluationSet:
+        return dataclasses.replace(part, test=mask(part.test), verification=mask(part.verification))
+
     def change(data: PhaseData) -> PhaseData:
-        test, verification = mask(data.evaluation.test), mask(data.evaluation.verification)
-        evaluation = dataclasses.replace(data.evaluation, test=test, verification=verification)
         trained = mask(data.train)
         assert trained is not None
-        return dataclasses.replace(data, train=trained, evaluation=evaluation)
+        return dataclasses.replace(
+            data, train=trained, validation=asked(data.validation), evaluation=asked(data.evaluation)
+        )
 
     return after_indexing(change)
 
@@ -245,8 +248,8 @@ def counting(seen: Counter[int]) -> Any:
 
 
 def holding(held: list[PhaseData], prepare: Any) -> Any:
-    def prepared(recipe: Recipe, folder: Path, run: Runtime) -> tuple[PhaseData, ...]:
-        held.extend(prepare(recipe, folder, run))
+    def prepared(*given: Any) -> tuple[PhaseData, ...]:
+        held.extend(prepare(*given))
         return tuple(held)
 
     return prepared
@@ -269,8 +272,8 @@ def rank(number: int, arguments: list[str], heard: str, victims: list[str], kind
     paths = [Path(path) for path in victims]
     prepare = damaged(paths, kind, run_is_main=number == 0) if kind else masked(paths)
 
-    def together(recipe: Recipe, folder: Path, run: Runtime) -> tuple[PhaseData, ...]:
-        datasets: tuple[PhaseData, ...] = prepare(recipe, folder, run)
+    def together(recipe: Recipe, folder: Path, run: Runtime, *rest: Any) -> tuple[PhaseData, ...]:
+        datasets: tuple[PhaseData, ...] = prepare(recipe, folder, run, *rest)
         run.barrier()  # nobody reads before the damage is done
         return datasets
 

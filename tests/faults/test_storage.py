@@ -243,7 +243,7 @@ def test_tensorboard_that_fails_ends_no_training(
     said = capsys.readouterr().out
     assert said.count("warning: TensorBoard's files cannot be written") == 1
     assert status(tmp_path)["log_failures"] >= 1
-    assert len(log.read_lines(tmp_path / "metrics.jsonl")) == 3
+    assert len(log.read_lines(tmp_path / "metrics.jsonl")) == 4
 
 
 @pytest.mark.parametrize("place", ["metrics.jsonl", "tensorboard", "report.html"])

@@ -345,6 +345,17 @@ def test_what_the_test_part_gave_is_a_line_of_its_own_under_the_rows_name(
     assert "class means epoch 1, test: top1 25.00%\n" in capsys.readouterr().out  # it has chosen nothing
 
 
+def test_a_row_that_is_asked_for_again_with_the_same_answer_is_one_line(tmp_path: Path) -> None:
+    with open_log(tmp_path) as run_log:
+        run_log.report(at(8), "finetune", {"top1": 0.25})
+    with open_log(tmp_path, first_step=8) as run_log:
+        run_log.report(at(8), "finetune", {"top1": 0.25})
+        run_log.report(at(8), "class means", {"top1": 0.25})
+        run_log.report(at(8), "finetune", {"top1": 0.5})
+    found = [(line["phase"], line["top1"]) for line in lines(tmp_path)]
+    assert found == [("finetune", 0.25), ("class means", 0.25), ("finetune", 0.5)]
+
+
 def test_an_evaluation_is_said_with_its_headline_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_log(tmp_path) as run_log:
         run_log.evaluation(at(8), {"loss": 0.12345, "top1": 0.5, "pairs": 6000}, "top1", True)

@@ -18,7 +18,7 @@ from facefast.runtime.log import Position, RunLog
 from facefast.training import choice
 from facefast.training.step import TrainState
 from tests.support import small
-from tests.support.beginning import NOBODY, SCRATCH, TWO, at_end, make_state
+from tests.support.beginning import NOBODY, SCRATCH, TWO, Said, at_end, make_state
 
 NAN = float("nan")
 ONE = (Phase(name="only", start="scratch"),)
@@ -122,6 +122,24 @@ def test_without_pictures_to_choose_by_the_latest_is_the_best(state: TrainState,
         assert choice.measure(state, data, cast(RunLog, Heard()))  # the test part is not asked in their place
         assert (state.best, state.chosen, state.validated) == (None, (0, state.phase_step), {})
     assert choice.said(state, data) == "* handed on: the last, since no picture could be spared to choose by"
+
+
+def test_pictures_that_give_no_number_are_no_pictures_to_choose_by(
+    state: TrainState, index: FaceIndex, measured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = EvaluationSet(test=None, verification=index, pairs=None, held_out=False)
+    data, said = PhaseData(index, asked, NOBODY), Said()
+    monkeypatch.setattr(choice, "_evaluate", lambda *_: {"known_auc": NAN, "known_pairs": 0})
+    for state.phase_step in (2, 4):
+        assert choice.measure(state, data, said.log)
+    assert state.best is None and state.chosen == (0, 4)
+    assert said == 2 * ["note: the validation part gives no number to choose by"]
+    assert measured(state, (6, 0.5)) == [True]
+    monkeypatch.setattr(choice, "_evaluate", lambda *_: {"known_auc": NAN, "known_pairs": 0})
+    assert not choice.measure(state, data, said.log) and state.chosen == (0, 6)
+    state.recipe = dataclasses.replace(state.recipe, eval=EvalConfig(metric="auc"))
+    with pytest.raises(ValueError, match="eval.metric is auc, for which the evaluation has too few pairs"):
+        choice.measure(state, data, said.log)
 
 
 def test_the_best_checkpoint_is_unknown_before_the_first_evaluation_and_its_value_before_the_test_part_was_asked() -> (
