@@ -13,6 +13,7 @@ from facefast.data import FaceIndex, PairSet
 from facefast.data.divide import EvaluationSet
 from facefast.evaluation import metrics
 from facefast.evaluation.baselines import LabelledEmbeddings, baseline_accuracies
+from facefast.evaluation.calibration import expected_calibration_error
 from facefast.evaluation.embed import embed_rows
 from facefast.models import FaceModel
 from facefast.models.precision import Precision
@@ -40,7 +41,8 @@ def evaluate(
         embed: gives the embeddings of an index, where the caller keeps them; `embed_rows` without it.
 
     Returns:
-        Closed set: loss, top1, top5, per_class, test_rows, and those of `baselines`. Attributes: NAME/accuracy,
+        Closed set: loss, top1 with its 95 % interval top1_low to top1_high, top5, per_class, ece (the expected
+        calibration error), test_rows, and those of `baselines`. Attributes: NAME/accuracy,
         NAME/auc and NAME/tar@1e-2 of a yes, or NAME/mae and NAME/within5 of a level; tasks, the mean of the AUCs and
         of 1 - mae over the range. Verification: verification_accuracy (with its standard
         deviation over folds), tar@1e-2, tar@1e-3, auc, threshold, pairs; their names start with "known_" where the
@@ -80,19 +82,24 @@ def _closed_set(model: FaceModel, embeddings: Tensor, labels: Tensor, device: to
     """The head on [N, D] embeddings with a label, a block at a time so that many classes need no N x C memory."""
     # Without the margin, which belongs to the loss: this is what the model would answer.
     seen = labels >= 0
-    target, found, loss = labels[seen], [], 0.0
+    target, found, sure, loss = labels[seen], [], [], 0.0
     with torch.inference_mode():
         for block, label in zip(embeddings[seen].split(1024), target.split(1024), strict=True):
             logits = model.classify(block.to(device)).float().cpu() * model.scale  # [b, C]
             found.append(metrics.label_ranks(logits, label))
+            sure.append(logits.softmax(1).amax(1))
             loss += float(torch.nn.functional.cross_entropy(logits, label, reduction="sum"))
     ranks = torch.cat(found).numpy()
+    low, high = metrics.wilson_interval(int((ranks == 0).sum()), len(ranks))
     per_class = metrics.per_class_accuracy(ranks, target.numpy(), model.num_classes)
     return {
         "loss": loss / len(ranks),
         "top1": metrics.topk_accuracy(ranks),
+        "top1_low": low,
+        "top1_high": high,
         "top5": metrics.topk_accuracy(ranks, 5),
         "per_class": float(np.nanmean(per_class)),
+        "ece": expected_calibration_error(torch.cat(sure), ranks == 0),
         "test_rows": len(ranks),
     }
 

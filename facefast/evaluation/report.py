@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from facefast.evaluation.baselines import BASELINES
+from facefast.evaluation.metrics import wilson_interval
 from facefast.runtime import files
 from facefast.runtime.log import read_lines
 
@@ -58,13 +59,16 @@ def _cells(results: dict[str, dict[str, float]]) -> tuple[list[str], list[list[s
     columns = [(key, title) for key, title in COLUMNS if key in present] + [
         (k, k.replace("/", " ")) for k in attributes
     ]
-    rows = [[phase, *(_cell(key, found.get(key, math.nan)) for key, _ in columns)] for phase, found in results.items()]
+    rows = [[phase, *(_cell(key, found) for key, _ in columns)] for phase, found in results.items()]
     return ["phase", *(title for _, title in columns)], rows
 
 
-def _cell(key: str, value: float) -> str:
+def _cell(key: str, found: Mapping[str, float]) -> str:
+    value = found.get(key, math.nan)
     if not math.isfinite(value):
         return "-"
+    if f"{key}_low" in found:
+        return f"{value:.2%} ({100 * found[f'{key}_low']:.1f}-{100 * found[f'{key}_high']:.1f})"
     return f"{value:.2f}" if key.endswith("/mae") else f"{value:.2%}"
 
 
@@ -74,6 +78,9 @@ def with_baselines(evaluation: Mapping[str, float]) -> dict[str, dict[str, float
     for key, title in BASELINES.items():
         if key in evaluation:
             rows[title] = {"top1": evaluation[key]}
+            if total := int(evaluation.get("test_rows") or 0):
+                low, high = wilson_interval(round(evaluation[key] * total), total)
+                rows[title] |= {"top1_low": low, "top1_high": high}
     if rows:
         first = next(iter(rows.values()))
         first.update({k: v for k, v in evaluation.items() if "verification" in k or "tar@" in k or k.endswith("auc")})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from facefast.data import FaceIndex, PairSet, read_index
 from facefast.data.divide import EvaluationSet
-from facefast.evaluation import measure
+from facefast.evaluation import measure, metrics
 from facefast.evaluation.baselines import BASELINES, LabelledEmbeddings
 from facefast.evaluation.embed import embed_rows
 from facefast.evaluation.measure import evaluate, verification
@@ -95,6 +95,9 @@ def test_an_evaluation_counts_what_could_be_read_and_puts_the_model_back_as_it_w
     found = measured(model, asked)
     assert model.training
     assert found["test_rows"] == 8
+    assert found["top1_low"] < found["top1"] < found["top1_high"] or found["top1"] in (0.0, 1.0)
+    assert (found["top1_low"], found["top1_high"]) == metrics.wilson_interval(round(8 * found["top1"]), 8)
+    assert 0 <= found["ece"] <= 1
     assert asked.pairs is not None and found["known_pairs"] < len(asked.pairs)
     assert "verification_accuracy" not in found  # these people are known
     model.eval()
@@ -128,7 +131,7 @@ def test_accuracy_is_that_of_pictures_and_per_class_that_of_people(index: FaceIn
     found = measured(steered(index, answers), set_of(index))
     assert found["top1"] == pytest.approx(6 / 8)
     assert found["per_class"] == pytest.approx((1 + 1 / 2 + 2 / 3) / 3)
-    assert set(found) == {"loss", "top1", "top5", "per_class", "test_rows"}
+    assert set(found) == {"loss", "top1", "top1_low", "top1_high", "top5", "per_class", "ece", "test_rows"}
 
 
 def test_people_without_a_test_picture_do_not_count_as_wrong(index: FaceIndex) -> None:

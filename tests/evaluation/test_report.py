@@ -27,6 +27,13 @@ def test_the_table_is_aligned_and_shows_only_numbers_that_somebody_has() -> None
     assert len({len(line) for line in (header, first, second)}) == 1
 
 
+def test_accuracies_come_with_their_intervals_those_of_the_baselines_too() -> None:
+    evaluation = {"top1": 0.5, "class_means_top1": 0.75, "test_rows": 100, "auc": 0.9}
+    (means,) = report.with_baselines(evaluation).values()
+    _, line = report.results_text({"class means": means})
+    assert line.split()[2:4] == ["75.00%", "(65.7-82.5)"]  # Wilson's interval of 75 in 100
+
+
 def test_the_row_that_is_handed_on_is_marked_and_no_other() -> None:
     header, first, second = report.results_text(RESULTS, "finetune")
     assert second.startswith("finetune *") and "*" not in header + first
