@@ -26,7 +26,7 @@ from facefast.faces.align import Locator, locator
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Photographs, Reading, Recipe, to_json
 from facefast.recipe.options import parse, typed
-from facefast.recipe.ranges import LARGEST_SEED, require
+from facefast.recipe.ranges import LARGEST_SEED, MOST, require
 from facefast.runtime import exits, files, process
 from facefast.runtime.process import decode_threads
 from facefast.runtime.terminal import say
@@ -66,7 +66,7 @@ class EvaluateArguments:
     """Print one JSON object and nothing else."""
 
     def __post_init__(self) -> None:
-        require(self, seed=(0, LARGEST_SEED))
+        require(self, seed=(0, LARGEST_SEED), draws=(1, 10_000), hardest=(0, MOST))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,8 +113,6 @@ def _require_sense(given: EvaluateArguments) -> None:
     for name, without_effect in idle.items():
         if without_effect:
             raise ValueError(f"{name} has no effect {'with ' + ' and '.join(named) if named else 'here'}; leave it out")
-    if given.draws < 1 or given.hardest < 0:
-        raise ValueError(f"--draws is {given.draws} and must be at least 1, --hardest {given.hardest} and at least 0")
 
 
 def _of_sets(

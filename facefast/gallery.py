@@ -24,6 +24,7 @@ from facefast.data.index import printable
 from facefast.deploy import enrolment
 from facefast.deploy.gallery import Gallery, enroll, fingerprint, forget, unit
 from facefast.recipe.options import parse
+from facefast.recipe.ranges import MOST, require
 from facefast.runtime import exits, files, process
 from facefast.runtime.process import decode_threads
 
@@ -62,6 +63,11 @@ class GalleryArguments:
     json: bool = False
     """Print JSON: one object, for search one a photograph."""
 
+    def __post_init__(self) -> None:
+        require(self, top=(1, MOST), fpir=(0, 1), fmr=(0, 1))
+        if self.threshold is not None:
+            require(self, threshold=(-1, 1))
+
 
 _OWN = {
     "enroll": ("model", "from_run", "numbers", "detect"),
@@ -91,8 +97,6 @@ def _require_sense(given: GalleryArguments) -> None:
             raise ValueError(f"--{field.name.replace('_', '-')} has no effect on {given.verb}; leave it out")
     if given.threshold is not None and (given.fpir, given.fmr) != (GalleryArguments.fpir, GalleryArguments.fmr):
         raise ValueError("--threshold takes the place of --fpir and --fmr; give one of them")
-    if given.top < 1:
-        raise ValueError(f"--top is {given.top}; it must be at least 1")
     needs = {
         "enroll": ("NAME and photographs, a folder per person, or --from-run", bool(given.words) != given.from_run),
         "search": ("photographs or folders of them", bool(given.words)),

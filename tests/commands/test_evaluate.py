@@ -116,7 +116,7 @@ def test_people_are_looked_for_in_a_gallery(
         (("--groups=Male", "--identify=G"), "--groups has no effect with --identify"),
         (("--hardest=2", "--identify=G"), "--hardest has no effect with --identify"),
         (("--draws=2", "--bin=B"), "--draws has no effect with --bin"),
-        (("--draws=0",), "--draws is 0"),
+        (("--draws=0",), "draws is 0; it must lie in"),
         (("--identify=G",), "identify needs photographs to look for: --data.root DIR"),
         (("--templates=P",), "'' is no folder; give --data.root"),
     ],

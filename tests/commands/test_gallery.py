@@ -182,7 +182,7 @@ def test_small_pictures_are_refused(
         (["search", "G", "a", "--from-run"], "--from-run has no effect on search"),
         (["verify", "G", "a", "b", "--fpir=0.1"], "--fpir has no effect on verify"),
         (["search", "G", "a", "--fpir=0.1", "--threshold=0.5"], "--threshold takes the place of"),
-        (["search", "G", "a", "--top=0"], "--top is 0"),
+        (["search", "G", "a", "--top=0"], "top is 0; it must lie in"),
         (["search", "NOWHERE", "a"], "there is no gallery NOWHERE"),
         (["forget", "G", "nobody"], "1 of 1 names are not in"),
         (["search", "G", "/no/photo.png"], "/no/photo.png is neither a photograph nor a folder"),

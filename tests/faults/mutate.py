@@ -65,13 +65,13 @@ MUTATIONS: dict[str, Mutation] = {
         f"{SAVES} -k 'same and killed'",
     ),
     "removal of leftovers of a save": Mutation(
-        CHECKPOINT, "_remove_leftovers(folder)\n        ", "", f"{SAVES} -k killed"
+        CHECKPOINT, "        _remove_leftovers(folder)\n", "", f"{SAVES} -k killed"
     ),
     "removal of leftovers of a run": Mutation(TRAIN, "files.remove_leftovers(folder)", "...", FLIPS),
     "rename of the log": Mutation(
         "facefast/runtime/log.py",
-        "    aside = path.with_name(",
-        "    path.write_text('')\n    aside = path.with_name(",
+        "            with files.replacing(path, len(kept))",
+        "            path.write_text('')\n            with files.replacing(path, len(kept))",
         f"{SAVES} -k log",
     ),
     "lines of the log that are made again": Mutation(
@@ -106,7 +106,7 @@ MUTATIONS: dict[str, Mutation] = {
         f"{KILLS}a_request_to_stop_that_reaches_one_rank_alone_stops_both_after_the_same_update",
     ),
     "end with torchrun": Mutation(
-        PROCESS, "        _die_with_parent()\n", "", f"{KILLS}torchrun_and_its_workers_can_be_killed_as_well"
+        PROCESS, "    _die_with_parent()\n    run", "    run", f"{KILLS}torchrun_and_its_workers_can_be_killed_as_well"
     ),
     "mask of empty slots": Mutation(
         LOADER,
