@@ -96,8 +96,9 @@ INSIST = """
 import os, signal, sys, time
 from facefast.runtime import process
 process.SAME_REQUEST = 0.2
+number = getattr(signal, sys.argv[1])
+signal.signal(number, signal.SIG_DFL)  # a suite in the background, or under nohup, ignores some
 with process.start("cpu") as run, process.stop_on_signals(run):
-    number = getattr(signal, sys.argv[1])
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), number)  # the same request by another way
     assert run.stop_requested
