@@ -21,6 +21,7 @@ import torch
 import tyro
 
 from facefast.data.index import printable
+from facefast.data.walk import loose_photographs
 from facefast.deploy import enrolment
 from facefast.deploy.gallery import Gallery, enroll, fingerprint, forget, unit
 from facefast.recipe.options import parse
@@ -132,7 +133,7 @@ def _enroll(given: GalleryArguments) -> None:
             source = given.model or Path(stored.document["source"])  # type: ignore[union-attr]
             index = enrolment.people_of_run(source, decode_threads(0, run.world))
         elif name is not None:
-            index = enrolment.photographs(given.words[1:])
+            index = loose_photographs(given.words[1:])
         else:
             index = enrolment.people_of(given.words[0])
         model_path = given.model.absolute() if given.model is not None else ""
@@ -161,7 +162,7 @@ def _search(given: GalleryArguments) -> None:
     stored = Gallery(given.gallery)
     with process.start() as run:
         embedder = _embedder(given, run, stored)
-        index = enrolment.photographs(given.words)
+        index = loose_photographs(given.words)
         embeddings, faults = embedder.embed(index)
     threshold, why = given.threshold, ""
     if threshold is None:
@@ -247,7 +248,7 @@ def _side(word: str, stored: Gallery | None, embedder: enrolment.Embedder) -> to
         if stored is not None and word in stored.names:
             return stored.template(word)
         raise ValueError(f"{word} is neither a photograph{' nor a name in ' + str(stored.path) if stored else ''}")
-    index = enrolment.photographs([word])
+    index = loose_photographs([word])
     embeddings, faults = embedder.embed(index)
     if len(index) != 1 or faults[0]:
         raise exits.DataError(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from facefast.data import FaceIndex
 from facefast.data.index import FAULTS, NO_FACE, advice, printable
-from facefast.data.walk import DECODED, list_pictures, require_there
+from facefast.data.walk import loose_photographs
 from facefast.deploy.gallery import Gallery, fingerprint
 from facefast.evaluation.embed import embed_rows
 from facefast.evaluation.naming import DEFAULT_FPIR, asked_rate, name_faces, score_needed, strictest
@@ -61,36 +61,6 @@ class PredictArguments:
 
     def __post_init__(self) -> None:
         require(self, top=(1, MOST))
-
-
-def find_images(given: tuple[Path, ...]) -> list[Path]:
-    """The photographs that paths and folders name, folders in sorted order, by the rules of `data.walk`.
-
-    Raises:
-        ValueError: a path that is not there, or nothing to look at.
-    """
-    if not given:
-        raise ValueError("predict needs photographs: facefast predict MODEL IMAGE|DIR...")
-    found: list[Path] = []
-    for path in given:
-        require_there(path)
-        if os.path.isdir(path):
-            found += [path / os.fsdecode(inside) for inside in list_pictures(path)]
-        elif os.path.isfile(path):
-            found.append(path)
-        else:
-            raise ValueError(f"{path} is neither a photograph nor a folder")
-    if not found:
-        endings = ", ".join(sorted(map(os.fsdecode, DECODED)))
-        raise ValueError(f"no photographs in {', '.join(map(str, given))}; they end in {endings}")
-    return found
-
-
-def index_of(paths: list[Path]) -> FaceIndex:
-    """A scanned index of loose photographs."""
-    # Loose photographs may lie anywhere: the file system's root is the one folder that holds all of them.
-    names = [os.fsencode(os.path.abspath(path)).lstrip(b"/") for path in paths]
-    return FaceIndex.build("/", names, np.full(len(names), -1), ()).scanned()
 
 
 @dataclass(frozen=True)
@@ -215,7 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"{given.model} knows no identities; give --gallery G, or --embeddings OUT.npz")
             precision = checkpoint.precision_of(given.model, model)
             naming = Naming.of(given, model)
-            index = index_of(find_images(given.images))
+            if not given.images:
+                raise ValueError("predict needs photographs: facefast predict MODEL IMAGE|DIR...")
+            index = loose_photographs(given.images)
             answers = list(predict(model, index, run, precision, naming, given.detect))
         embedded = [answer for answer in answers if "embedding" in answer]
         if given.embeddings is not None:

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum, auto
 from operator import itemgetter
 
-from facefast.data.index import printable
+from facefast.data.index import FaceIndex, printable
 from facefast.runtime.exits import DataError
 
 DECODED = frozenset(
@@ -287,3 +287,32 @@ def holds_picture(folder: bytes) -> bool:
 def _identity(folder: bytes) -> tuple[int, int]:
     status = os.stat(folder)
     return status.st_dev, status.st_ino
+
+
+def find_pictures(given: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The photographs that paths and folders name, in that order, folders by the walk above.
+
+    Raises:
+        ValueError: a path that is not there or neither of the two, or nothing to look at.
+    """
+    found: list[str] = []
+    paths = [os.fspath(path) for path in given]
+    for path in paths:
+        require_there(path)
+        if os.path.isdir(path):
+            found += [os.path.join(path, os.fsdecode(inside)) for inside in list_pictures(path)]
+        elif os.path.isfile(path):
+            found.append(path)
+        else:
+            raise ValueError(f"{path} is neither a photograph nor a folder")
+    if not found:
+        endings = ", ".join(sorted(map(os.fsdecode, DECODED)))
+        raise ValueError(f"no photographs in {', '.join(paths)}; they end in {endings}")
+    return found
+
+
+def loose_photographs(given: Sequence[str | os.PathLike[str]]) -> FaceIndex:
+    """A scanned index of what `find_pictures` finds."""
+    # Loose photographs may lie anywhere: the file system's root is the one folder that holds all of them.
+    paths = [os.fsencode(os.path.abspath(path)).lstrip(b"/") for path in find_pictures(given)]
+    return FaceIndex.build("/", paths, None, ()).scanned()

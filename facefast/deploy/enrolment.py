@@ -15,7 +15,6 @@ from facefast.data import FaceIndex, read_index
 from facefast.data.divide import divide
 from facefast.data.index import FAULTS, NO_FACE, advice
 from facefast.data.prepare import photographs_of
-from facefast.data.walk import DECODED, list_pictures
 from facefast.deploy.gallery import Offer
 from facefast.evaluation.embed import embed_rows
 from facefast.evaluation.thresholds import Thresholds
@@ -79,28 +78,6 @@ class Embedder(NamedTuple):
             for place in torch.nonzero(~seen).flatten().tolist():
                 faults[sound[place]] = "it could not be decoded"
         return embeddings, faults
-
-
-def photographs(given: Sequence[str | os.PathLike[str]]) -> FaceIndex:
-    """A scanned index of loose photographs and of folders of them, in the order given.
-
-    Raises:
-        ValueError: a path is not there, or there is no photograph.
-    """
-    found: list[str] = []
-    for path in [os.fspath(path) for path in given]:
-        if os.path.isdir(path):
-            found += [os.path.join(path, os.fsdecode(inside)) for inside in list_pictures(path)]
-        elif os.path.isfile(path):
-            found.append(path)
-        else:
-            raise ValueError(f"{path} is neither a photograph nor a folder")
-    if not found:
-        endings = ", ".join(sorted(map(os.fsdecode, DECODED)))
-        raise ValueError(f"no photographs in {', '.join(os.fspath(path) for path in given)}; they end in {endings}")
-    # Loose photographs may lie anywhere: the file system's root is the one folder that holds all of them.
-    paths = [os.fsencode(os.path.abspath(path)).lstrip(b"/") for path in found]
-    return FaceIndex.build("/", paths, None, ()).scanned()
 
 
 def people_of(root: str | os.PathLike[str]) -> FaceIndex:

@@ -185,7 +185,7 @@ def test_small_pictures_are_refused(
         (["search", "G", "a", "--top=0"], "top is 0; it must lie in"),
         (["search", "NOWHERE", "a"], "there is no gallery NOWHERE"),
         (["forget", "G", "nobody"], "1 of 1 names are not in"),
-        (["search", "G", "/no/photo.png"], "/no/photo.png is neither a photograph nor a folder"),
+        (["search", "G", "/no/photo.png"], "/no/photo.png does not exist"),
         (["enroll", "NEW", "ann", "/no/photo.png"], "nothing tells which model makes the embeddings; give --model"),
     ],
 )

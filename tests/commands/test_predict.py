@@ -17,10 +17,10 @@ from PIL import Image
 import facefast
 from facefast import gallery, predict
 from facefast.data import oracle, read_index
+from facefast.data.walk import find_pictures, loose_photographs
 from facefast.evaluation.thresholds import NamingThreshold
 from facefast.models import precision
 from facefast.models.precision import Precision
-from facefast.predict import find_images, index_of
 from facefast.runtime import process
 from tests.support import small
 from tests.support.pictures import as_taken, encode, exif, garbled_png, smooth_picture
@@ -56,13 +56,13 @@ def answers_of(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
 
 def test_folders_give_their_pictures_in_order_and_files_are_taken_as_they_are(photographs: Path) -> None:
     odd = photographs / "notes.txt"
-    found = find_images((odd, photographs))
-    assert [path.name for path in found] == ["notes.txt", "b.png", "a.PNG", "c.bmp"]
+    found = find_pictures((odd, photographs))
+    assert [os.path.basename(path) for path in found] == ["notes.txt", "b.png", "a.PNG", "c.bmp"]
     with pytest.raises(ValueError, match="gone.jpg does not exist"):
-        find_images((photographs, photographs / "gone.jpg"))
+        find_pictures((photographs, photographs / "gone.jpg"))
     (photographs / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no photographs in .*empty; they end in \.apng, .*\.jpg"):
-        find_images((photographs / "empty",))
+        find_pictures((photographs / "empty",))
 
 
 def test_folders_are_walked_as_the_index_walks_them(tmp_path: Path) -> None:
@@ -73,10 +73,10 @@ def test_folders_are_walked_as_the_index_walks_them(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     (tmp_path / "more/b.jpg").touch()
     (tmp_path / "p/link").symlink_to(tmp_path / "more")
-    assert [path.name for path in find_images((tmp_path / "p",))] == [*names, "b.jpg"]
+    assert [os.path.basename(path) for path in find_pictures((tmp_path / "p",))] == [*names, "b.jpg"]
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(ValueError, match="neither a photograph nor a folder"):
-        find_images((tmp_path / "pipe.jpg",))
+        find_pictures((tmp_path / "pipe.jpg",))
 
 
 def test_names_come_with_probabilities_best_first_and_embeddings_are_the_models(
@@ -95,7 +95,7 @@ def test_names_come_with_probabilities_best_first_and_embeddings_are_the_models(
         assert answer["probabilities"] == sorted(answer["probabilities"], reverse=True)
         assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
     model = small.make_model()
-    pictures = np.stack([oracle.decode(path) for path in find_images((photographs,))])
+    pictures = np.stack([oracle.decode(path) for path in find_pictures((photographs,))])
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
     with np.load(vectors) as stored:
         assert stored["paths"].tolist() == [answer["path"] for answer in found.values()]
@@ -255,14 +255,14 @@ def test_a_model_without_identities_gives_embeddings_only(
 def test_classes_without_names_are_numbered(photographs: Path) -> None:
     model = small.make_model()
     model.class_names = ()
-    (answer,) = predict.predict(model, index_of([photographs / "b.png"]), RUN, FP32)
+    (answer,) = predict.predict(model, loose_photographs([photographs / "b.png"]), RUN, FP32)
     assert answer["names"][0] in ("0", "1", "2", "3")
 
 
 def test_a_mobilefacenet_runs_in_full_precision_on_a_cpu_that_has_bfloat16(
     photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index, model = index_of(find_images((photographs,))), small.make_model()
+    index, model = loose_photographs((photographs,)), small.make_model()
     embeddings = []
     for bf16 in (False, True):
         monkeypatch.setattr(precision, "cpu_has_bf16", lambda has=bf16: has)
