@@ -28,7 +28,8 @@ class ExportArguments:
     out: tyro.conf.Positional[Path]
     """A file for onnx and torch, a folder for safetensors."""
     to: Literal["onnx", "torch", "safetensors"] = "onnx"
-    """onnx: any runtime; torch: a torch.export program; safetensors: a folder that facefast.load opens."""
+    """onnx: any runtime; its metadata, and a .json beside it, say what its pictures and answers are; torch: a
+    torch.export program; safetensors: a folder that facefast.load opens."""
 
 
 def main(arguments: list[str] | None = None) -> int:

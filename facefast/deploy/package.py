@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from facefast.models import FaceModel, checkpoint
+from facefast.models.face import FINDINGS
 from facefast.runtime import files, manifest
 
 LEAST_COSINE = 0.9999
@@ -60,6 +62,24 @@ def export(model: FaceModel, to: str, out: Path, recipe: dict[str, Any] | None =
         else:
             with files.replacing(out, needed, OTHER, parents=True) as aside:
                 _export(model, to, aside, recipe, out)
+    if to == "onnx" and out.is_file():  # no pipe
+        with files.storing(out):
+            files.write_json(out.with_suffix(".json"), described(model))
+
+
+def described(model: FaceModel) -> dict[str, Any]:
+    """What whoever runs an ONNX file has to know: how pictures become its input, and what its output means."""
+    height, width = model.image.shape
+    return {
+        "format": "facefast ONNX 1",
+        "input": f"images, float32 [batch, 3, {height}, {width}]: (pixel - mean) / std of 0..255 values, in the order "
+        "of color, aligned to template",
+        "output": f"embeddings, float32 [batch, {model.embedding_size}] of length 1; add those of the mirror image "
+        "and normalise for the scores that thresholds are about",
+        **{name: model.to_config()["image"][name] for name in ("mean", "std", "color", "template")},
+        "class_names": list(model.class_names),
+        **{name: getattr(model, name) for name in FINDINGS},
+    }
 
 
 @contextlib.contextmanager
@@ -90,15 +110,18 @@ def _export(model: FaceModel, to: str, aside: Path, recipe: dict[str, Any] | Non
         with open(aside, "rb") as file:
             found = torch.export.load(file).module()(images)
     else:
-        found = _to_onnx(embedder, images, batch, aside)
+        found = _to_onnx(embedder, images, batch, aside, described(model))
     with torch.inference_mode():
         cosine = float((embedder(images) * found).sum(1).min())  # of two vectors of length 1
     if not cosine >= LEAST_COSINE:
         raise ValueError(f"{out} gives other embeddings than the model: cosine {cosine:.6f}, at least {LEAST_COSINE}")
 
 
-def _to_onnx(embedder: Embedder, images: Tensor, batch: dict[str, dict[int, Any]], out: Path) -> Tensor:
+def _to_onnx(
+    embedder: Embedder, images: Tensor, batch: dict[str, dict[int, Any]], out: Path, description: dict[str, Any]
+) -> Tensor:
     try:
+        import onnx
         import onnxruntime
         import onnxscript  # noqa: F401 -- torch's exporter needs it and would fail later, less clearly
     except ImportError as error:
@@ -114,6 +137,11 @@ def _to_onnx(embedder: Embedder, images: Tensor, batch: dict[str, dict[int, Any]
         external_data=False,
         verbose=False,
     )
+    graph = onnx.load(out)
+    onnx.helper.set_model_props(
+        graph, {name: value if isinstance(value, str) else json.dumps(value) for name, value in description.items()}
+    )
+    onnx.save(graph, out)
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 

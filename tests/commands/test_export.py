@@ -43,8 +43,13 @@ def test_the_models_under_test_tell_pictures_apart(run: Path) -> None:
 def test_an_onnx_file_gives_the_models_embeddings_in_onnxruntime_at_any_batch_size(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "model.onnx"
     assert export.main([str(run), "--to", "onnx", str(out)]) == 0
-    assert [file.name for file in out.parent.iterdir()] == ["model.onnx"]  # weights inside: one file is enough
+    # Weights inside: one file is enough.
+    assert sorted(file.name for file in out.parent.iterdir()) == ["model.json", "model.onnx"]
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    said, beside = session.get_modelmeta().custom_metadata_map, files.read_json(out.parent / "model.json")
+    assert said.keys() == beside.keys()
+    assert all((json.loads(said[name]) if said[name] != text else text) == text for name, text in beside.items())
+    assert beside["mean"] == [127.5] * 3 and beside["color"] == "rgb" and len(beside["class_names"]) > 1
     (given,), (taken,) = session.get_inputs(), session.get_outputs()
     assert (given.name, taken.name) == ("images", "embeddings")
     assert given.shape[1:] == [3, small.SIZE, small.SIZE]
