@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EXTRAS := $(shell if [ "$(FACEFAST_CUDA)" = 1 ] || { [ "$(FACEFAST_CUDA)" != 0 ] && command -v nvidia-smi >/dev/null && ! nvcc --version 2>/dev/null | grep -q 'release 13'; }; then echo dev,cuda; else echo dev; fi)
 NATIVE := setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' -o -name '*.json')
 
-.PHONY: help setup train test faults lint format bench clean
+.PHONY: help setup train test faults faults-of-processes faults-of-files lint format bench clean
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
@@ -32,7 +32,13 @@ test: setup  ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
 faults: setup  ## kills, damage and mutations in full, under 15 minutes on two cores; `test` tries a few of each
-	FACEFAST_FAULTS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -rP $(ARGS)
+	$(MAKE) --jobs=2 --output-sync=target faults-of-processes faults-of-files
+
+# Two halves beside each other: much of the first is waiting for processes to start and to end.
+PROCESSES := tests/faults/test_kills.py tests/faults/test_ranks.py
+FULL := FACEFAST_FAULTS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rP
+faults-of-processes: ; $(FULL) $(PROCESSES) $(ARGS)
+faults-of-files: ; $(FULL) $(filter-out $(PROCESSES),$(wildcard tests/faults/test_*.py)) $(ARGS)
 
 lint: setup  ## ruff, mypy, clang-format: checks only
 	$(BIN)/ruff check .

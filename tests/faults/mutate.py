@@ -68,11 +68,8 @@ MUTATIONS: dict[str, Mutation] = {
         CHECKPOINT, "        _remove_leftovers(folder)\n", "", f"{SAVES} -k killed"
     ),
     "removal of leftovers of a run": Mutation(TRAIN, "files.remove_leftovers(folder)", "...", FLIPS),
-    "rename of the log": Mutation(
-        "facefast/runtime/log.py",
-        "            with files.replacing(path, len(kept))",
-        "            path.write_text('')\n            with files.replacing(path, len(kept))",
-        f"{SAVES} -k log",
+    "log that is kept when it is opened again": Mutation(
+        "facefast/runtime/log.py", 'open(path, "ab", buffering=0)', 'open(path, "wb", buffering=0)', f"{SAVES} -k log"
     ),
     "lines of the log that are made again": Mutation(
         "facefast/runtime/log.py", '["step"] <= first_step', '["step"] >= 0', "tests/runtime/test_log.py"
