@@ -35,7 +35,7 @@ faults: setup  ## kills, damage and mutations in full, under 15 minutes on two c
 	$(MAKE) --jobs=2 --output-sync=target faults-of-processes faults-of-files
 
 # Two halves beside each other: much of the first is waiting for processes to start and to end.
-PROCESSES := tests/faults/test_kills.py tests/faults/test_ranks.py
+PROCESSES := tests/faults/test_kills.py tests/faults/test_ranks.py tests/faults/test_saves.py
 FULL := FACEFAST_FAULTS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rP
 faults-of-processes: ; $(FULL) $(PROCESSES) $(ARGS)
 faults-of-files: ; $(FULL) $(filter-out $(PROCESSES),$(wildcard tests/faults/test_*.py)) $(ARGS)
