@@ -29,8 +29,9 @@ from facefast.faces.frames import recognise
 from facefast.faces.landmarks import Found, cache_file, find_landmarks, known
 from facefast.recipe import ImageSpec, Reading
 from facefast.recipe.options import parse
-from facefast.runtime import exits, process
-from facefast.runtime.exits import DataError, StorageError
+from facefast.runtime import exits, files, process
+from facefast.runtime.exits import DataError
+from facefast.runtime.terminal import complain, say
 
 TEMPLATE = "arcface"
 """What the summary compares with, and whose frame is cut out."""
@@ -67,6 +68,7 @@ class AlignArguments:
             raise ValueError("give --out INDEX for the landmarks, --crops DIR for the faces, or both")
         if self.detect == "none":
             raise ValueError("--detect none would find nothing; leave it out, or name mtcnn or a file of YuNet")
+        Reading(self.threads, self.max_bad_fraction, self.max_pixels)  # refuses what no reader takes
 
 
 def align(index: FaceIndex, detector: Detector, everything: bool, reading: Reading) -> tuple[FaceIndex, Found]:
@@ -134,6 +136,10 @@ def main(arguments: list[str] | None = None) -> int:
     with exits.exit_codes() as outcome:
         given = parse(AlignArguments, arguments, "align")
         image = ImageSpec(size=given.size, template=TEMPLATE).settled()
+        if given.out is not None:
+            files.require_writable(files.npz(given.out))
+        if given.crops is not None:
+            files.require_writable(given.crops, folder=True)
         with process.start() as run:
             reading = Reading(
                 process.decode_threads(given.threads, run.world), given.max_bad_fraction, given.max_pixels
@@ -145,24 +151,19 @@ def main(arguments: list[str] | None = None) -> int:
             index, found = align(index, detector, given.detect != "auto", reading)
         report = findings(index, found, detector)
         if given.out is not None:
-            path = given.out if given.out.suffix == ".npz" else given.out.with_name(f"{given.out.name}.npz")
-            try:
-                index.save(path)
-            except OSError as error:
-                raise StorageError(f"cannot write {path}: {error}; choose another --out") from error
+            index.save(files.npz(given.out), parents=True)
         if report["with_landmarks"] == 0:
             raise DataError(f"no face was found in any of the {len(index)} pictures in {index.root}")
         if given.crops is not None:
             part = index.select((index.faults == 0) & known(index))
             chosen = crops.plan(part, image)
             space = shutil.disk_usage(next(p for p in (given.crops, *given.crops.absolute().parents) if p.exists()))
-            print(
+            complain(
                 f"{len(part)} faces of about {np.median(chosen.sizes):.0f} pixels on a side, "
-                f"{chosen.bytes / 2**20:.0f} MiB at most ({space.free / 2**20:.0f} are free), into {given.crops}",
-                file=sys.stderr,
+                f"{chosen.bytes / 2**20:.0f} MiB at most ({space.free / 2**20:.0f} are free), into {given.crops}"
             )
             crops.write(part, chosen, given.crops, dataclasses.replace(reading, max_bad_fraction=1.0))
-        print(json.dumps(report, indent=2) if given.json else findings_text(report))
+        say(json.dumps(report, indent=2) if given.json else findings_text(report))
     return outcome.code
 
 

@@ -18,12 +18,13 @@ from torch import Tensor
 from facefast.data import FaceIndex, read_templates
 from facefast.data.prepare import read_photographs
 from facefast.evaluation import exam
-from facefast.evaluation.embed import embed_rows
-from facefast.evaluation.measure import Embed, evaluate
+from facefast.evaluation.embed import Embed, embed_rows, remembering
+from facefast.evaluation.measure import evaluate
 from facefast.evaluation.overlap import overlap_of
 from facefast.evaluation.sets import checked, find_evaluation_set, given_pairs
 from facefast.faces.align import Locator, locator
 from facefast.models import FaceModel, checkpoint
+from facefast.models.precision import Precision
 from facefast.recipe import DataConfig, EvalConfig, Photographs, Reading, Recipe, to_json
 from facefast.recipe.options import parse, typed
 from facefast.recipe.ranges import LARGEST_SEED, MOST, require
@@ -84,12 +85,12 @@ def main(arguments: list[str] | None = None) -> int:
             def embed(index: FaceIndex) -> tuple[Tensor, Tensor]:
                 return embed_rows(model, index, run, precision, reading, batch_size=given.eval.batch_size)
 
-            remembered = exam.remembering(embed)
+            remembered = remembering(embed)
             if given.templates or given.identify:
                 results = _of_sets(given, model, remembered, reading, faces)
             else:
                 said = typed(EvaluateArguments, arguments)
-                results = _of_pictures(given, said, model, remembered, run, reading, faces)
+                results = _of_pictures(given, said, model, precision, remembered, run, reading, faces)
             if run.is_main and given.json:
                 say(json.dumps(files.strict(results), allow_nan=False))
             elif run.is_main:
@@ -136,6 +137,7 @@ def _of_pictures(
     given: EvaluateArguments,
     said: frozenset[str],
     model: FaceModel,
+    precision: Precision,
     embed: Embed,
     run: process.Runtime,
     reading: Reading,
@@ -148,7 +150,6 @@ def _of_pictures(
         asked = find_evaluation_set(
             given.model, model, given.data, given.eval, given.seed, reading.threads, said, faces
         )
-    precision = checkpoint.precision_of(given.model, model)
     results: dict[str, Any] = evaluate(model, asked, given.eval, run, precision, reading, embed=embed)
     if asked.verification is not None and asked.pairs is not None:
         drawn = not (given.pairs or given.bin)

@@ -28,6 +28,7 @@ from facefast.recipe.options import parse
 from facefast.recipe.ranges import MOST, require
 from facefast.runtime import exits, files, process
 from facefast.runtime.process import decode_threads
+from facefast.runtime.terminal import complain, say
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _embedder(given: GalleryArguments, run: process.Runtime, stored: Gallery | N
         raise ValueError(f"{path}, the model that {given.gallery} was made with, is gone; give --model")
     made = enrolment.Embedder.load(path, run, given.detect)
     if stored is not None:
-        Gallery(stored.path, fingerprint(made.model))  # refuses another model's
+        stored.require_model(fingerprint(made.model))
     return made
 
 
@@ -131,7 +132,7 @@ def _enroll(given: GalleryArguments) -> None:
         if given.from_run:
             assert given.model is not None or stored is not None
             source = given.model or Path(stored.document["source"])  # type: ignore[union-attr]
-            index = enrolment.people_of_run(source, decode_threads(0, run.world))
+            index = enrolment.people_of_run(source, embedder.faces, decode_threads(0, run.world))
         elif name is not None:
             index = loose_photographs(given.words[1:])
         else:
@@ -151,9 +152,9 @@ def _enroll(given: GalleryArguments) -> None:
         _print_json({"enrolled": len(index) - len(refused), "refused": rows, **_size(stored)})
     else:
         for refusal in refused:
-            print(f"refused {printable(os.fsencode(index.path(refusal.row)))}: {refusal.why}")
+            say(f"refused {printable(os.fsencode(index.path(refusal.row)))}: {refusal.why}")
         counted = ", ".join(f"{count} by {kind}" for kind, count in sorted(kinds.items())) or "none refused"
-        print(f"{len(index) - len(refused)} of {len(index)} pictures enrolled ({counted}); {_sentence(stored)}")
+        say(f"{len(index) - len(refused)} of {len(index)} pictures enrolled ({counted}); {_sentence(stored)}")
     if len(refused) == len(index) and kinds["quality"]:
         raise exits.DataError(f"none of {len(index)} pictures could be enrolled, see above")
 
@@ -170,10 +171,7 @@ def _search(given: GalleryArguments) -> None:
             threshold = stored.naming(given.fpir, given.join).require()
         except ValueError as error:
             why = str(error)
-            print(
-                f"{why}. Names are of the nearest people, whoever the photographs show; give --threshold",
-                file=sys.stderr,
-            )
+            complain(f"{why}. Names are of the nearest people, whoever the photographs show; give --threshold")
     good = [row for row, fault in enumerate(faults) if not fault]
     found = stored.search(embeddings[good], given.top, given.join)
     places = {row: place for place, row in enumerate(good)}
@@ -192,7 +190,7 @@ def _search(given: GalleryArguments) -> None:
         if given.json:
             _print_json(answer)
         else:
-            print(_line(answer))
+            say(_line(answer))
     if not good:
         raise exits.DataError(f"none of {len(index)} photographs could be read")
 
@@ -231,7 +229,7 @@ def _verify(given: GalleryArguments) -> None:
     else:
         verdict = {None: f"no verdict: {why}; give --threshold", True: "one person", False: "two people"}[same]
         beside = "" if threshold is None else f", the threshold is {threshold:.3f}"
-        print(f"{verdict} (cosine {cosine:.3f}{beside})")
+        say(f"{verdict} (cosine {cosine:.3f}{beside})")
 
 
 def _is_gallery(path: Path) -> bool:
@@ -264,10 +262,10 @@ def _list(given: GalleryArguments) -> None:
         _print_json({"people": counts, "doubles": stored.doubles(), **_size(stored)})
     else:
         for name, count in counts.items():
-            print(f"{count:6d}  {name}")
+            say(f"{count:6d}  {name}")
         for one, other in stored.doubles():
-            print(f"{one} and {other} look like one person under two names; forget one of them if so")
-        print(_sentence(stored))
+            say(f"{one} and {other} look like one person under two names; forget one of them if so")
+        say(_sentence(stored))
 
 
 def _forget(given: GalleryArguments) -> None:
@@ -276,7 +274,7 @@ def _forget(given: GalleryArguments) -> None:
     if given.json:
         _print_json({"forgotten": rows, **_size(stored)})
     else:
-        print(f"{rows} pictures forgotten; {_sentence(stored)}")
+        say(f"{rows} pictures forgotten; {_sentence(stored)}")
 
 
 def _size(stored: Gallery) -> dict[str, Any]:
@@ -294,7 +292,7 @@ def _sentence(stored: Gallery) -> str:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(files.strict(value), allow_nan=False))
+    say(json.dumps(files.strict(value), allow_nan=False))
 
 
 if __name__ == "__main__":

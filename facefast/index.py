@@ -20,7 +20,7 @@ from facefast.recipe import Reading
 from facefast.recipe.options import parse
 from facefast.runtime import exits, files
 from facefast.runtime.exits import DataError
-from facefast.runtime.terminal import say
+from facefast.runtime.terminal import complain, say
 
 EXAMPLES = 3
 """Names on a line of the table; the JSON report has them all."""
@@ -124,7 +124,7 @@ def scan(index: FaceIndex, threads: int, max_pixels: int) -> FaceIndex:
         index = index.scanned(threads, max_pixels, show)
     seconds = time.perf_counter() - start
     rate = len(index) / max(seconds, 1e-9)
-    print(f"read {len(index)} pictures in {seconds:.2f} s, {rate:.0f}/s", file=sys.stderr)
+    complain(f"read {len(index)} pictures in {seconds:.2f} s, {rate:.0f}/s")
     return index
 
 
@@ -132,14 +132,12 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
         given = parse(IndexArguments, arguments, "index")
-        out = given.out if given.out is None or given.out.suffix == ".npz" else Path(f"{given.out}.npz")
+        out = None if given.out is None else files.npz(given.out)
         if out is not None:
             files.require_writable(out)
         index = scan(read_index(given.root, given.format), given.threads, given.max_pixels)
         if out is not None:
-            with files.storing(out):
-                out.parent.mkdir(parents=True, exist_ok=True)
-            index.save(out)
+            index.save(out, parents=True)
         found = findings(index)
         say(json.dumps(found, indent=2) if given.json else findings_text(found))
         if found["bad"] > given.max_bad_fraction * found["pictures"] or found["bad"] == found["pictures"]:

@@ -33,6 +33,8 @@ from facefast.runtime import exits, files, process
 from facefast.runtime.terminal import complain, say
 
 UNKNOWN = "unknown"
+BLOCK = 256
+"""Faces named at a time."""
 OTHER = "choose another --embeddings, or make room"
 
 
@@ -133,11 +135,12 @@ def predict(
             faults[int(sound[row])] = FAULTS[NO_FACE] if faces.readable[row] else "it could not be decoded"
         if len(part):
             embeddings, seen = embed_rows(model, part, run, precision, reading, batch_size=64)
+            said = iter(_faces(model, embeddings[seen], run, naming or Naming()))
             for place, owner in enumerate(sound[owners].tolist()):
                 if not seen[place]:
                     faults[owner] = "it could not be decoded"
                     continue
-                face = _face(model, embeddings[place : place + 1], run, naming or Naming())
+                face = next(said)
                 if part.boxes is not None:
                     face["box"] = [round(float(value), 1) for value in part.boxes[place]]
                 answers.setdefault(owner, []).append(face)
@@ -148,28 +151,41 @@ def predict(
             yield {"path": index.path(row), "fault": faults[row]}
 
 
-def _face(model: FaceModel, embedding: Tensor, run: process.Runtime, naming: Naming) -> dict[str, Any]:
-    """What the model says of one face, by its embedding [1, D]."""
-    face: dict[str, Any] = {"embedding": torch.nn.functional.normalize(embedding[0], dim=0).numpy()}
-    with torch.inference_mode():
-        attributes = model.predict_attributes(embedding.to(run.device))
-        if attributes:
-            face["attributes"] = {name: round(float(value), 6) for name, value in attributes.items()}
-        if naming.gallery is not None:
-            found = naming.gallery.search(embedding, naming.top)
-            names = [naming.gallery.names[k] for k in found.people[0].tolist()]
-            face |= {"names": names, "scores": [round(score, 6) for score in found.scores[0].tolist()]}
-            face["score"] = face["scores"][0] if names else -1.0
-        elif model.head is not None:
-            logits = model.classify(embedding.to(run.device)).float().cpu() * model.scale
-            known = model.class_names or tuple(map(str, range(model.num_classes)))
-            (answer,) = name_faces(model.head.weight.float().cpu(), logits, embedding, known, naming.top)
-            face |= {"names": list(answer.names), "probabilities": [round(p, 6) for p in answer.probabilities]}
-            face["score"] = round(answer.score, 6)
-    if "names" in face and face["score"] < naming.least:
-        face["nearest"] = face["names"][:1]
-        face |= {"names": [UNKNOWN]} | {key: [None] for key in ("probabilities", "scores") if key in face}
-    return face
+def _faces(model: FaceModel, embeddings: Tensor, run: process.Runtime, naming: Naming) -> Iterator[dict[str, Any]]:
+    """What the model says of each face, by embeddings [N, D]."""
+    for block in embeddings.split(BLOCK):  # a gallery is gone through once for many; no N x C memory
+        with torch.inference_mode():
+            attributes = model.predict_attributes(block.to(run.device))
+            answers = _names(model, block, run, naming)
+        for place, unit in enumerate(torch.nn.functional.normalize(block, dim=1).numpy()):
+            face: dict[str, Any] = {"embedding": unit}
+            if attributes:
+                face["attributes"] = {name: round(float(values[place]), 6) for name, values in attributes.items()}
+            yield face | (answers[place] if answers else {})
+
+
+def _names(model: FaceModel, embeddings: Tensor, run: process.Runtime, naming: Naming) -> list[dict[str, Any]]:
+    """Names with probabilities or scores for each of [N, D] embeddings; none where nobody is known."""
+    answers: list[dict[str, Any]] = []
+    if naming.gallery is not None:
+        found = naming.gallery.search(embeddings, naming.top)
+        for people, scores in zip(found.people.tolist(), found.scores.tolist(), strict=True):
+            listed = [round(score, 6) for score in scores]
+            names = [naming.gallery.names[k] for k in people]
+            answers.append({"names": names, "scores": listed, "score": listed[0] if listed else -1.0})
+    elif model.head is not None:
+        logits = model.classify(embeddings.to(run.device)).float().cpu() * model.scale
+        known = model.class_names or tuple(map(str, range(model.num_classes)))
+        for answer in name_faces(model.head.weight.float().cpu(), logits, embeddings, known, naming.top):
+            probabilities = [round(p, 6) for p in answer.probabilities]
+            answers.append(
+                {"names": list(answer.names), "probabilities": probabilities, "score": round(answer.score, 6)}
+            )
+    for face in answers:
+        if face["score"] < naming.least:
+            face["nearest"] = face["names"][:1]
+            face |= {"names": [UNKNOWN]} | {key: [None] for key in ("probabilities", "scores") if key in face}
+    return answers
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -177,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     with exits.exit_codes() as outcome:
         given = parse(PredictArguments, arguments, "predict")
         if given.embeddings is not None:
-            files.require_writable(_npz(given.embeddings), advice=OTHER, parents=False)
+            files.require_writable(files.npz(given.embeddings), advice=OTHER, parents=False)
         with process.start() as run:
             model = checkpoint.load_model(given.model, run.device)
             knows = model.num_classes or model.attribute_heads is not None or given.gallery is not None
@@ -214,13 +230,8 @@ def write_embeddings(path: Path, answers: list[dict[str, Any]]) -> None:
         "embeddings": np.array([face["embedding"] for _, face in faces], np.float32),
     }
     needed = sum(array.nbytes for array in arrays.values())
-    with files.replacing(_npz(path), needed, OTHER) as aside, open(aside, "wb") as file:
+    with files.replacing(files.npz(path), needed, OTHER) as aside, open(aside, "wb") as file:
         np.savez(file, **arrays)
-
-
-def _npz(path: Path) -> Path:
-    """As numpy names it."""
-    return path if path.suffix == ".npz" or path.exists() and not path.is_file() else Path(f"{path}.npz")
 
 
 def _lines(answer: dict[str, Any]) -> str:

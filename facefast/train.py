@@ -28,8 +28,8 @@ from facefast.runtime.exits import NumericsError, StorageError
 from facefast.runtime.log import RunLog, environment
 from facefast.runtime.process import Runtime
 from facefast.training.alike import same_arguments, same_checkpoint, same_start
-from facefast.training.begin import Start, begin, find_source, find_teacher, pictures_of, settle
-from facefast.training.choice import best_of, has_best, measure, report_baselines, report_phase
+from facefast.training.begin import begin, find_source, find_teacher, pictures_of, settle
+from facefast.training.choice import best_of, has_best, measure, measure_untrained, report_phase
 from facefast.training.finish import fail, finish, leave, reached, write_status
 from facefast.training.guard import culprit, not_finite, some
 from facefast.training.objective import RowCounts
@@ -51,9 +51,7 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
             start = begin(folder, state, number, datasets[number], source, teacher, saved, log)
             data = start.data
             require_room(folder, state)
-            if saved is None:
-                measure_untrained(folder, state, start, log)
-            elif not has_best(folder, state):
+            if measure_untrained(state, data, log, start.known) if saved is None else not has_best(folder, state):
                 save(folder, state, improved=True)
             saved = None  # it belongs to the phase it was saved in: the next one begins by its own rules
             with open_loader(state, data) as loader:  #             sampler -> rows -> augment -> dali -> Batch
@@ -213,17 +211,6 @@ def require_room(folder: Path, state: TrainState) -> None:
     with state.run.together():
         if state.run.is_main and state.phase_step < state.phase_plan.steps:
             checkpoint.require_room(folder, state.tensors())
-
-
-def measure_untrained(folder: Path, state: TrainState, start: Start, log: RunLog) -> None:
-    """Measures the model before any training, the floor to beat, and saves it where it is the best so far."""
-    if start.known is None and state.phase.head_start != "class_mean":
-        return
-    improved = measure(state, start.data, log, start.known)
-    if start.known is not None:  # before it is saved: a run that goes on from there has these rows too
-        report_baselines(state, start.data, start.known, log)
-    if improved:
-        save(folder, state, improved)
 
 
 def open_loader(state: TrainState, data: PhaseData) -> Loader | CachedLoader:

@@ -162,6 +162,10 @@ class FaceIndex:
         unlabelled = int((self.labels < 0).sum())
         return IndexFacts(len(self), self.num_classes, self.fingerprint(), self.class_names, unlabelled)
 
+    def identities(self) -> list[str]:
+        """[N] whose picture each row is, by name; empty where that is not known."""
+        return [self.class_names[label] if label >= 0 else "" for label in self.labels.tolist()]
+
     def select(self, which: NDArray[np.bool_] | NDArray[np.integer[Any]] | Sequence[int]) -> FaceIndex:
         """The rows of a mask [N] or of row numbers, in that order; labels and class names stay."""
         return dataclasses.replace(self, **{name: c[which] for name, c in self._columns().items()})
@@ -260,8 +264,11 @@ class FaceIndex:
             faults=found["fault"],
         )
 
-    def save(self, path: str | os.PathLike[str], **extra: str) -> None:
+    def save(self, path: str | os.PathLike[str], *, parents: bool = False, **extra: str) -> None:
         """Writes the index, and `extra` strings beside it, to one .npz file in one step.
+
+        Args:
+            parents: make folders on the way to it.
 
         Raises:
             StorageError: it cannot be written; a file that was there is as it was.
@@ -273,7 +280,7 @@ class FaceIndex:
             **{name: np.array(text) for name, text in extra.items()},
         }
         needed = sum(array.nbytes for array in arrays.values())
-        with replacing(Path(path), needed) as aside, open(aside, "wb") as file:
+        with replacing(Path(path), needed, parents=parents) as aside, open(aside, "wb") as file:
             np.savez(file, **arrays)
 
     @classmethod

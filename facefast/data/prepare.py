@@ -21,6 +21,7 @@ from facefast.recipe import DataConfig, Phase, Photographs, Reading, Recipe
 from facefast.runtime import files
 from facefast.runtime.exits import DataError
 from facefast.runtime.process import Runtime, decode_threads
+from facefast.runtime.terminal import tell
 
 DRAWN_ROOT = Path("data/drawn-faces")
 
@@ -107,7 +108,7 @@ def as_it_began(begun: Path, recipe: Recipe, reading: Reading, locate: Locate | 
             f"{told}, above data.max_bad_fraction {limit}; bring them back as they were, or start anew with "
             "another --out"
         )
-    print(f"note: {told}: they count as unreadable", flush=True)
+    tell(f"note: {told}: they count as unreadable")
     return before
 
 
@@ -126,14 +127,11 @@ def _places(before: FaceIndex, now: FaceIndex) -> list[int]:
 def _same_facts(one: FaceIndex, other: FaceIndex) -> bool:
     """Whether the rows have the same names, partition, landmarks and attributes."""
 
-    def names(index: FaceIndex) -> list[str]:
-        return [index.class_names[label] if label >= 0 else "" for label in index.labels.tolist()]
-
     def equal(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
         return a is b is None or (a is not None and b is not None and np.array_equal(a, b, equal_nan=True))
 
     return (
-        names(one) == names(other)
+        one.identities() == other.identities()
         and one.attribute_names == other.attribute_names
         and equal(one.splits, other.splits)
         and equal(one.landmarks, other.landmarks)

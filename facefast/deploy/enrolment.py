@@ -14,7 +14,7 @@ from torch import Tensor
 from facefast.data import FaceIndex, read_index
 from facefast.data.divide import divide
 from facefast.data.index import FAULTS, NO_FACE, advice
-from facefast.data.prepare import photographs_of
+from facefast.data.prepare import Locate, photographs_of
 from facefast.deploy.gallery import Offer
 from facefast.evaluation.embed import embed_rows
 from facefast.evaluation.thresholds import Thresholds
@@ -94,8 +94,13 @@ def people_of(root: str | os.PathLike[str]) -> FaceIndex:
     return named.scanned()
 
 
-def people_of_run(path: Path, threads: int = 0) -> FaceIndex:
+def people_of_run(path: Path, locate: Locate, threads: int = 0) -> FaceIndex:
     """The pictures that a model was trained on, as its recipe divides them; what was kept for testing is not enrolled.
+
+    Args:
+        path: the model.
+        locate: finds faces as in training: rows without one had no part in the division.
+        threads: that read.
 
     Raises:
         ValueError: the model has no recipe or no people, or its photographs are not where they were.
@@ -108,7 +113,8 @@ def people_of_run(path: Path, threads: int = 0) -> FaceIndex:
     if not recipe.data.root or recipe.learns_attributes:
         what = "has attributes instead of people" if recipe.learns_attributes else "does not say where its pictures are"
         raise ValueError(f"{path} {what}; enroll folders instead")
-    train = divide(photographs_of(recipe, recipe.data.reading(threads)), recipe, recipe.phases[-1]).train
+    index = photographs_of(recipe, recipe.data.reading(threads), locate)
+    train = divide(index, recipe, recipe.phases[-1]).train
     return train.select(train.labels >= 0)
 
 

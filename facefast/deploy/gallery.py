@@ -24,7 +24,7 @@ from facefast.deploy import gallery_file
 from facefast.evaluation.openset import (
     Join,
     OpenSetScores,
-    double_names,
+    double_pairs,
     leave_one_out,
     naming_thresholds,
     without_double_names,
@@ -133,6 +133,10 @@ class Gallery:
         self.model = str(stored.document["model"])
         self.thresholds = Thresholds.from_json(stored.document["thresholds"])
         """Of the model."""
+        self.require_model(model)
+
+    def require_model(self, model: str | None) -> None:
+        """Raises ValueError where `model` is the fingerprint of another one than it was enrolled with."""
         if model is not None and model != self.model:
             raise ValueError(
                 f"{self.path} was enrolled with another model ({self.model[:8]}, this one is {model[:8]}), whose "
@@ -274,10 +278,8 @@ class Gallery:
 
     def doubles(self) -> list[tuple[str, str]]:
         """People who are probably enrolled under two names: `double_names`; nobody looks beyond `OWN_ROWS` pictures."""
-        if len(self.names) < 2 or len(self) > OWN_ROWS:
-            return []
-        pairs = {tuple(sorted(pair)) for pair in double_names(self.scores())}
-        return [(self.names[one], self.names[other]) for one, other in sorted(pairs)]
+        pairs = [] if len(self.names) < 2 or len(self) > OWN_ROWS else double_pairs(self.scores())
+        return [(self.names[one], self.names[other]) for one, other in pairs]
 
     def naming(self, fpir: float, join: Join = "max") -> NamingThreshold:
         """The threshold of naming: found among the enrolled people themselves, each in turn a stranger to the others,

@@ -34,6 +34,12 @@ class LabelledEmbeddings(NamedTuple):
     """[N] int64, below 0 for rows that do not count."""
     num_classes: int
 
+    def joined(self, other: LabelledEmbeddings) -> LabelledEmbeddings:
+        """These pictures and others of the same classes."""
+        return self._replace(
+            embeddings=torch.cat([self.embeddings, other.embeddings]), labels=torch.cat([self.labels, other.labels])
+        )
+
 
 def baseline_accuracies(known: LabelledEmbeddings, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 accuracy of each of `BASELINES` on test pictures.

@@ -21,6 +21,21 @@ from facefast.recipe import Photographs, Reading
 from facefast.runtime.exits import NumericsError
 from facefast.runtime.process import Runtime, decode_threads
 
+Embed = Callable[[FaceIndex], tuple[Tensor, Tensor]]
+"""An index to embeddings [N, D] of any length, and [N] whether a row could be read."""
+
+
+def remembering(embed: Embed) -> Embed:
+    """The same, which embeds every index once."""
+    kept: dict[int, tuple[FaceIndex, tuple[Tensor, Tensor]]] = {}
+
+    def again(index: FaceIndex) -> tuple[Tensor, Tensor]:
+        if id(index) not in kept:
+            kept[id(index)] = index, embed(index)  # the index too, or another could take its place in memory
+        return kept[id(index)][1]
+
+    return again
+
 
 def embed_rows(
     model: FaceModel,

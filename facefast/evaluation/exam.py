@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from facefast.data import FaceIndex, PairSet, TemplateSet
 from facefast.data.index import number_classes
 from facefast.evaluation import metrics, openset
+from facefast.evaluation.embed import Embed
 from facefast.evaluation.groups import group_errors, part_of, read_groups
-from facefast.evaluation.measure import Embed, verification
+from facefast.evaluation.measure import verification
 from facefast.evaluation.openset import Join
 from facefast.evaluation.pairs import (
     FMRS,
@@ -194,7 +195,7 @@ def identify(embed: Embed, probes: FaceIndex, gallery: FaceIndex, join: Join) ->
     Raises:
         ValueError: nobody is left on one side.
     """
-    theirs, ours = _names(gallery), _names(probes)
+    theirs, ours = gallery.identities(), probes.identities()
     numbers, names = number_classes([*theirs, *ours])
     gallery_people, people = np.split(numbers.astype(np.int64), [len(theirs)])
     enrolled = {bytes(line) for line in gallery.hashes if line.any()}
@@ -229,22 +230,6 @@ def identify(embed: Embed, probes: FaceIndex, gallery: FaceIndex, join: Join) ->
         curve = openset.naming_curve(scores)
         results["det"] = [{"threshold": t, "fpir": fpir, "fnir": fnir} for t, fpir, fnir in curve]
     return results
-
-
-def _names(index: FaceIndex) -> list[str]:
-    return [index.class_names[label] if label >= 0 else "" for label in index.labels.tolist()]
-
-
-def remembering(embed: Embed) -> Embed:
-    """The same, which embeds every index once."""
-    kept: dict[int, tuple[FaceIndex, tuple[Tensor, Tensor]]] = {}
-
-    def again(index: FaceIndex) -> tuple[Tensor, Tensor]:
-        if id(index) not in kept:
-            kept[id(index)] = index, embed(index)  # the index too, or another could take its place in memory
-        return kept[id(index)][1]
-
-    return again
 
 
 def lines(results: dict[str, Any]) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,14 +13,11 @@ from facefast.data.divide import EvaluationSet
 from facefast.evaluation import metrics
 from facefast.evaluation.baselines import LabelledEmbeddings, baseline_accuracies
 from facefast.evaluation.calibration import expected_calibration_error
-from facefast.evaluation.embed import embed_rows
+from facefast.evaluation.embed import Embed, embed_rows
 from facefast.models import FaceModel
 from facefast.models.precision import Precision
 from facefast.recipe import EvalConfig, Reading
 from facefast.runtime.process import Runtime
-
-Embed = Callable[[FaceIndex], tuple[Tensor, Tensor]]
-"""An index to embeddings [N, D] of any length, and [N] whether a row could be read."""
 
 
 def evaluate(

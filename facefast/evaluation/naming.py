@@ -8,19 +8,24 @@ because they are one person's, would pass for a stranger who is known, and is le
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from facefast.evaluation.baselines import LabelledEmbeddings
 from facefast.evaluation.calibration import Calibration, calibrate
-from facefast.evaluation.openset import FPIRS, OpenSetScores, double_names, naming_thresholds, without_double_names
+from facefast.evaluation.openset import (
+    FPIRS,
+    OpenSetScores,
+    among_people,
+    double_pairs,
+    naming_thresholds,
+    without_double_names,
+)
 from facefast.evaluation.pairs import PairScores, pair_thresholds
 from facefast.evaluation.thresholds import NamingThreshold, Thresholds
 from facefast.models.heads import unit
@@ -29,7 +34,6 @@ DEFAULT_FPIR = 0.01
 """Part of strangers that get a name, where nobody asks for another."""
 MOST_PAIRED = 350
 """Pictures of which all pairs are compared."""
-BLOCK = 1024
 
 
 class Decisions(NamedTuple):
@@ -63,14 +67,13 @@ def decide(
         ValueError: fewer than two people, or no picture at all.
     """
     fair = train if validation is None else validation
-    everything = scores(train if validation is None else _joined(train, validation), weight)
-    twins = sorted({(min(pair), max(pair)) for pair in double_names(everything)})
+    everything = scores(train if validation is None else train.joined(validation), weight)
+    twins = double_pairs(everything)
     naming = naming_thresholds(without_double_names(everything)[0])
     if validation is not None:
-        fair_scores = scores(validation, weight)
         # Few pictures of a person may hide that two names are one person's: those found among all are left out.
-        kept = ~np.isin(fair_scores.strangers, [who for pair in twins for who in pair])
-        naming = tuple(map(_higher, naming, naming_thresholds(_part(fair_scores, kept))))
+        apart = scores(validation, weight).without(who for pair in twins for who in pair)
+        naming = tuple(map(_higher, naming, naming_thresholds(apart)))
     pairs = pair_thresholds(_pairs(fair, twins))
     on = f"{_rows(train)} training pictures" + (
         "" if validation is None else f" and {_rows(validation)} kept out of it"
@@ -79,12 +82,6 @@ def decide(
     if validation is not None and logits is not None:
         calibration = calibrate(logits, validation.labels)
     return Decisions(Thresholds(pairs, naming, f"{on}, each against all people but its own"), calibration, tuple(twins))
-
-
-def _joined(one: LabelledEmbeddings, other: LabelledEmbeddings) -> LabelledEmbeddings:
-    return one._replace(
-        embeddings=torch.cat([one.embeddings, other.embeddings]), labels=torch.cat([one.labels, other.labels])
-    )
 
 
 def _rows(known: LabelledEmbeddings) -> int:
@@ -108,22 +105,7 @@ def scores(known: LabelledEmbeddings, weight: Tensor) -> OpenSetScores:
         ValueError: fewer than two people, or no labelled picture.
     """
     labelled = known.labels >= 0
-    probes, labels, directions = unit(known.embeddings[labelled]), known.labels[labelled], unit(weight)
-    if len(directions) < 2 or not len(probes):
-        raise ValueError(f"{len(probes)} pictures of {len(directions)} people; two people are needed for a stranger")
-    parts = []
-    for x, own in zip(probes.split(BLOCK), labels.split(BLOCK), strict=True):  # no N x C memory
-        cosines = x @ directions.T
-        mine = cosines.gather(1, own[:, None])
-        best, nearest = cosines.scatter(1, own[:, None], -torch.inf).max(1)
-        parts.append((mine[:, 0].double(), (cosines > mine).sum(1), best.double(), nearest))
-    genuine, ranks, impostors, nearest = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    people = labels.numpy()
-    return OpenSetScores(genuine, ranks, impostors, people, people, nearest)
-
-
-def _part(scores: OpenSetScores, kept: NDArray[np.bool_]) -> OpenSetScores:
-    return OpenSetScores(**{field.name: getattr(scores, field.name)[kept] for field in dataclasses.fields(scores)})
+    return among_people(known.embeddings[labelled], known.labels[labelled].numpy(), weight)
 
 
 def _pairs(known: LabelledEmbeddings, twins: Sequence[tuple[int, int]]) -> PairScores:

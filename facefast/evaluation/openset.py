@@ -6,7 +6,7 @@ somebody else scores as high, or they themselves below the threshold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ FPIRS = (0.1, 0.05, 0.01, 0.001)
 """False positive identification rates that naming has thresholds for."""
 BLOCK = 1024
 """Probes compared at a time."""
+MOST_SCORES = 1 << 24
+"""Scores held at a time."""
 POINTS = 200
 """Of a curve that is written down."""
 
@@ -73,6 +75,22 @@ class OpenSetScores:
     def missed(self, threshold: float) -> NDArray[np.bool_]:
         """[G] whether a known person's probe does not get its own name."""
         return (self.ranks > 0) | (self.genuine < threshold)
+
+    def part(self, known: NDArray[np.bool_], strangers: NDArray[np.bool_]) -> OpenSetScores:
+        """Some probes of known people, by a mask [G], and of strangers, by a mask [S]."""
+        return OpenSetScores(
+            self.genuine[known],
+            self.ranks[known],
+            self.impostors[strangers],
+            self.known[known],
+            self.strangers[strangers],
+            self.nearest[strangers],
+        )
+
+    def without(self, people: Iterable[int]) -> OpenSetScores:
+        """All probes but those of some people."""
+        left_out = list(people)
+        return self.part(~np.isin(self.known, left_out), ~np.isin(self.strangers, left_out))
 
     def named(self, threshold: float) -> NDArray[np.bool_]:
         """[S] whether a stranger's probe gets a name."""
@@ -191,6 +209,29 @@ def against_gallery(
     return _collected(parts, own, wanted, identities)
 
 
+def among_people(probes: Tensor, labels: ArrayLike, directions: Tensor) -> OpenSetScores:
+    """Every picture as a probe twice, with its own person's entry and, of a stranger, with everybody else's.
+
+    Args:
+        probes: [N, D] of any length.
+        labels: [N] the entry of each one's person.
+        directions: [C, D] the entries, which the probes had no part in or which keep them: a head's weights.
+
+    Raises:
+        ValueError: fewer than two people, no probe, or an embedding without a direction.
+    """
+    people = np.asarray(labels, dtype=np.int64)
+    if len(directions) < 2 or not len(people):
+        raise ValueError(f"{len(people)} pictures of {len(directions)} people; two people are needed for a stranger")
+    entries, block = _unit(directions), max(1, min(BLOCK, MOST_SCORES // len(directions)))
+    parts = [
+        _compare((_unit(x) @ entries.T).double(), own)
+        for x, own in zip(probes.split(block), torch.from_numpy(people).split(block), strict=True)
+    ]
+    genuine, ranks, others, nearest = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    return OpenSetScores(genuine, ranks, others, people, people, nearest)
+
+
 def _compare(scores: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Own score, entries of others at least as high, best score of others and its entry, [B] each, of scores [B, C];
     for a negative label there is no own entry."""
@@ -280,19 +321,15 @@ def double_names(scores: OpenSetScores) -> list[tuple[int, int]]:
     return [(int(names[who]), int(other)) for who, other in found[:, enough].T]
 
 
+def double_pairs(scores: OpenSetScores) -> list[tuple[int, int]]:
+    """`double_names` of probes who are enrolled themselves: each pair once, the lower number first."""
+    return sorted({(min(pair), max(pair)) for pair in double_names(scores)})
+
+
 def without_double_names(scores: OpenSetScores) -> tuple[OpenSetScores, int]:
     """The scores without the probes of those whom `double_names` finds, and how many people those are."""
     doubles = {who for who, _ in double_names(scores)}
-    known, strangers = (~np.isin(people, list(doubles)) for people in (scores.known, scores.strangers))
-    kept = OpenSetScores(
-        scores.genuine[known],
-        scores.ranks[known],
-        scores.impostors[strangers],
-        scores.known[known],
-        scores.strangers[strangers],
-        scores.nearest[strangers],
-    )
-    return kept, len(doubles)
+    return scores.without(doubles), len(doubles)
 
 
 def cmc(ranks: NDArray[np.int64], most: int = 20) -> Floats:

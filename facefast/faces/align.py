@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from facefast.faces.landmarks import UNREADABLE, Found, cache_file, find_landmar
 from facefast.recipe import AugmentSpec, ImageSpec, Reading
 from facefast.runtime.exits import DataError, StorageError
 from facefast.runtime.process import Runtime
+from facefast.runtime.terminal import complain
 
 SAMPLE = 64
 """Pictures that tell whether a set is aligned."""
@@ -217,7 +217,7 @@ class Locator:
     def _note(self, how: How) -> None:
         self.done.append(how)
         if self.run.is_main and not self.alone and how.template != "none":
-            print(how, file=sys.stderr)
+            complain(str(how))
 
     def _refuse_no_effect(self) -> None:
         if self.image.template == "none":
@@ -376,9 +376,8 @@ def locator(image: ImageSpec, faces: Mapping[str, Any] | None, detect: str, run:
     made = Locator(image, detect, run)
     other = str(trained.get("detector", ""))
     if detect == "auto" and trained.get("how") == "detected" and not other.startswith("mtcnn") and run.is_main:
-        print(
+        complain(
             f"faces: the model was trained on faces found by {other}; mtcnn is asked here: give --detect FILE for the "
-            "same detector",
-            file=sys.stderr,
+            "same detector"
         )
     return made

@@ -21,6 +21,7 @@ from facefast.data.index import QUALITIES
 from facefast.faces.detect import Detector, Seen, look, upright_sizes
 from facefast.faces.quality import qualities, sharpness
 from facefast.recipe import Reading
+from facefast.runtime import files
 
 SAVE_SECONDS = 30.0
 """Between two writings of what was found so far; what a detector that is stopped has not saved, it finds again."""
@@ -164,12 +165,5 @@ def _save(cache: Path | None, keys: NDArray[np.uint64], found: Found) -> None:
         name: np.concatenate([getattr(found, name), getattr(old, name)[kept]]) for name in _SHAPES
     }
     columns["hashes"] = np.concatenate([keys, old_keys[kept]])
-    aside = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            with open(aside, "wb") as file:
-                np.savez(file, **columns)
-            os.replace(aside, cache)
-        finally:
-            aside.unlink(missing_ok=True)
+    with contextlib.suppress(OSError), files.replacing(cache, parents=True) as aside, open(aside, "wb") as file:
+        np.savez(file, **columns)

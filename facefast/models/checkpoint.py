@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from facefast.models.weights.readers import read_safetensors
 from facefast.recipe import Plan, Recipe, from_json, to_json
 from facefast.runtime import files, manifest
 from facefast.runtime.exits import StorageError
+from facefast.runtime.terminal import tell
 
 FOLDER = "checkpoints"
 DOCUMENTS = 16384
@@ -58,24 +60,34 @@ def save(
     #    stand for content that did not.
     # 4. Only then do the links move, and only after them are old checkpoints removed.
     folder, path = run_folder / FOLDER, of_step(run_folder, step)
-    aside = folder / f".{path.name}.tmp"
     with files.storing(path, advice=UNTOUCHED):
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
+    with _completed(path, step, needed_bytes(tensors)) as aside:
+        _write_all(aside, tensors, documents)
+    with files.storing(path, advice=UNTOUCHED):
+        files.replace_link(folder / "last", path.name)
+        if best:
+            files.replace_link(folder / "best", path.name)
+    _remove_old(folder, keep)
+    return path
+
+
+@contextlib.contextmanager
+def _completed(path: Path, step: int, needed: int) -> Iterator[Path]:
+    """A folder to write a checkpoint's files to, which becomes `path` with its manifest; nothing of it is left where it
+    cannot be written."""
+    aside = path.with_name(f".{path.name}.tmp")
     try:
-        with files.storing(path, needed_bytes(tensors), UNTOUCHED):
+        with files.storing(path, needed, UNTOUCHED):
+            shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-            _write_all(aside, tensors, documents)
+            yield aside
             manifest.write(aside, step)
             files.replace_folder(aside, path)
-            files.replace_link(folder / "last", path.name)
-            if best:
-                files.replace_link(folder / "best", path.name)
     except StorageError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _remove_old(folder, keep)
-    return path
 
 
 def of_step(run_folder: Path, step: int) -> Path:
@@ -107,19 +119,11 @@ def hand_on(run_folder: Path, name: str, tensors: dict[str, dict[str, Tensor]], 
     Raises:
         StorageError: the disk is full or refuses; what `best` points at is untouched.
     """
-    folder = run_folder / FOLDER
-    path, aside = folder / name, folder / f".{name}.tmp"
-    try:
-        with files.storing(path, needed_bytes(tensors), UNTOUCHED):
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            _write_all(aside, tensors, documents)
-            manifest.write(aside, 0)
-            files.replace_folder(aside, path)
-            files.replace_link(folder / "best", path.name)
-    except StorageError:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    path = run_folder / FOLDER / name
+    with _completed(path, 0, needed_bytes(tensors)) as aside:
+        _write_all(aside, tensors, documents)
+    with files.storing(path, advice=UNTOUCHED):
+        files.replace_link(path.with_name("best"), path.name)
     return path
 
 
@@ -135,22 +139,12 @@ def amend(path: Path, documents: dict[str, Any]) -> None:
         StorageError: the disk is full or refuses; the checkpoint is as it was.
     """
     path = path.resolve()
-    aside = path.with_name(f".{path.name}.tmp")
-    step = files.read_json(path / manifest.NAME)["step"]
     replaced = {manifest.NAME, *(f"{stem}.json" for stem in documents)}
-    try:
-        with files.storing(path, DOCUMENTS, UNTOUCHED):
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            for file in path.iterdir():
-                if file.name not in replaced:
-                    _link(file, aside / file.name)
-            _write_all(aside, {}, documents)
-            manifest.write(aside, step)
-            files.replace_folder(aside, path)
-    except StorageError:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with _completed(path, files.read_json(path / manifest.NAME)["step"], DOCUMENTS) as aside:
+        for file in path.iterdir():
+            if file.name not in replaced:
+                _link(file, aside / file.name)
+        _write_all(aside, {}, documents)
 
 
 def _link(file: Path, other: Path) -> None:
@@ -222,7 +216,7 @@ def newest(run_folder: Path) -> Path | None:
         except manifest.NewerFormatError as error:
             raise StorageError(f"{error}; or give another --out, or --resume never to throw it away") from error
         except StorageError as error:
-            print(f"passing over a damaged checkpoint: {error}", flush=True)
+            tell(f"passing over a damaged checkpoint: {error}")
             continue
         return path
     if steps:

@@ -259,6 +259,11 @@ def storing(path: Path, needed: int | None = None, advice: str = ANOTHER, what: 
         raise refused(path, error, needed, advice, what) from error
 
 
+def npz(path: Path) -> Path:
+    """As numpy names such a file; what is there and no file, such as /dev/stdout, keeps its name."""
+    return path if path.suffix == ".npz" or path.exists() and not path.is_file() else Path(f"{path}.npz")
+
+
 @contextlib.contextmanager
 def replacing(path: Path, needed: int | None = None, advice: str = ANOTHER, *, parents: bool = False) -> Iterator[Path]:
     """A path to write a file to, which then becomes `path` in one step; `parents`: folders on the way to it are made.

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TextIO
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from facefast.runtime import files
 from facefast.runtime.exits import NumericsError
+from facefast.runtime.terminal import empty_broken, heard, plain, tell
 
 HEADLINES = ("loss", "top1", "verification_accuracy", "tar@1e-2", "known_verification_accuracy")
 STATS = ("loss_sum", "correct", "rows", "skipped", "labelled", "loss_rows")
@@ -83,7 +84,7 @@ class RunLog:
         self._board: SummaryWriter | None = None
         if enabled:
             self._bar = tqdm(disable=True)
-            with _heard():
+            with heard():
                 self._bar = tqdm(
                     total=total_steps, initial=first_step or 0, unit="step", dynamic_ncols=True, mininterval=1
                 )
@@ -170,7 +171,7 @@ class RunLog:
             }
         self._write(at, "train", fields)
         if self._enabled:
-            with _heard():
+            with heard():
                 self._bar.n = at.step
                 self._bar.set_description(at.phase)
                 self._bar.set_postfix_str(
@@ -254,10 +255,11 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line on the terminal that does not break the progress bar."""
         if self._enabled:
+            text = plain(text)
             try:
                 self._bar.write(text)
             except (OSError, ValueError):  # of the bar or of the text: they go to two places
-                _empty_broken()
+                empty_broken()
                 tell(text)
 
     def all_speeds(self) -> list[Speed]:
@@ -277,7 +279,7 @@ class RunLog:
                 self._on_board(SummaryWriter.close)
             if self._lines is not None:
                 self._lines.close()
-            with _heard():
+            with heard():
                 self._bar.close()
             threading.excepthook = self._excepthook
             self._enabled = False
@@ -376,44 +378,6 @@ def _speeds_in(path: Path) -> list[Speed]:
             found.append(Speed(line["step"] - before, pictures, pictures / rate, waited * pictures / rate))
             before = line["step"]
     return found
-
-
-def tell(text: str) -> None:
-    """A line on standard output, where somebody listens."""
-    with _heard():
-        print(text, flush=True)
-
-
-@contextlib.contextmanager
-def _heard() -> Iterator[None]:
-    """What is said into a closed pipe or onto a full disk is lost, and no more than that."""
-    try:
-        yield
-    except (OSError, ValueError):  # ValueError: a closed file
-        _empty_broken()
-
-
-def _empty_broken() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            _empty(stream)
-
-
-def _empty(stream: TextIO) -> None:
-    """Throws away what a stream could not write: it would fail again at the interpreter's end, with a code of its
-    own."""
-    with contextlib.suppress(OSError, ValueError):
-        number = stream.fileno()
-        here, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
-        try:
-            os.dup2(nowhere, number)
-            stream.flush()
-        finally:
-            os.dup2(here, number)
-            os.close(here)
-            os.close(nowhere)
 
 
 def _without_tensorboards_thread() -> Callable[[threading.ExceptHookArgs], Any]:

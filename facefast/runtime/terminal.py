@@ -70,6 +70,45 @@ def complain(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def tell(text: str) -> None:
+    """`say` for what must not end its caller: lost where nobody listens."""
+    with heard():
+        print(plain(text), flush=True)
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """What is said into a closed pipe or onto a full disk is lost, and no more than that."""
+    try:
+        yield
+    except (OSError, ValueError):  # ValueError: a closed file
+        empty_broken()
+
+
+def empty_broken() -> None:
+    """Throws away what standard output and error could not write; what is said later is tried again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            _empty(stream)
+
+
+def _empty(stream: TextIO) -> None:
+    """Throws away what a stream could not write: it would fail again at the interpreter's end, with a code of its
+    own."""
+    with contextlib.suppress(OSError, ValueError):
+        number = stream.fileno()
+        here, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, number)
+            stream.flush()
+        finally:
+            os.dup2(here, number)
+            os.close(here)
+            os.close(nowhere)
+
+
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
     """Makes printing safe: streams that were closed at the start swallow what is said, letters that the terminal does

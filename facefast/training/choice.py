@@ -4,6 +4,7 @@ part, which has chosen nothing."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from facefast.data import FaceIndex
 from facefast.data.divide import EvaluationSet, PhaseData
 from facefast.evaluation.baselines import CLASS_MEANS, LabelledEmbeddings, class_means
-from facefast.evaluation.embed import embed_rows
+from facefast.evaluation.embed import Embed, embed_rows, remembering
 from facefast.evaluation.measure import evaluate
 from facefast.evaluation.naming import Decisions, decide
 from facefast.evaluation.report import with_baselines
@@ -58,18 +60,42 @@ def named_metric(config: EvalConfig, results: dict[str, float]) -> tuple[float, 
     )
 
 
-def measure(state: TrainState, data: PhaseData, log: RunLog, known: LabelledEmbeddings | None = None) -> bool:
+def measure_untrained(state: TrainState, data: PhaseData, log: RunLog, known: LabelledEmbeddings | None) -> bool:
+    """Measures the model before any training, the floor to beat, where it knows anything; returns whether it is the
+    best so far.
+
+    Args:
+        known: embeddings of the training pictures; with them the table gets rows for what the source does untrained.
+    """
+    if known is None and state.phase.head_start != "class_mean":
+        return False
+    # Both need the validation pictures: they are embedded once.
+    embed = remembering(functools.partial(_embedded, state, state.evaluated))
+    improved = measure(state, data, log, known, embed)
+    if known is not None:
+        _report_baselines(state, data, known, embed, log)
+    return improved
+
+
+def measure(
+    state: TrainState,
+    data: PhaseData,
+    log: RunLog,
+    known: LabelledEmbeddings | None = None,
+    embed: Embed | None = None,
+) -> bool:
     """Measures the model on the validation part, on all ranks, and logs it; returns whether it is the best so far.
 
     Args:
         known: embeddings of the training pictures, where the baselines are wanted too.
+        embed: as for `evaluate`.
     """
     here = (state.phase_number, state.phase_step)
     if data.validation.is_empty:  # nothing can choose: the latest is handed on
         state.chosen = here
         return True
     state.run.broadcast_buffers(state.evaluated)  # every rank measures the model that rank 0 saves
-    results = _evaluate(state, state.evaluated, data.validation, known)
+    results = _evaluate(state, state.evaluated, data.validation, known, embed)
     state.set_modes()
     state.validated |= with_baselines(results)
     try:
@@ -95,30 +121,27 @@ def measure(state: TrainState, data: PhaseData, log: RunLog, known: LabelledEmbe
 
 
 def _evaluate(
-    state: TrainState, model: FaceModel, on: EvaluationSet, known: LabelledEmbeddings | None = None
+    state: TrainState,
+    model: FaceModel,
+    on: EvaluationSet,
+    known: LabelledEmbeddings | None = None,
+    embed: Embed | None = None,
 ) -> dict[str, float]:
-    return evaluate(model, on, state.recipe.eval, state.run, state.precision, state.reading, known)
+    return evaluate(model, on, state.recipe.eval, state.run, state.precision, state.reading, known, embed)
 
 
-def report_baselines(state: TrainState, data: PhaseData, known: LabelledEmbeddings, log: RunLog) -> None:
+def _embedded(state: TrainState, model: FaceModel, index: FaceIndex) -> tuple[Tensor, Tensor]:
+    return embed_rows(model, index, state.run, state.precision, state.reading, batch_size=state.recipe.eval.batch_size)
+
+
+def _report_baselines(state: TrainState, data: PhaseData, known: LabelledEmbeddings, embed: Embed, log: RunLog) -> None:
     """Rows of the final table for the source untrained; what chose nothing yet serves its class means too."""
-    known = _with_validation(state, state.evaluated, data, known)
-    rows = with_baselines(_evaluate(state, state.evaluated, data.evaluation, known))
+    if data.validation.test is not None:
+        known = known.joined(_labelled(data.validation.test, embed))
+    rows = with_baselines(_evaluate(state, state.evaluated, data.evaluation, known, embed))
     state.set_modes()
     for row, results in rows.items():
         _report(state, row, results, log)
-
-
-def _with_validation(
-    state: TrainState, model: FaceModel, data: PhaseData, known: LabelledEmbeddings
-) -> LabelledEmbeddings:
-    """The labelled pictures of training and validation together."""
-    if data.validation.test is None:
-        return known
-    asked = labelled(state, model, data.validation.test)
-    return known._replace(
-        embeddings=torch.cat([known.embeddings, asked.embeddings]), labels=torch.cat([known.labels, asked.labels])
-    )
 
 
 def _chosen(folder: Path, state: TrainState) -> Path:
@@ -226,7 +249,8 @@ def hand_on(folder: Path, state: TrainState, source: Source | None, data: PhaseD
     if row != CLASS_MEANS:
         best = _chosen(folder, state)
         model = checkpoint.load_model(best, state.run.device)
-        if model.thresholds is None and decide_for(model, state, data, None, log) and state.run.is_main:
+        embed: Embed = functools.partial(_embedded, state, model)
+        if model.thresholds is None and decide_for(model, state, data, embed, log) and state.run.is_main:
             checkpoint.amend(best, {"model": model.to_config()})
         state.run.barrier()
         return
@@ -240,10 +264,12 @@ def hand_on(folder: Path, state: TrainState, source: Source | None, data: PhaseD
     model = build_model(config, len(names), state.recipe.image, names, source).to(state.run.device).eval()
     model.scale, model.faces = START_SCALE, state.faces
     assert model.head is not None
-    known = labelled(state, model, data.train)
+    embed = remembering(functools.partial(_embedded, state, model))
+    known = _labelled(data.train, embed)
     model.head.start_from(class_means(known.embeddings, known.labels, known.num_classes), 1.0)
-    decide_for(model, state, data, known, log)
-    known = _with_validation(state, model, data, known)
+    decide_for(model, state, data, embed, log, known)
+    if data.validation.test is not None:
+        known = known.joined(_labelled(data.validation.test, embed))
     model.head.start_from(class_means(known.embeddings, known.labels, known.num_classes), 1.0)
     _report(state, CLASS_MEANS, _evaluate(state, model, data.evaluation), log)
     if state.run.is_main:
@@ -252,31 +278,35 @@ def hand_on(folder: Path, state: TrainState, source: Source | None, data: PhaseD
     state.run.barrier()
 
 
-def labelled(state: TrainState, model: FaceModel, index: FaceIndex) -> LabelledEmbeddings:
+def _labelled(index: FaceIndex, embed: Embed) -> LabelledEmbeddings:
     """Embeddings of pictures with the phase's labels, those that could not be read with none."""
-    embeddings, seen = embed_rows(
-        model, index, state.run, state.precision, state.reading, batch_size=state.recipe.eval.batch_size
-    )
+    embeddings, seen = embed(index)
     labels = torch.tensor(index.labels, dtype=torch.long).where(seen, -1)
     return LabelledEmbeddings(embeddings, labels, index.num_classes)
 
 
 def decide_for(
-    model: FaceModel, state: TrainState, data: PhaseData, known: LabelledEmbeddings | None, log: RunLog
+    model: FaceModel,
+    state: TrainState,
+    data: PhaseData,
+    embed: Embed,
+    log: RunLog,
+    known: LabelledEmbeddings | None = None,
 ) -> bool:
     """Gives a model its thresholds and divides its scale by the temperature; returns whether it names people at all.
 
     Args:
-        known: embeddings of the training pictures, where they were taken already.
+        embed: gives the model's embeddings of an index.
+        known: of the training pictures, where all of them were taken already.
     """
     if model.head is None or model.num_classes < 2:
         return False
     train = data.train.select(data.train.labels >= 0)
     if len(train) > MOST_DECIDING:  # evenly over the people
         train = train.select(np.argsort(train.random_places(state.recipe.seed), kind="stable")[:MOST_DECIDING])
-    train_known = labelled(state, model, train) if known is None else known
+    train_known = _labelled(train, embed) if known is None else known
     asked = data.validation.test
-    validation = None if asked is None or not (asked.labels >= 0).any() else labelled(state, model, asked)
+    validation = None if asked is None or not (asked.labels >= 0).any() else _labelled(asked, embed)
     logits = None
     if validation is not None:  # the head's own: a linear one has lengths and a bias beside directions
         with torch.inference_mode():

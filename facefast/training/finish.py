@@ -14,7 +14,8 @@ from facefast.evaluation.embed import embed_rows
 from facefast.models import Source
 from facefast.models.checkpoint import FOLDER
 from facefast.runtime import exits, files
-from facefast.runtime.log import RunLog, tell, verdict
+from facefast.runtime.log import RunLog, verdict
+from facefast.runtime.terminal import tell
 from facefast.training.choice import best_of, hand_on, handed_on, named_metric, said
 from facefast.training.step import TrainState
 

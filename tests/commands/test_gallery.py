@@ -7,12 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from facefast import gallery
+from facefast.data import FaceIndex
+from facefast.data.divide import divide
+from facefast.data.prepare import photographs_of
 from facefast.deploy import enrolment
 from facefast.evaluation.thresholds import PairThreshold, Thresholds
 from facefast.models import checkpoint
+from facefast.recipe import Reading
 from facefast.runtime import files
 from tests.support import small
 from tests.support.pictures import encode, smooth_picture
@@ -156,6 +161,19 @@ def test_a_run_exports_its_people_by_their_training_pictures(
     assert found["enrolled"] + len(found["refused"]) == 8  # half of the pictures are for testing
     (listed,) = answers(capsys, "list", tmp_path / "g")
     assert set(listed["people"]) == set(small.NAMES)
+
+
+def test_rows_without_a_face_have_no_part_in_the_division_of_a_run_whose_people_are_enrolled(tmp_path: Path) -> None:
+    """As in its training: divided with them, pictures kept for testing would be enrolled."""
+    model = small.make_model()
+    run = small.save_run(tmp_path / "run", model, small.draw(tmp_path / "drawn"))
+
+    def locate(index: FaceIndex, reading: Reading, *, faceless: bool = False) -> FaceIndex:
+        return index.select(np.arange(len(index)) % 5 != 0)
+
+    recipe = small.make_recipe(tmp_path / "drawn", model)
+    trained = divide(photographs_of(recipe, Reading(1), locate), recipe, recipe.phases[-1]).train
+    assert enrolment.people_of_run(run, locate, 1).paths.tolist() == trained.paths.tolist()
 
 
 def test_small_pictures_are_refused(

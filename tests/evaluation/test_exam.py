@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from facefast.data import FaceIndex, PairSet, TemplateSet
 from facefast.evaluation import exam, metrics, pairs
+from facefast.evaluation.embed import Embed, remembering
 from facefast.evaluation.exam import Questions
-from facefast.evaluation.measure import Embed
 from tests.support.pictures import make_index
 
 PEOPLE, PICTURES = 12, 10
@@ -97,7 +97,7 @@ def test_probes_are_looked_for_in_a_gallery_by_their_names(index: FaceIndex, tmp
     labels = probes.labels.copy()
     labels[-1] = -1
     probes = dataclasses.replace(probes, labels=labels)
-    found = exam.identify(exam.remembering(embeddings_of_rows(index)), probes, gallery, "mean")
+    found = exam.identify(remembering(embeddings_of_rows(index)), probes, gallery, "mean")
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert (found["gallery_people"], found["gallery_pictures"]) == (8, 39)  # row 7 cannot be read
     copies = int(((np.arange(50, 60) % PEOPLE) < 8).sum())
@@ -151,7 +151,7 @@ def test_an_index_is_embedded_once(index: FaceIndex) -> None:
         asked.append(part)
         return embeddings_of(part)
 
-    again = exam.remembering(embed)
+    again = remembering(embed)
     half = index.select(np.arange(60))
     assert again(index)[0] is again(index)[0]
     assert len(again(half)[0]) == 60

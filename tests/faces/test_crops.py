@@ -177,3 +177,12 @@ def test_align_says_what_it_needs(
 ) -> None:
     assert align.main([str(tmp_path), *flags]) == 64
     assert message in capsys.readouterr().err
+
+
+def test_align_refuses_an_output_that_cannot_be_written_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert align.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "file" / "index")]) == 74
+    assert align.main([str(tmp_path / "nowhere"), "--crops", str(tmp_path / "file")]) == 74
+    assert capsys.readouterr().err.count("cannot write") == 2

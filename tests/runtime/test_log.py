@@ -397,3 +397,9 @@ def test_the_environment_says_what_reproduces_a_number() -> None:
     assert found["packages"]["torch"] in torch.__version__
     assert len(found["command"]) > 1
     json.dumps(found)
+
+
+def test_a_name_in_a_line_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_log(tmp_path) as run_log:
+        run_log.say("two names seem to be one person: \x1b[2Jann and bo")
+    assert "\\x1b[2Jann and bo" in capsys.readouterr().out
