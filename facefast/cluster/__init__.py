@@ -1,0 +1,1 @@
+"""How a run is launched on a cluster, and what a cluster gets wrong."""
