@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from facefast.cluster import doctor
 from facefast.data import Batch, Loader, Sampler, make_loader, make_sampler, oracle
 from facefast.data.cached import CachedLoader
 from facefast.data.divide import PhaseData
@@ -27,6 +28,7 @@ from facefast.runtime import exits, files, manifest, process
 from facefast.runtime.exits import NumericsError, StorageError
 from facefast.runtime.log import RunLog, environment
 from facefast.runtime.process import Runtime
+from facefast.runtime.terminal import tell
 from facefast.training.alike import same_arguments, same_checkpoint, same_start
 from facefast.training.begin import begin, find_source, find_teacher, pictures_of, settle
 from facefast.training.choice import best_of, has_best, measure, measure_untrained, report_phase
@@ -347,14 +349,18 @@ def main(arguments: list[str] | None = None) -> int:
             fail(ours, code, error)
 
     with exits.exit_codes(failed) as outcome:
-        recipe, folder, resume = flags.train_arguments(sys.argv[1:] if arguments is None else arguments)
+        asked = flags.command_line(sys.argv[1:] if arguments is None else arguments)
+        recipe, folder = asked.recipe, asked.out
         with (
             process.start(rank_timeout=recipe.rank_timeout, on_lost=failed) as run,
             process.stop_on_signals(run),
             open_folder(folder, recipe, run),
         ):
             ours, held = folder, run.held
-            outcome.code = train(recipe, folder, resume, run)
+            run.require_same({"doctor": asked.doctor})
+            if asked.doctor:
+                doctor.require_sound(run, recipe.data.root, folder, tell)
+            outcome.code = train(recipe, folder, asked.resume, run)
     return outcome.code
 
 

@@ -25,6 +25,7 @@ from facefast.runtime import exits, terminal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 USAGE = "python -m facefast.cluster.launch [torchrun's options] -- [RECIPE] [facefast train's options]"
+MODULE = "facefast.train"
 SENT = 128
 """What shells add to the number of a signal that ended a process."""
 FATAL = (exits.EXIT_USAGE, exits.EXIT_DATA, exits.EXIT_NUMERICS, exits.EXIT_STORAGE)
@@ -98,7 +99,7 @@ def launch(torchrun: list[str], train: list[str], stop: Stop) -> int:
     from torch.distributed.elastic.rendezvous.api import RendezvousError
 
     # SIGQUIT alone stays torchrun's.
-    asked = run.parse_args([*torchrun, "--signals-to-handle", "SIGQUIT", "-m", "facefast.train", *train])
+    asked = run.parse_args([*torchrun, "--signals-to-handle", "SIGQUIT", "-m", MODULE, *train])
     asked.rdzv_conf = _with_host(asked, os.environ.get("JOB_COMPLETION_INDEX"))
     try:
         run.run(asked)

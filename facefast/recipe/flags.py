@@ -57,10 +57,18 @@ class TrainArguments(Baseline):
     """The run folder."""
     resume: str = "auto"
     """Go on from the newest sound checkpoint (auto), from PATH, or never."""
+    doctor: bool = False
+    """Before the first update look for what the machines get wrong (facefast doctor), and end where there is a fault."""
 
 
 def train_arguments(arguments: list[str]) -> tuple[Recipe, Path, str]:
-    """The recipe, the run folder and the resume policy that a command line asks for.
+    """The recipe, the run folder and the resume policy of `command_line`."""
+    chosen = command_line(arguments)
+    return chosen.recipe, chosen.out, chosen.resume
+
+
+def command_line(arguments: list[str]) -> TrainArguments:
+    """What a command line asks for.
 
     A first word without a dash names a recipe; without one the data and the source model decide.
 
@@ -96,7 +104,7 @@ def train_arguments(arguments: list[str]) -> tuple[Recipe, Path, str]:
     recipe = chosen.recipe
     if recipe.data.root == "" and recipe.data.format not in ("auto", "synthetic"):
         raise ValueError(f"data.format {recipe.data.format} needs --data.root")
-    return recipe, chosen.out, chosen.resume
+    return chosen
 
 
 def _program(name: str) -> str:

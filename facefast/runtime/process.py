@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from facefast.runtime import ranks
+from facefast.runtime.cores import usable_cores
 from facefast.runtime.exits import EXIT_PREEMPTED, StorageError
 from facefast.runtime.files import Held
 
@@ -125,6 +126,13 @@ class Runtime:
         if self.control is not None:
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, by rank; every rank must ask."""
+        found = [value] * self.world.size
+        if self.control is not None:
+            dist.all_gather_object(found, value, group=self.control)
+        return found
 
     def require_same(self, facts: Mapping[str, Any], error: type[ValueError] = ValueError) -> None:
         """Ends the run, on every rank, where a rank differs from rank 0; every rank must ask.
@@ -245,15 +253,23 @@ def start(
 
 def _meet(world: World, patience: float) -> ranks.Ranks:
     """Finds the other ranks, at the address that torchrun sets or a plain `srun` implies."""
-    # The port follows the job, so that two jobs on a machine do not meet.
     host = os.environ.setdefault("MASTER_ADDR", socket.gethostname())
-    port = _number("MASTER_PORT", str(29500 + int(os.environ.get("SLURM_JOB_ID", "0")) % 1000))
+    port = store_port()
     os.environ["MASTER_PORT"] = str(port)
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if by_torchrun:
         _end_without_torchrun(host, port)
     place = ranks.Place(host, port, by_torchrun, os.environ.get("TORCHELASTIC_RESTART_COUNT", ""))
     return ranks.Ranks(world.rank, world.size, place, patience)
+
+
+def store_port() -> int:
+    """Where the ranks meet: MASTER_PORT, else a port that follows the job, so that two jobs on a machine do not meet.
+
+    Raises:
+        ValueError: MASTER_PORT is no number.
+    """
+    return _number("MASTER_PORT", str(29500 + int(os.environ.get("SLURM_JOB_ID", "0")) % 1000))
 
 
 def _end_without_torchrun(host: str, port: int) -> None:
@@ -275,7 +291,7 @@ def _share_cores(world: World) -> None:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked and not (asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
         return
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    torch.set_num_threads(max(1, usable_cores() // world.local_size))
 
 
 def _choose_device(device: str, world: World) -> torch.device:
@@ -381,7 +397,7 @@ def _die_with_parent() -> None:
 
 def decode_threads(asked: int, world: World) -> int:
     """Decoding threads for one process: `asked`, or its share of the cores (at most 8: decoders feed one device)."""
-    return asked or max(1, min(8, len(os.sched_getaffinity(0)) // world.local_size))
+    return asked or max(1, min(8, usable_cores() // world.local_size))
 
 
 def cpu_has_bf16() -> bool:
