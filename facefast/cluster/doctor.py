@@ -284,8 +284,8 @@ def _network(facts: Sequence[Facts]) -> list[Finding]:
     latency, rate = max(fact["latency"] for fact in facts), min(fact["bandwidth"] for fact in facts)
     wished = BANDWIDTH[facts[0]["device"]]
     advice = (
-        "see which interface is taken (NCCL_DEBUG=INFO), set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the fast one, "
-        "and look for other work on the machines"
+        "see which interface is taken (NCCL_DEBUG=INFO), set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the fast "
+        "one, and look for other work on the machines"
     )
     states = [_graded(limit / max(value, 1e-9), 1 / HOPELESS, 1) for value, limit in ((latency, LATENCY),)]
     states.append(_graded(rate, wished / HOPELESS, wished))

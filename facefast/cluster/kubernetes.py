@@ -279,7 +279,7 @@ def template(name: str) -> str:
     return (importlib.resources.files(__package__) / "jobs" / f"{name}.yaml").read_text()
 
 
-class _Blocks(yaml.SafeDumper):
+class _Blocks(yaml.SafeDumper):  # type: ignore[misc]
     """YAML in full, in which whatever a reader of another version might take for a number or a switch is quoted."""
 
     def ignore_aliases(self, data: Any) -> bool:

@@ -1,4 +1,4 @@
-"""One node's part of a run, for schedulers: torchrun that ends with the run's own exit code and may take its time to stop.
+"""One node's part of a run, for schedulers: torchrun that ends with the run's own exit code and takes its time to stop.
 
     python -m facefast.cluster.launch [torchrun's options] -- [RECIPE] [facefast train's options]
 

@@ -159,7 +159,7 @@ def reading(root: str, world: World, effort: Effort) -> dict[str, Any]:
         start = time.perf_counter()
 
         def work(part: list[Piece]) -> list[int]:
-            sizes = []
+            sizes: list[int] = []
             for piece in part:
                 if sizes and time.perf_counter() > deadline:
                     break

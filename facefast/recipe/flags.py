@@ -58,7 +58,7 @@ class TrainArguments(Baseline):
     resume: str = "auto"
     """Go on from the newest sound checkpoint (auto), from PATH, or never."""
     doctor: bool = False
-    """Before the first update look for what the machines get wrong (facefast doctor), and end where there is a fault."""
+    """Before anything else look for what the machines get wrong, as facefast doctor does, and end at a fault."""
 
 
 def train_arguments(arguments: list[str]) -> tuple[Recipe, Path, str]:

@@ -293,7 +293,11 @@ def test_the_first_fault_decides_the_code() -> None:
         ("0::/pod/me\n", {"pod/me/cpu.max": "max 100000", "pod/cpu.max": "150000 100000"}, 1.5),
         ("0::/machine/unseen\n", {"cpu.max": "800000 100000"}, 8.0),
         ("0::/\n", {}, None),
-        ("4:cpu,cpuacct:/a\n3:memory:/a\n", {"cpu/a/cpu.cfs_quota_us": "50000", "cpu/a/cpu.cfs_period_us": "100000"}, 0.5),
+        (
+            "4:cpu,cpuacct:/a\n3:memory:/a\n",
+            {"cpu/a/cpu.cfs_quota_us": "50000", "cpu/a/cpu.cfs_period_us": "100000"},
+            0.5,
+        ),
         ("4:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, None),
         ("", {}, None),
     ],

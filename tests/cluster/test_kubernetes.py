@@ -52,7 +52,8 @@ def printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 
 @pytest.mark.parametrize(
     ("variant", "version"),
-    [("many", version) for version in VERSIONS] + [(variant, VERSIONS[-1]) for variant in VARIANTS if variant != "many"],
+    [("many", version) for version in VERSIONS]
+    + [(variant, VERSIONS[-1]) for variant in VARIANTS if variant != "many"],
 )
 def test_a_job_and_its_service_are_valid_for_every_kubernetes(variant: str, version: str) -> None:
     documents = manifests(*VOLUMES, *VARIANTS[variant])
@@ -207,7 +208,9 @@ def test_a_run_folder_of_any_name_gives_a_valid_one_that_stays_a_text(name: str)
         assert len(document["metadata"]["name"]) <= kubernetes.LONGEST_NAME
 
 
-@pytest.mark.parametrize("text", ["1e3", "0o17", "0x1f", "no", "Off", "y", "null", "~", "12:30", "1_000", "", "- a", "a: b"])
+@pytest.mark.parametrize(
+    "text", ["1e3", "0o17", "0x1f", "no", "Off", "y", "null", "~", "12:30", "1_000", "", "- a", "a: b"]
+)
 def test_a_text_is_a_text_in_every_version_of_yaml(text: str) -> None:
     shown = kubernetes.render("  $WORD\na: $LINE", {"WORD": {"a": text}, "LINE": text})
     assert shown.count('"') == 4
@@ -226,7 +229,11 @@ def test_words_that_yaml_and_kubernetes_would_change_arrive_as_they_were_typed()
         ((), (*TRAIN, "--epcohs", "3"), "there is no option --epcohs"),
         ((), ("finetnue", *TRAIN[1:]), "there is no recipe 'finetnue'; did you mean finetune?"),
         ((), (*TRAIN, "--phases.0.lr", "fast"), "lr"),
-        ((), ("finetune", "--data.root", "/data/x", "--model.source", "/w"), "--out is runs/finetune, which lies on no"),
+        (
+            (),
+            ("finetune", "--data.root", "/data/x", "--model.source", "/w"),
+            "--out is runs/finetune, which lies on no",
+        ),
         ((), (*TRAIN[:-1], "/data/run"), "--out is /data/run, which lies on no volume that can be written"),
         ((), (*TRAIN, "--data.root", "/elsewhere"), "--data.root is /elsewhere, which lies on no volume and so"),
         ((), (*TRAIN, "--resume", "never"), "--resume never would begin anew each time"),
@@ -260,7 +267,9 @@ def test_words_without_their_dashes_are_told_where_they_belong(capsys: pytest.Ca
 def fake_kubectl(folder: Path, code: int) -> None:
     folder.mkdir()
     script = folder / "kubectl"
-    script.write_text(f'#!/bin/sh\necho "$@" > {folder}/words\ncat > {folder}/given\necho said; echo wrong >&2\nexit {code}\n')
+    script.write_text(
+        f'#!/bin/sh\necho "$@" > {folder}/words\ncat > {folder}/given\necho said; echo wrong >&2\nexit {code}\n'
+    )
     script.chmod(0o755)
 
 

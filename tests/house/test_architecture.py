@@ -19,7 +19,7 @@ LAW = (
     {"recipe", "runtime", "ops"},
     {"data", "faces", "models"},
     {"evaluation"},
-    {"labels", "deploy", "training"},
+    {"labels", "deploy", "training", "cluster"},
     {"commands"},
     {"cli"},
 )
@@ -118,6 +118,15 @@ def test_a_command_is_imported_by_nobody_but_cli() -> None:
     assert commands == {name for name in NAMES if street_of(name) == "commands"}
     for module in NAMES:
         assert not imports(module) & commands, f"{module} imports a command"
+
+
+def test_the_cluster_is_known_to_commands_alone_and_knows_what_a_run_is_and_how_it_ends() -> None:
+    for module in NAMES:
+        reached = {street_of(other) for other in imports(module)} - {street_of(module)}
+        if street_of(module) == "cluster":
+            assert reached <= {"recipe", "runtime"}, module
+        else:
+            assert "cluster" not in reached or street_of(module) == "commands", module
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 
-from facefast import cli
+from facefast import cli, submit
 from facefast.recipe.flags import TrainArguments, run_folder
 from facefast.recipe.options import NEEDED, Option, options
 from facefast.recipe.phase import Phase
@@ -44,6 +44,8 @@ def lines() -> Iterator[str]:
         for option in options(arguments_of(command)):
             default = run_folder("RECIPE") if option.flag == "--out" and command == "train" else option.default
             yield f"{command} {named(option)} = {written(default)}"
+        for scheduler, (kind, _) in submit.SCHEDULERS.items() if command == "submit" else ():
+            yield from (f"submit {scheduler} {named(o)} = {written(o.default)}" for o in options(kind))
         if command == "train":
             yield from (f"train {alias} is --phases.K.{alias[2:]} of the only phase" for alias in ALIASES)
 
