@@ -7,6 +7,7 @@ import contextlib
 import copy
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def run_doctor(rank: int, words: list[str], out: str, plant: str) -> int:
     if plant == "host":
         name = f"node{rank}"
         socket.gethostname = lambda: name
-        socket.getaddrinfo = lambda *_: [(2, 1, 6, "", ("127.0.1.1", 0))]  # type: ignore[assignment]
+        socket.getaddrinfo = lambda *_: [(2, 1, 6, "", ("127.0.1.1", 0))]
     with open(f"{out}-{rank}", "w") as file, contextlib.redirect_stdout(file):
         return cli.run(["doctor", *words])
 
@@ -166,8 +167,6 @@ def test_a_file_of_photographs_is_read_in_parts(tmp_path: Path) -> None:
 
 
 def test_ranks_read_other_files(tmp_path: Path) -> None:
-    import random
-
     root = people(tmp_path, 400)
     few = measure.QUICK._replace(files=40)
     first, second = ({p.path for p in measure.pieces(root, few, random.Random(rank))} for rank in (0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 from facefast import cli, submit
 from facefast.cluster import kubernetes
 from facefast.recipe import flags
+from facefast.recipe.options import parse
 from facefast.runtime import exits
 from tests.cluster import trainjob_schema
 
@@ -32,7 +34,7 @@ VARIANTS = {
 
 def manifests(*words: str, train: tuple[str, ...] = TRAIN) -> list[dict[str, Any]]:
     """Each document that `facefast submit kubernetes` prints, read as YAML 1.1."""
-    given = kubernetes.parse(kubernetes.KubernetesArguments, ["--image", "r.example/f:1", *words], "submit kubernetes")
+    given = parse(kubernetes.KubernetesArguments, ["--image", "r.example/f:1", *words], "submit kubernetes")
     return list(yaml.safe_load_all(kubernetes.manifests(given, list(train))))
 
 
@@ -306,7 +308,7 @@ def test_every_name_in_a_template_has_a_value_and_every_value_a_place() -> None:
     for name in ("job", "runtime", "trainjob"):
         text = kubernetes.template(name)
         assert all(line == "---" or line[:1].isalpha() or line[:1] in " #" for line in text.splitlines())
-        used |= set(kubernetes.re.findall(r"\$([A-Z_]+)", text))
+        used |= set(re.findall(r"\$([A-Z_]+)", text))
     assert used == set(values)
 
 

@@ -1,4 +1,4 @@
-"""The part of Kubeflow Trainer 2.2's schema (trainer.kubeflow.org/v1alpha1) that our templates use, in words of our own.
+"""The part of Kubeflow Trainer 2.2's schema (trainer.kubeflow.org/v1alpha1) that templates use, in words of our own.
 
 A checker of fields and types, not a copy of the CRD: a field that is not named here is refused, as a strict API server
 does it. `corev1` parts are only checked for being there; Kubernetes' own schema checks the same values in the Job.
