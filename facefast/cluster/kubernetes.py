@@ -217,6 +217,7 @@ def _values(given: KubernetesArguments, train: list[str], name: str) -> dict[str
         # A container sees all cores of its machine, whatever its share of them.
         "OMP_NUM_THREADS": str(max(1, given.cpus // processes)),
         "HOME": "/tmp",  # the image itself cannot be written
+        "USER": "facefast",  # libraries ask, and not every image knows the number
         "PYTHONUNBUFFERED": "1",
     }
     labels = {"app.kubernetes.io/name": "facefast", "app.kubernetes.io/instance": name}
