@@ -242,9 +242,8 @@ def _is_loopback(address: str) -> bool:
 
 def _interface(facts: Sequence[Facts]) -> Finding:
     # Where nobody was met, the number of processes tells that there are others elsewhere.
-    several = len({fact["host"] for fact in facts}) > 1 or (
-        len(facts) == 1 < facts[0]["size"] != facts[0]["local_size"]
-    )
+    unmet = len(facts) == 1 and facts[0]["size"] > facts[0]["local_size"]
+    several = unmet or len({fact["host"] for fact in facts}) > 1
     for fact in facts if several else ():
         if _is_loopback(fact["address"]) and "GLOO_SOCKET_IFNAME" not in fact["interface"]:
             advice = (
