@@ -1,10 +1,10 @@
 """An int8 copy of a model that is refused where it recognises worse: `python -m facefast.compress MODEL
 --data.root DIR --out OUT`.
 
-OUT becomes a package: `model-int8.onnx`, which `facefast.load`, every command and, as what `facefast.export` writes, any
-other program reads; `int8.json` (how it was quantised, and what the gate found), `model.json`, `recipe.json` without
-paths, and `manifest.json`. Nothing is written where the
-embeddings or the verification accuracy moved further than allowed. `facefast.deploy.int8` says how it is quantised.
+OUT becomes a package: `model-int8.onnx`, which `facefast.load`, every command and, like what `facefast.export` writes,
+any other program reads; `int8.json` (how it was quantised, and what the gate found), `model.json`, `recipe.json`
+without paths, and `manifest.json`. Nothing is written where the embeddings or the verification accuracy moved further
+than allowed. `facefast.deploy.int8` says how it is quantised.
 """
 
 from __future__ import annotations

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -77,6 +80,15 @@ def any_batch() -> dict[str, dict[int, Any]]:
     return {"images": {0: torch.export.Dim("batch", min=1, max=MOST)}}
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leaves out torch's warnings about its own exporters, on which a user cannot act."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        yield
+
+
 def network_of(model: FaceModel, kind: str = exported.FLOAT) -> Any:
     """The ONNX graph from pictures to embeddings and lengths, without heads and metadata.
 
@@ -89,17 +101,18 @@ def network_of(model: FaceModel, kind: str = exported.FLOAT) -> Any:
         import onnxscript  # noqa: F401 -- torch's exporter needs it and would fail later, less clearly
     except ImportError as error:
         raise ValueError("--to onnx needs ONNX's packages: pip install 'facefast[onnx]'") from error
-    program = torch.onnx.export(
-        _Measured(Embedder(model, kind)).eval(),
-        (example(model, kind),),
-        input_names=[exported.INPUT],
-        output_names=[exported.EMBEDDINGS, exported.LENGTHS],
-        dynamic_shapes=any_batch(),
-        opset_version=OPSET,
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    with quiet():
+        program = torch.onnx.export(
+            _Measured(Embedder(model, kind)).eval(),
+            (example(model, kind),),
+            input_names=[exported.INPUT],
+            output_names=[exported.EMBEDDINGS, exported.LENGTHS],
+            dynamic_shapes=any_batch(),
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
     assert program is not None
     graph: onnx.ModelProto = program.model_proto
     return graph

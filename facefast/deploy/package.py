@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from facefast.deploy.onnx_file import Embedder, example
 from facefast.models import FaceModel, checkpoint, exported, iresnet
 from facefast.models.face import FINDINGS
 from facefast.models.weights.layouts import ARCFACE_IMAGE
-from facefast.recipe import ImageSpec
 from facefast.runtime import files, manifest
 
 LEAST_COSINE = 0.9999
@@ -54,9 +50,11 @@ def export(
     require_weights(model, "exported")
     if to == "insightface":
         require_insightface(model)
+    if to in ("onnx", "insightface") and out.suffix == ".json":
+        raise ValueError(f"{out} is where the description of the export would go; choose another ending than .json")
     files.require_writable(out, folder=to == "safetensors", advice=OTHER)
     needed = sum(tensor.nbytes for tensor in model.state_dict().values())
-    with _quiet():
+    with onnx_file.quiet():
         if to == "safetensors":
             _refuse_others(out)
             with files.replacing_folder(out, needed, OTHER) as aside:
@@ -87,15 +85,6 @@ def require_weights(model: FaceModel, done: str) -> None:
             f"an ONNX file or an int8 package cannot be {done}: its weights are folded or whole numbers; give the run, "
             "the checkpoint or the safetensors package that it was made from"
         )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leaves out torch's warnings about its own exporter, on which a user cannot act."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-        yield
 
 
 def _check(model: FaceModel, found: Tensor, out: Path, kind: str = exported.FLOAT) -> None:
@@ -142,21 +131,13 @@ def require_insightface(model: FaceModel) -> None:
         )
     ours, theirs = model.image, ARCFACE_IMAGE.settled()
     fields = ("shape", "mean", "std", "color", "template")
-    differs = [f"{name} {_told(ours, name)}, not {_told(theirs, name)}" for name in fields if _differ(ours, theirs, name)]
+    pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in fields}
+    differs = [f"{name} {one}, not {other}" for name, (one, other) in pairs.items() if one != other]
     if differs:
         raise ValueError(
             f"InsightFace gives its networks other pictures than the model takes ({'; '.join(differs)}), and its files "
             "say nothing of pictures: export to onnx, which does"
         )
-
-
-def _differ(ours: ImageSpec, theirs: ImageSpec, name: str) -> bool:
-    return bool(getattr(ours, name) != getattr(theirs, name))
-
-
-def _told(image: ImageSpec, name: str) -> str:
-    value = getattr(image, name)
-    return " x ".join(map(str, value)) if name == "shape" else str(value)
 
 
 def insightface_state(model: FaceModel) -> dict[str, Tensor]:

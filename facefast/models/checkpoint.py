@@ -351,8 +351,8 @@ def precision_of(path: Path, model: FaceModel) -> Precision:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> FaceModel:
-    """A model in evaluation mode from a run folder, a checkpoint folder, a package (in float or int8), an ONNX file that
-    facefast wrote, or a source model's weights file.
+    """A model in evaluation mode from a run folder, a checkpoint folder, a package (in float or int8), an ONNX file
+    that facefast wrote, or a source model's weights file.
 
     Raises:
         ValueError: there is no model there, or it is of an unknown kind or of a newer format.

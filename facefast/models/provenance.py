@@ -100,6 +100,8 @@ def require_sound(document: Mapping[str, Any] | None, depth: int = 0) -> None:
         return
     for name, value in document.items():
         if name not in FIELDS or not isinstance(value, FIELDS[name] | None) or depth > 100:
-            raise ValueError(f"model.json: provenance has {name!r:.80} {value!r:.80}; this facefast knows no such entry")
+            raise ValueError(
+                f"model.json: provenance has {name!r:.80} {value!r:.80}; this facefast knows no such entry"
+            )
         if isinstance(value, dict):
             require_sound(value, depth + 1)

@@ -50,14 +50,14 @@ def test_an_onnx_file_gives_the_models_embeddings_in_onnxruntime_at_any_batch_si
     assert said.keys() == beside.keys()
     assert all((json.loads(said[name]) if said[name] != text else text) == text for name, text in beside.items())
     assert beside["mean"] == [127.5] * 3 and beside["color"] == "rgb" and len(beside["class_names"]) > 1
-    (given,), (taken,) = session.get_inputs(), session.get_outputs()
+    (given,), (taken, *_) = session.get_inputs(), session.get_outputs()
     assert (given.name, taken.name) == ("images", "embeddings")
     assert given.shape[1:] == [3, small.SIZE, small.SIZE]
     assert isinstance(given.shape[0], str)  # a name: any number
     model = facefast.load(run)
     for batch in BATCHES:
         images = pictures(batch)
-        (found,) = session.run(None, {"images": images.numpy()})
+        (found,) = session.run(["embeddings"], {"images": images.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), model.embed(images, mirror=False), rtol=0, atol=1e-4)
 
 

@@ -168,7 +168,7 @@ def test_an_export_that_is_refused_leaves_the_one_before(
 def test_a_kind_of_export_that_there_is_not_is_refused_before_anything_is_written(
     model: FaceModel, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="no export to 'pt'; it must be onnx, torch or safetensors"):
+    with pytest.raises(ValueError, match="no export to 'pt'; it must be onnx, torch, safetensors or insightface"):
         packages.export(model, "pt", tmp_path / "new" / "out")
     assert list(tmp_path.iterdir()) == []
 
