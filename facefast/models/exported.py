@@ -86,7 +86,7 @@ class Exported(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """With a session of its own."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._session = _session(self.graph.cpu().numpy().tobytes())
 
 

@@ -321,7 +321,7 @@ class FaceModel(nn.Module):
         Raises:
             ValueError: an entry is missing or wrong.
         """
-        image = from_json(ImageSpec, document.get("image"))
+        image = from_json(ImageSpec, document.get("image", {}))
         if not image.size:
             raise ValueError("model.json: image.size is 0; a model has a size")
         return image

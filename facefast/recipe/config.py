@@ -122,8 +122,8 @@ class ModelConfig:
     source: str = "none"
     """Source weights: a file, a run or checkpoint folder, imagenet (torchvision's), or none."""
     source_licence: str = ""
-    """Licence of the source weights (or of the teacher's), in a few words, as their publisher gives it; it stays with
-    the model and with what is made of it. Where nobody tells, a facefast model as source does, or it is unknown."""
+    """Licence of the source weights (else of the teacher), in your words. It stays with the model and with what is made
+    of it; where nobody tells, a facefast model as source does, or it is unknown."""
     partial: bool = False
     """Start from a source that lacks tensors of the backbone, which keep their random values."""
     teacher: str = "none"

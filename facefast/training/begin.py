@@ -53,6 +53,8 @@ def find_teacher(recipe: Recipe, source: Source | None, device: torch.device) ->
         # Only whether names and shapes fit is of interest: tensors without memory are enough.
         with torch.device("meta"):
             inherit(build_model(config, 0, teacher.image), teacher)
+    if any(phase.distill.features for phase in recipe.phases):
+        teacher.stage_ends()
     return teacher
 
 

@@ -125,7 +125,8 @@ class Distillation(nn.Module):
         teacher = self._teacher[0]
         if teacher.cache is not None:  # NaN times a count of 0 would be NaN: unreadable rows become 0
             return teacher.cache[rows.clamp(min=0)].nan_to_num(), []
-        with stage_outputs(teacher.model) as stages:
+        # Only where they are compared: a network without stages that follow each other can still be asked for the rest.
+        with stage_outputs(teacher.model) if self.config.features else contextlib.nullcontext([]) as stages:
             embeddings = teacher.model.encode(images).float()
         return embeddings, stages
 

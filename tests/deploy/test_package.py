@@ -13,6 +13,7 @@ import torch
 
 import facefast
 from facefast.deploy import package as packages
+from facefast.deploy.onnx_file import Embedder
 from facefast.models import FaceModel
 from facefast.recipe import BinaryConfig, DataConfig, LossConfig, ModelConfig, Phase, Recipe, TaskConfig, to_json
 from facefast.runtime import files, manifest
@@ -57,7 +58,7 @@ def package(model: FaceModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_embedder_gives_directions_of_the_picture_alone(model: FaceModel) -> None:
     images = pictures(3)
     with torch.inference_mode():
-        found = packages.Embedder(model)(images)
+        found = Embedder(model)(images)
     torch.testing.assert_close(found, model.embed(images, mirror=False))
     assert not torch.allclose(found, model.embed(images, mirror=True), atol=1e-3)
 
