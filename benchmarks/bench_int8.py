@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import onnx
 import onnxruntime

@@ -62,15 +62,16 @@ PARTS = (
     Part(
         "A trained model",
         "A model knows its pictures (`model.image`, an `ImageSpec`), its people (`model.class_names`, "
-        "`model.num_classes`) and the length of its embeddings (`model.embedding_size`). It takes aligned faces of "
-        "that size.",
+        "`model.num_classes`) and the length of its embeddings (`model.embedding_size`). As `facefast.load` gives it, it "
+        "takes photographs, in which it finds the faces; any `FaceModel` takes tensors of aligned faces of its size.",
         (
             Name(
                 "facefast.load",
                 """\
-                model = facefast.load("runs/mine")  # or a checkpoint, a package, a weights file
+                model = facefast.load("runs/mine")  # or a checkpoint, a package, an ONNX file, a weights file
                 print(model.image.shape, model.embedding_size, model.class_names)""",
             ),
+            Name("facefast.deploy.photographs.PhotographModel", members=("embed", "predict"), made=True),
             Name(
                 "facefast.models.FaceModel", members=("embed", "predict", "preprocess", "encode", "classify"), made=True
             ),
