@@ -75,7 +75,8 @@ def test_the_outputs_are_the_models_whether_a_file_takes_normalised_pictures_or_
         np.testing.assert_allclose(male, whole.attributes["Male"].numpy(), atol=1e-4)
         levels = np.array([20, 30, 50])[(above_20 > 0.5).astype(int) + (above_30 > 0.5)]
         np.testing.assert_array_equal(levels, whole.attributes["age"].numpy())
-    np.testing.assert_allclose(*(outputs["embeddings"] for outputs in found.values()), atol=1e-4)
+    one, other = (outputs["embeddings"] for outputs in found.values())
+    np.testing.assert_allclose(one, other, atol=1e-4)
     assert (plain @ plain.T).min() < 0.99  # pictures that are told apart
 
 

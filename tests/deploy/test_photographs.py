@@ -75,7 +75,9 @@ def test_paths_folders_and_arrays_are_embedded_in_the_order_given(model: Photogr
     arrays = [bytes_of(seed) for seed in range(3)]
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
     expected = model.embed(images)
-    for given in (folder, [folder], str(folder), arrays, [folder / "b.png", *arrays[1:]], np.stack(arrays)):
+    mixed: list[Any] = [folder / "b.png", *arrays[1:]]
+    every: tuple[Any, ...] = (folder, [folder], str(folder), arrays, mixed, np.stack(arrays))
+    for given in every:
         torch.testing.assert_close(model.embed(given), expected, rtol=0, atol=2e-3)  # bytes are rounded
     torch.testing.assert_close(model.embed(arrays[1]), expected[1:2], rtol=0, atol=2e-3)
     torch.testing.assert_close(model.embed(arrays, mirror=False), model.embed(images, mirror=False), rtol=0, atol=2e-3)
