@@ -63,7 +63,7 @@ PARTS = (
         "A trained model",
         "A model knows its pictures (`model.image`, an `ImageSpec`), its people (`model.class_names`, "
         "`model.num_classes`) and the length of its embeddings (`model.embedding_size`). As `facefast.load` gives it, "
-        "it takes photographs, in which it finds the faces; any `FaceModel` takes tensors of aligned faces of its size.",
+        "it takes photographs, in which it finds faces; any `FaceModel` takes tensors of aligned faces of its size.",
         (
             Name(
                 "facefast.load",
