@@ -62,15 +62,16 @@ PARTS = (
     Part(
         "A trained model",
         "A model knows its pictures (`model.image`, an `ImageSpec`), its people (`model.class_names`, "
-        "`model.num_classes`) and the length of its embeddings (`model.embedding_size`). It takes aligned faces of "
-        "that size.",
+        "`model.num_classes`) and the length of its embeddings (`model.embedding_size`). As `facefast.load` gives it, "
+        "it takes photographs, in which it finds faces; any `FaceModel` takes tensors of aligned faces of its size.",
         (
             Name(
                 "facefast.load",
                 """\
-                model = facefast.load("runs/mine")  # or a checkpoint, a package, a weights file
+                model = facefast.load("runs/mine")  # or a checkpoint, a package, an ONNX file, a weights file
                 print(model.image.shape, model.embedding_size, model.class_names)""",
             ),
+            Name("facefast.deploy.photographs.PhotographModel", members=("embed", "predict"), made=True),
             Name(
                 "facefast.models.FaceModel", members=("embed", "predict", "preprocess", "encode", "classify"), made=True
             ),
@@ -216,10 +217,21 @@ def examples() -> Iterator[str]:
     yield INTRODUCTION.partition("```python\n")[2].partition("```")[0]
     for part in PARTS:
         for name in part.names:
-            yield from filter(None, (textwrap.dedent(name.example), *(EXAMPLES.get(m, "") for m in name.members)))
+            yield from filter(None, (textwrap.dedent(name.example), *(example_of(name.path, m) for m in name.members)))
+
+
+def example_of(path: str, member: str) -> str:
+    """That of a class's method, else that of any method of the name."""
+    return EXAMPLES.get(f"{path.rpartition('.')[2]}.{member}", EXAMPLES.get(member, ""))
 
 
 EXAMPLES = {
+    "PhotographModel.embed": """\
+aligned = facefast.load("runs/mine", detect="none")  # for photographs that are aligned already
+vectors = aligned.embed("people")  # a row for each; also a list of files, or of arrays [H, W, 3]""",
+    "PhotographModel.predict": """\
+for answer in aligned.predict("people", threshold="none"):
+    print(answer["path"], answer.get("fault"), [face["names"] for face in answer.get("faces", ())])""",
     "embed": """\
 images = torch.zeros(2, 3, *model.image.shape, dtype=torch.uint8)  # aligned faces
 cosines = model.embed(images) @ model.embed(images).T  # [2, 2]""",
@@ -252,7 +264,7 @@ def described(name: Name) -> Iterator[str]:
         yield from (f"#### `{thing.__name__}.{member}`", "")
         yield from fenced(signature(f"{thing.__name__}.{member}", method, bound=True))
         yield from prose(inspect.getdoc(method) or "")
-        yield from fenced(EXAMPLES.get(member, ""))
+        yield from fenced(example_of(name.path, member))
 
 
 def resolve(path: str) -> Any:

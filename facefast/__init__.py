@@ -11,15 +11,15 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 if TYPE_CHECKING:
-    from facefast.models.checkpoint import load_model as load
+    from facefast.deploy.photographs import load
 else:
     # Hidden from the type checker: a module with `__getattr__` passes every misspelt import from the package.
     def __getattr__(name: str) -> Any:
         """`facefast.load`, imported when it is first asked for: `import facefast` alone stays quick."""
         if name == "load":
-            from facefast.models.checkpoint import load_model
+            from facefast.deploy.photographs import load
 
-            return load_model
+            return load
         raise AttributeError(f"module 'facefast' has no attribute {name!r}")
 
 

@@ -1,16 +1,16 @@
 """An int8 copy of a model that is refused where it recognises worse: `python -m facefast.compress MODEL
 --data.root DIR --out OUT`.
 
-OUT becomes a folder of `model-int8.onnx` (`images` in, `embeddings` of length 1 out, as `facefast.export` has it),
-`int8.json` (the pictures that it takes, and what the gate found) and `manifest.json`. Nothing is written where the
-embeddings or the verification accuracy moved further than allowed. `facefast.deploy.int8` says how it is quantised.
+OUT becomes a package: `model-int8.onnx`, which `facefast.load`, every command and, like what `facefast.export` writes,
+any other program reads; `int8.json` (how it was quantised, and what the gate found), `model.json`, `recipe.json`
+without paths, and `manifest.json`. Nothing is written where the embeddings or the verification accuracy moved further
+than allowed. `facefast.deploy.int8` says how it is quantised.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,19 +23,19 @@ from torch import Tensor
 
 from facefast.data import FaceIndex, PairSet, make_loader
 from facefast.data.prepare import Locate, read_photographs
-from facefast.deploy import package
+from facefast.deploy import onnx_file, package
 from facefast.deploy.gate import Array, Gate, compare, seconds_per_picture
 from facefast.evaluation.sets import find_evaluation_set
 from facefast.faces.align import locator
-from facefast.models import FaceModel, checkpoint
+from facefast.models import FaceModel, checkpoint, exported, provenance
 from facefast.recipe import DataConfig, EvalConfig, Reading, to_json
 from facefast.recipe.options import parse, typed
 from facefast.recipe.ranges import LARGEST_SEED, MOST, require
 from facefast.runtime import exits, files, manifest, process
 from facefast.runtime.terminal import say
 
-FORMAT = 1
-PACKAGE = ("model-int8.onnx", "int8.json", "manifest.json")
+FORMAT = 2
+PACKAGE = (exported.INT8, "int8.json", "model.json", "recipe.json", "manifest.json")
 """The files of OUT."""
 FEWEST = 16
 """Photographs without which nothing can be calibrated, let alone checked."""
@@ -170,10 +170,11 @@ def compress(
         from facefast.deploy import int8, onnx_graph
     except ImportError as error:
         raise ValueError("compress needs ONNX's packages: pip install 'facefast[onnx]'") from error
+    package.require_weights(model, "compressed")
     _check_out(given.out)
     reading = given.data.reading(threads)
     calibration, judged, pairs = divide(given, model, reading, said, locate)
-    parent, size_before = _exported(model)
+    parent = onnx_file.network_of(model)
     original = _load_original(given.original, model) if given.original else None
     pictures = np.concatenate([images for images, _ in read_pictures(calibration, model, reading)])
     pictures = np.random.default_rng(given.seed).permutation(pictures)
@@ -183,11 +184,11 @@ def compress(
     gate.check(given.min_cosine, given.max_loss, "its parent")
     against: Gate | None = None
     if original is not None:
-        first = onnx_graph.session(_exported(original)[0], threads)
+        first = onnx_graph.session(onnx_file.network_of(original), threads)
         against = compare(first, after, read_pictures(judged, model, reading), len(judged), pairs)
         against.check(given.original_min_cosine, given.max_loss, str(given.original))
     one = pictures[:1]
-    embedder = package.Embedder(model).eval()
+    embedder = onnx_file.Embedder(model).eval()
     embedder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster one
     tensor = torch.from_numpy(one).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
@@ -198,7 +199,10 @@ def compress(
                 "onnxruntime int8": lambda: after.run(None, {"images": one}),
             }
         )
-    content = found.model.SerializeToString()
+    recipe = package.without_paths(checkpoint.read_recipe(given.model))
+    for graph in (parent, found.model):
+        onnx_file.complete(graph, model, recipe=recipe)
+    size_before, content = parent.ByteSize(), found.model.SerializeToString()
     document = {
         "format": FORMAT,
         "image": to_json(model.image),
@@ -214,22 +218,14 @@ def compress(
         "seconds_per_picture": {name: round(value, 6) for name, value in seconds.items()},
         "threads": threads,
     }
-    _write(given.out, content, document)
+    documents = {"int8": document, "model": model.to_config()} | ({} if recipe is None else {"recipe": recipe})
+    _write(given.out, content, documents)
     return document
-
-
-def _exported(model: FaceModel) -> tuple[Any, int]:
-    """The ONNX model in float32, and its bytes."""
-    import onnx
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "float.onnx"
-        package.export(model, "onnx", path)
-        return onnx.load(path), path.stat().st_size
 
 
 def _load_original(path: Path, model: FaceModel) -> FaceModel:
     original = checkpoint.load_model(path)
+    package.require_weights(original, "held against: --original is what was distilled or pruned")
     ours, theirs = (model.image, model.embedding_size), (original.image, original.embedding_size)
     if ours != theirs:
         raise ValueError(
@@ -248,10 +244,11 @@ def _check_out(out: Path) -> None:
     files.require_writable(out, folder=True)
 
 
-def _write(out: Path, content: bytes, document: dict[str, Any]) -> None:
+def _write(out: Path, content: bytes, documents: dict[str, Any]) -> None:
     with files.replacing_folder(out, len(content)) as aside:  # OUT appears whole or not at all
-        (aside / "model-int8.onnx").write_bytes(content)
-        files.write_json(aside / "int8.json", document)
+        (aside / exported.INT8).write_bytes(content)
+        for stem, document in documents.items():
+            files.write_json(aside / f"{stem}.json", document)
         manifest.write(aside, step=0)
 
 
@@ -302,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
             said, model = typed(CompressArguments, arguments), checkpoint.load_model(given.model)
             document = compress(given, model, threads, said, locator(model.image, model.faces, given.data.detect, run))
         say(gate_text(document))
-        say(f"{given.out}: passed")
+        say(f"{given.out}: passed; {provenance.sentence(model.provenance)}")
     return outcome.code
 
 

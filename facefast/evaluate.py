@@ -20,6 +20,7 @@ from facefast.data.prepare import read_photographs
 from facefast.evaluation import exam
 from facefast.evaluation.embed import Embed, embed_rows, remembering
 from facefast.evaluation.measure import evaluate
+from facefast.evaluation.measured import header
 from facefast.evaluation.overlap import overlap_of
 from facefast.evaluation.sets import checked, find_evaluation_set, given_pairs
 from facefast.faces.align import Locator, locator
@@ -30,7 +31,7 @@ from facefast.recipe.options import parse, typed
 from facefast.recipe.ranges import LARGEST_SEED, MOST, require
 from facefast.runtime import exits, files, process
 from facefast.runtime.process import decode_threads
-from facefast.runtime.terminal import say
+from facefast.runtime.terminal import complain, message, say
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class EvaluateArguments:
     """`python -m facefast.evaluate`."""
 
     model: tyro.conf.Positional[Path]
-    """A run folder, a checkpoint folder, an exported package or a source model's weights file."""
+    """A run folder, a checkpoint folder, an exported package or ONNX file, or a source model's weights file."""
     data: DataConfig = field(default_factory=DataConfig)
     pairs: Path | None = None
     """A list of pairs of pictures in data.root: LFW's pairs.txt, `a b label` a line, or CSV; beside templates, of pairs
@@ -80,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
             reading = given.data.reading(decode_threads(0, run.world))
             model = checkpoint.load_model(given.model, run.device)
             precision = checkpoint.precision_of(given.model, model)
+            if run.is_main:
+                complain(message(header(given.model, model)))
             faces = locator(model.image, model.faces, given.data.detect, run)
 
             def embed(index: FaceIndex) -> tuple[Tensor, Tensor]:

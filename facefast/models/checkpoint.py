@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from facefast.models import FaceModel, load_source, model_from_source
+from facefast.models import FaceModel, exported, load_source, model_from_source
 from facefast.models.face import require_numbers
 from facefast.models.precision import Precision
 from facefast.models.weights.readers import read_safetensors
@@ -238,7 +238,7 @@ def check_same_run(path: Path, recipe: Recipe, plan: Plan) -> None:
     # By way of a Recipe: a field that is newer than the checkpoint has its default there.
     theirs, ours = to_json(from_json(Recipe, files.read_json(path / "recipe.json"))), to_json(recipe)
     # These may change in the middle of a run: they have no part in its weights.
-    free = ("threads", "log_every", "keep", "save_every", "projector", "rank_timeout")
+    free = ("threads", "log_every", "keep", "save_every", "projector", "rank_timeout", "source_licence")
     differs = [
         f"{name}: {old!r} there, {new!r} now" for name, old, new in files.differences(theirs, ours) if name not in free
     ]
@@ -301,14 +301,19 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
 
 
 def find_model(path: Path) -> Path:
-    """The checkpoint folder that MODEL means: a run folder's best (else last), or the folder itself.
+    """The checkpoint folder that MODEL means: a run folder's best (else last), or the folder itself; an ONNX file is
+    its own.
 
     Raises:
         ValueError: there is no model there.
     """
+    if exported.is_onnx(path):
+        return path.resolve()
     for candidate in (path / FOLDER / "best", path / FOLDER / "last", path):
         if (candidate / "model.json").exists():
             return candidate.resolve()
+    if (path / exported.INT8).exists():
+        raise ValueError(f"{path} is an int8 package without model.json, as early versions wrote it; compress anew")
     raise ValueError(f"{path} holds no model: give a run folder, a checkpoint folder, a package or a weights file")
 
 
@@ -318,6 +323,8 @@ def read_recipe(model: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: there is no model there.
     """
+    if exported.is_onnx(model):
+        return exported.read_recipe(model)
     if not model.is_dir():
         return None
     path = find_model(model) / "recipe.json"
@@ -339,24 +346,29 @@ def precision_of(path: Path, model: FaceModel) -> Precision:
         saved.get("precision", Recipe.precision),
         model.config.backbone,
         saved.get("channels_last", Recipe.channels_last),
-        next(model.parameters()).device,
+        model.pixel_mean.device,
     )
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> FaceModel:
-    """A model in evaluation mode from a run folder, a checkpoint folder, a package, or a source model's weights file.
+    """A model in evaluation mode from a run folder, a checkpoint folder, a package (in float or int8), an ONNX file
+    that facefast wrote, or a source model's weights file.
 
     Raises:
-        ValueError: there is no model there, or it is of an unknown kind.
+        ValueError: there is no model there, or it is of an unknown kind or of a newer format.
         StorageError: a file of it is damaged.
     """
     path = Path(path)
+    if exported.is_onnx(path):
+        return exported.read(path).to(device).eval()
     if path.is_file():
         model = model_from_source(load_source(path))
         return model.to(device).eval()
     folder = find_model(path)
     manifest.verify(folder)
     document = files.read_json(folder / "model.json")
+    if (folder / exported.INT8).exists():
+        return exported.read(folder / exported.INT8, document).to(device).eval()
     weights = read_tensors(folder, "ema") or read_tensors(folder, "model")
     held = sum(tensor.numel() for tensor in weights.values())
     require_numbers(lambda: FaceModel.from_config(document), held, str(folder / "model.json"))

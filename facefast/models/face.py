@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from facefast.models.backbones import build_backbone
+from facefast.models import provenance
+from facefast.models.backbones import Backbone, build_backbone
 from facefast.models.heads import HEADS, AttributeHeads, CosineHead, LinearHead, unit
+from facefast.models.weights.source import MODEL_FORMAT as FORMAT
 from facefast.models.weights.source import Report, Source, apply_source, load_source
 from facefast.recipe import AttributeSpec, ImageSpec, ModelConfig, from_json, to_json
 
-FINDINGS = ("faces", "thresholds", "calibration")
+FINDINGS = ("faces", "thresholds", "calibration", "metrics", "provenance")
 """What model.json says beside the architecture, of how the model was made and what it may say."""
-FORMAT = 1
 COUNTERS = 1 << 20
 LARGEST_NETWORK = 1 << 28
 """Numbers in a backbone; a ResNet-200 has half as many."""
@@ -48,6 +49,7 @@ class FaceModel(nn.Module):
         class_names: one per class, or none.
         scale: what the loss multiplies the logits by; probabilities need it.
         attributes: what it predicts beside names.
+        backbone: a network that stands in for the one that `config` names, its embedding layer included.
 
     Raises:
         ValueError: an unknown backbone, or another number of names than of classes.
@@ -64,6 +66,7 @@ class FaceModel(nn.Module):
         class_names: Sequence[str] = (),
         scale: float = 1.0,
         attributes: Sequence[AttributeSpec] = (),
+        backbone: Backbone | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -78,17 +81,22 @@ class FaceModel(nn.Module):
         person; None where nothing was found out."""
         self.calibration: dict[str, Any] | None = None
         """What the temperature that `scale` holds did to the probabilities, as JSON."""
-        backbone = build_backbone(config.backbone, image.shape, config.embedding, config.drop_path)
-        self.backbone = backbone.module
+        self.metrics: dict[str, Any] | None = None
+        """What it reached when it was handed on, on which pictures, and what had chosen it, as JSON."""
+        self.provenance: dict[str, Any] | None = None
+        """Which weights it began from and under what licence (`facefast.models.provenance`); None where nobody
+        told."""
+        network = backbone or build_backbone(config.backbone, image.shape, config.embedding, config.drop_path)
+        self.backbone = network.module
         self.embedding: nn.Module = nn.Identity()
-        self.embedding_size = backbone.size
-        if config.embedding and not backbone.embeds:
+        self.embedding_size = network.size
+        if config.embedding and not network.embeds:
             self.embedding = nn.Sequential(
-                nn.Linear(backbone.size, config.embedding, bias=False),
+                nn.Linear(network.size, config.embedding, bias=False),
                 nn.BatchNorm1d(config.embedding),
             )
             self.embedding_size = config.embedding
-        self._backbone_stages = backbone.stages
+        self._backbone_stages = network.stages
         self.dropout = nn.Dropout(config.dropout)
         self.head: LinearHead | CosineHead | None = None
         self.set_classes(num_classes, class_names)
@@ -110,7 +118,7 @@ class FaceModel(nn.Module):
         self.class_names = tuple(class_names)
         self.head = None
         if num_classes:
-            like = next(self.backbone.parameters())
+            like = next(self.backbone.parameters(), torch.empty(0))  # an exported network has none
             self.head = HEADS[self.config.head](self.embedding_size, num_classes).to(like)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -235,6 +243,8 @@ class FaceModel(nn.Module):
         }
 
     def _stage_modules(self, wish: str) -> dict[str, nn.Module]:
+        if not self._backbone_stages:
+            raise ValueError(f"this {self.config.backbone} was exported and has no stages any more, which {wish}")
         modules = dict(self.backbone.named_modules())
         missing = [name for members in self._backbone_stages.values() for name in members if name not in modules]
         if missing:
@@ -260,15 +270,17 @@ class FaceModel(nn.Module):
         }
 
     @classmethod
-    def from_config(cls, document: Mapping[str, Any]) -> FaceModel:
+    def from_config(cls, document: Mapping[str, Any], backbone: Backbone | None = None) -> FaceModel:
         """The model that `to_config` describes, with random weights.
+
+        Args:
+            document: it.
+            backbone: as for the class.
 
         Raises:
             ValueError: another format, or an entry that is missing or wrong.
         """
-        if not isinstance(document, Mapping) or document.get("format") != FORMAT:
-            document = document if isinstance(document, Mapping) else {}
-            raise ValueError(f"model.json has format {document.get('format')!r}; this facefast reads {FORMAT}")
+        require_format(document)
         fields = ("backbone", "embedding", "head", "dropout")
         wanted = {*fields, "format", "scale", "image", "num_classes", "class_names"}
         present = set(document) - {"attributes", *FINDINGS}  # older files have none
@@ -285,23 +297,34 @@ class FaceModel(nn.Module):
             raise ValueError(f"model.json: scale is {scale!r:.80}; it must be a number above 0")
         if not isinstance(attributes, list):
             raise ValueError("model.json: attributes must be a list")
-        image = from_json(ImageSpec, document["image"])
-        if not image.size:
-            raise ValueError("model.json: image.size is 0; a model has a size")
         model = cls(
             from_json(ModelConfig, {name: document[name] for name in fields}),
             classes,
-            image,
+            cls.image_of(document),
             names,
             float(scale),
             [from_json(AttributeSpec, spec) for spec in attributes],
+            backbone,
         )
         for name in FINDINGS:
             value = document.get(name)
             if not isinstance(value, dict | None):
                 raise ValueError(f"model.json: {name} is {value!r:.80}; it must be an object or null")
             setattr(model, name, value)
+        provenance.require_sound(model.provenance)
         return model
+
+    @staticmethod
+    def image_of(document: Mapping[str, Any]) -> ImageSpec:
+        """The pictures that the model of a model.json takes.
+
+        Raises:
+            ValueError: an entry is missing or wrong.
+        """
+        image = from_json(ImageSpec, document.get("image", {}))
+        if not image.size:
+            raise ValueError("model.json: image.size is 0; a model has a size")
+        return image
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Pictures as the network takes them; `embed` and `predict` do this themselves.
@@ -345,6 +368,21 @@ class FaceModel(nn.Module):
         return self.head
 
 
+def require_format(document: Any) -> None:
+    """Refuses the model.json of another format.
+
+    Raises:
+        ValueError: it is one, or no model.json.
+    """
+    found = document.get("format") if isinstance(document, Mapping) else None
+    if found != FORMAT:
+        newer = type(found) is int and found > FORMAT
+        raise ValueError(
+            f"model.json has format {found!r:.80}; this facefast reads {FORMAT}"
+            + ("; use the facefast that wrote it, or a later one" if newer else "")
+        )
+
+
 def build_model(
     config: ModelConfig,
     num_classes: int,
@@ -376,7 +414,9 @@ def build_model(
     if source is None:
         backbone = DEFAULT_BACKBONE if config.backbone == "auto" else config.backbone
         config = dataclasses.replace(config, backbone=backbone)
-        return FaceModel(config, num_classes, image.settled(), class_names, attributes=attributes)
+        model = FaceModel(config, num_classes, image.settled(), class_names, attributes=attributes)
+        model.provenance = provenance.of_run(None, config.source_licence)
+        return model
     backbone = source.backbone if config.backbone == "auto" else config.backbone
     if not backbone:
         raise ValueError(
@@ -390,6 +430,7 @@ def build_model(
     require_numbers(lambda: FaceModel(config, 0, image), held, source.name)
     model = FaceModel(config, num_classes, image, class_names, attributes=attributes)
     model.report = apply_source(model, source, partial=config.partial)
+    model.provenance = provenance.of_run(source, config.source_licence)
     return model
 
 

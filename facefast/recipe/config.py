@@ -121,6 +121,9 @@ class ModelConfig:
     """A name that `facefast.models.NAMES` lists, or timm/NAME; auto is the source's, else mobilefacenet."""
     source: str = "none"
     """Source weights: a file, a run or checkpoint folder, imagenet (torchvision's), or none."""
+    source_licence: str = ""
+    """Licence of the source weights (else of the teacher), in your words. It stays with the model and with what is made
+    of it; where nobody tells, a facefast model as source does, or it is unknown."""
     partial: bool = False
     """Start from a source that lacks tensors of the backbone, which keep their random values."""
     teacher: str = "none"

@@ -23,6 +23,7 @@ COMMON = (
     "data.corrections",
     "data.test_fraction",
     "model.source",
+    "model.source_licence",
     "model.teacher",
     "model.backbone",
     "binary.people",

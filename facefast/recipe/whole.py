@@ -85,6 +85,10 @@ class Recipe:
             )
         if self.model.partial and self.model.source == "none":
             raise ValueError("model.partial has no effect without model.source")
+        if self.model.source_licence and self.model.source == self.model.teacher == "none":
+            raise ValueError(
+                f"model.source_licence {self.model.source_licence!r:.80} has no effect: there are no source weights"
+            )
         asks = [phase for phase in self.phases if phase.distill.active or phase.start == "teacher"]
         if asks and self.model.teacher == "none":
             does = "distils" if asks[0].distill.active else "starts from the teacher"

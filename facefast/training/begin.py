@@ -19,6 +19,7 @@ from facefast.labels.clustering import assign
 from facefast.models import STUDENTS, FaceModel, Source, build_model, checkpoint, inherit, load_source
 from facefast.models.batchnorm import takes_statistics
 from facefast.models.face import DEFAULT_BACKBONE
+from facefast.models.provenance import of_run
 from facefast.recipe import ImageSpec, Phase, Recipe
 from facefast.runtime.log import RunLog
 from facefast.training.distill import Teacher, caches_teacher
@@ -52,6 +53,8 @@ def find_teacher(recipe: Recipe, source: Source | None, device: torch.device) ->
         # Only whether names and shapes fit is of interest: tensors without memory are enough.
         with torch.device("meta"):
             inherit(build_model(config, 0, teacher.image), teacher)
+    if any(phase.distill.features for phase in recipe.phases):
+        teacher.stage_ends()
     return teacher
 
 
@@ -103,6 +106,7 @@ def starting_model(
             data.attributes,
         )
     model.scale, model.faces = phase.loss.scale, state.faces
+    model.provenance = of_run(source, recipe.model.source_licence, teacher)  # of every phase, whatever it starts from
     if model.attribute_heads is not None:
         model.attribute_heads.start_from(data.values())
     if phase.start == "teacher":

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from facefast.data import FaceIndex
 from facefast.data.divide import EvaluationSet, PhaseData
+from facefast.evaluation import measured
 from facefast.evaluation.baselines import CLASS_MEANS, LabelledEmbeddings, class_means
 from facefast.evaluation.embed import Embed, embed_rows, remembering
 from facefast.evaluation.measure import evaluate
@@ -230,8 +231,7 @@ def said(state: TrainState, data: PhaseData) -> str:
     if state.best is None:
         return "* handed on: the last, since no picture could be spared to choose by"
     name = named_metric(state.recipe.eval, state.validated[handed_on(state)])[1]
-    asked = data.validation.test if name in ("top1", "tasks") else data.validation.verification
-    count, part = 0 if asked is None else len(asked), "training" if asked is data.train else "validation"
+    count, part = _choosing(data, name)
     return (
         f"* handed on as checkpoints/best: {name} of {count} {part} pictures chose it; all other numbers are of the "
         "test part, which chose nothing"
@@ -250,7 +250,11 @@ def hand_on(folder: Path, state: TrainState, source: Source | None, data: PhaseD
         best = _chosen(folder, state)
         model = checkpoint.load_model(best, state.run.device)
         embed: Embed = functools.partial(_embedded, state, model)
-        if model.thresholds is None and decide_for(model, state, data, embed, log) and state.run.is_main:
+        before = model.to_config()
+        if model.thresholds is None:
+            decide_for(model, state, data, embed, log)
+        model.metrics = _metrics(state, data) or model.metrics
+        if model.to_config() != before and state.run.is_main:
             checkpoint.amend(best, {"model": model.to_config()})
         state.run.barrier()
         return
@@ -272,10 +276,32 @@ def hand_on(folder: Path, state: TrainState, source: Source | None, data: PhaseD
         known = known.joined(_labelled(data.validation.test, embed))
     model.head.start_from(class_means(known.embeddings, known.labels, known.num_classes), 1.0)
     _report(state, CLASS_MEANS, _evaluate(state, model, data.evaluation), log)
+    model.metrics = _metrics(state, data)
     if state.run.is_main:
         documents = {"model": model.to_config(), "recipe": to_json(state.recipe), "plan": to_json(state.plan)}
         checkpoint.hand_on(folder, MEANS, {"model": model.state_dict()}, documents)
     state.run.barrier()
+
+
+def _metrics(state: TrainState, data: PhaseData) -> dict[str, Any] | None:
+    """What is handed on with the model of its own results; None before the test part was asked."""
+    row, phases = handed_on(state), state.recipe.phases
+    if row not in state.reported:
+        return None
+    # Of an earlier phase that was measured on other people, only the numbers are known here.
+    same = phases[state.chosen[0]].split == phases[-1].split
+    selected = None
+    if state.best is not None:
+        value, name = named_metric(state.recipe.eval, state.validated[row])
+        count, part = _choosing(data, name)
+        selected = {"metric": name, "value": value, "pictures": count, "part": part}
+    return measured.document(row, state.reported[row], data.evaluation if same else None, selected)
+
+
+def _choosing(data: PhaseData, metric: str) -> tuple[int, str]:
+    """How many pictures chose the model by a metric, and of which part."""
+    asked = data.validation.test if metric in ("top1", "tasks") else data.validation.verification
+    return 0 if asked is None else len(asked), "training" if asked is data.train else "validation"
 
 
 def _labelled(index: FaceIndex, embed: Embed) -> LabelledEmbeddings:

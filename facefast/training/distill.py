@@ -125,6 +125,9 @@ class Distillation(nn.Module):
         teacher = self._teacher[0]
         if teacher.cache is not None:  # NaN times a count of 0 would be NaN: unreadable rows become 0
             return teacher.cache[rows.clamp(min=0)].nan_to_num(), []
+        # Only where they are compared: a network without stages that follow each other can still be asked for the rest.
+        if not self.config.features:
+            return teacher.model.encode(images).float(), []
         with stage_outputs(teacher.model) as stages:
             embeddings = teacher.model.encode(images).float()
         return embeddings, stages

@@ -103,7 +103,7 @@ def test_any_number_of_pictures_gives_nearly_the_parents_embeddings(package: Pat
     expected = model.embed(torch.from_numpy(images), mirror=False).numpy()
     assert (expected @ expected.T).min() < 0.8  # pictures that are told apart
     for batch in (1, 2, 5):
-        (found,) = session.run(None, {"images": images[:batch]})
+        (found,) = session.run(["embeddings"], {"images": images[:batch]})
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
         assert ((found * expected[:batch]).sum(1) > 0.9).all()
 
@@ -183,4 +183,4 @@ def test_without_onnxs_packages_the_error_says_how_to_get_them(
 def test_a_place_that_cannot_be_written_ends_with_74(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="choose another --out"):
-        compress._write(tmp_path / "file" / "out", b"", {})
+        compress._write(tmp_path / "file" / "out", b"", {"int8": {}})

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import facefast
-from facefast import evaluate, export, predict
+from facefast import evaluate, export, predict, train
+from facefast.data.drawn import synthetic
 from facefast.deploy import package as packages
 from facefast.runtime import files, manifest
 from tests.support import small
@@ -50,14 +51,14 @@ def test_an_onnx_file_gives_the_models_embeddings_in_onnxruntime_at_any_batch_si
     assert said.keys() == beside.keys()
     assert all((json.loads(said[name]) if said[name] != text else text) == text for name, text in beside.items())
     assert beside["mean"] == [127.5] * 3 and beside["color"] == "rgb" and len(beside["class_names"]) > 1
-    (given,), (taken,) = session.get_inputs(), session.get_outputs()
+    (given,), (taken, *_) = session.get_inputs(), session.get_outputs()
     assert (given.name, taken.name) == ("images", "embeddings")
     assert given.shape[1:] == [3, small.SIZE, small.SIZE]
     assert isinstance(given.shape[0], str)  # a name: any number
     model = facefast.load(run)
     for batch in BATCHES:
         images = pictures(batch)
-        (found,) = session.run(None, {"images": images.numpy()})
+        (found,) = session.run(["embeddings"], {"images": images.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), model.embed(images, mirror=False), rtol=0, atol=1e-4)
 
 
@@ -140,3 +141,26 @@ def test_wrong_use_ends_with_64(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert export.main([str(tmp_path), str(tmp_path / "out")]) == 64
     assert "holds no model" in capsys.readouterr().err
     assert export.main([str(run), str(tmp_path / "out"), "--to", "tensorflow"]) == 64
+
+
+def test_a_trained_model_takes_its_licence_its_measurements_and_what_chose_it_along(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = synthetic.DrawnSpec(identities=(6, 0, 0), pictures=12, seed=4)
+    data = synthetic.write(tmp_path / "faces", spec, processes=1, progress=False)
+    words = (f"--data.root={data}", f"--model.source={run}", "--model.source-licence=CC BY 4.0", "--pictures=0")
+    small_phase = ("--phases.0.steps=1", "--phases.0.batch-size=8", "--eval.pairs=12", "--eval.folds=2")
+    assert train.main(["fixed", *words, *small_phase, f"--out={tmp_path / 'run'}"]) == 0
+    assert export.main([str(tmp_path / "run"), str(tmp_path / "package"), "--to", "safetensors"]) == 0
+    assert "licence CC BY 4.0" in capsys.readouterr().out
+    document = files.read_json(tmp_path / "package" / "model.json")
+    metrics, origin = document["metrics"], document["provenance"]
+    assert (origin["source"], origin["licence"], origin["before"]["source"]) == ("run", "CC BY 4.0", None)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (reported,) = [line for line in lines if line["split"] == "test" and line["phase"] == metrics["row"]]
+    assert metrics["results"]["top1"] == reported["top1"] and metrics["results"]["top1_low"] == reported["top1_low"]
+    asked, selected = metrics["evaluation_set"], metrics["selected"]
+    assert asked["name"] == "faces" and asked["test"]["pictures"] == reported["test_rows"]
+    best = files.read_json(tmp_path / "run" / "status.json")["best"]
+    assert (metrics["row"], selected["metric"]) == (best["phase"], best["metric"])
+    assert selected["pictures"] > 0 and selected["part"] in ("training", "validation")

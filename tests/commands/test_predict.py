@@ -18,6 +18,7 @@ import facefast
 from facefast import gallery, predict
 from facefast.data import oracle, read_index
 from facefast.data.walk import find_pictures, loose_photographs
+from facefast.deploy.photographs import answer as ask
 from facefast.evaluation.thresholds import NamingThreshold
 from facefast.models import precision
 from facefast.models.precision import Precision
@@ -172,7 +173,7 @@ def test_a_model_that_can_tell_nobody_from_strangers_says_so_and_names_everybody
 ) -> None:
     run = run_with(tmp_path / "run", found)
     answer, error = asked(run, photographs / "b.png", capsys)
-    assert error.startswith("note: ") and said in error and answer["names"][0] in small.NAMES
+    assert "\nnote: " in error and said in error and answer["names"][0] in small.NAMES
     assert "note" not in asked(run, photographs / "b.png", capsys, "--threshold=none")[1]
     assert asked(run, photographs / "b.png", capsys, "--threshold=1")[0]["names"] == ["unknown"]
     assert predict.main([str(run), str(photographs), *AS_THEY_ARE, "--threshold=far@1e-2"]) == 64
@@ -255,7 +256,7 @@ def test_a_model_without_identities_gives_embeddings_only(
 def test_classes_without_names_are_numbered(photographs: Path) -> None:
     model = small.make_model()
     model.class_names = ()
-    (answer,) = predict.predict(model, loose_photographs([photographs / "b.png"]), RUN, FP32)
+    (answer,) = ask(model, loose_photographs([photographs / "b.png"]), RUN, FP32)
     assert answer["names"][0] in ("0", "1", "2", "3")
 
 
@@ -267,7 +268,7 @@ def test_a_mobilefacenet_runs_in_full_precision_on_a_cpu_that_has_bfloat16(
     for bf16 in (False, True):
         monkeypatch.setattr(precision, "cpu_has_bf16", lambda has=bf16: has)
         chosen = Precision.choose("auto", model.config.backbone, True, RUN.device)
-        answers = predict.predict(model, index, RUN, chosen)
+        answers = ask(model, index, RUN, chosen)
         embeddings.append(np.stack([answer["embedding"] for answer in answers]))
     np.testing.assert_array_equal(embeddings[0], embeddings[1])
 
@@ -342,7 +343,7 @@ def test_detected_faces_embed_like_the_same_faces_aligned_by_hand(
     by_name = {index.name(row): row for row in range(len(index))}
     rows = [by_name[next(name for name in by_name if name.endswith(path.name))] for path in wild[0][:2]]
     aligned = index.select(rows).scanned()
-    truth = [answer["embedding"] for answer in predict.predict(facefast.load(source), aligned, RUN, FP32)]
+    truth = [answer["embedding"] for answer in ask(facefast.load(source), aligned, RUN, FP32)]
     for path, expected in zip(wild[0][:2], truth, strict=True):
         assert found[True][path.name] @ expected > 0.8
         assert found[False][path.name] @ expected < 0.6  # the middle of the picture is not the face

@@ -183,8 +183,8 @@ except ImportError as error:
 else:
     raise AssertionError("a misspelt name was imported")
 from facefast import load
-from facefast.models.checkpoint import load_model
+from facefast.deploy import photographs
 
-assert load is load_model
+assert load is photographs.load
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -37,6 +37,15 @@ CLASSIFIERS = (
     "arc_face.",
 )
 SHOWN = 4
+INT8 = "model-int8.onnx"
+"""The network of an int8 package, in place of model.safetensors."""
+MODEL_FORMAT = 1
+"""Of model.json."""
+EXPORTED = (
+    "whose numbers can no longer be trained; give the run, the checkpoint or the safetensors package that it was made "
+    "from"
+)
+"""What is wrong with an export as a source."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,10 @@ class Source:
     """Fields of `image` that the weights depend on; the others are only usual."""
     state: Mapping[str, Tensor]
     """Tensors by their names in a `FaceModel`."""
+    sha256: str = ""
+    """Of the file they came from; empty where a library gave them."""
+    provenance: Mapping[str, Any] | None = None
+    """Of a facefast model: what it began from itself."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,8 @@ def load_source(source: str | Path, backbone: str = "auto") -> Source:
     path = Path(source)
     if path.is_dir():
         return _from_folder(path)
+    if path.suffix.lower() == ".onnx" and path.is_file():
+        raise ValueError(f"{path} is an ONNX file, {EXPORTED}")
     state = strip_prefixes(read(path), path)
     try:
         layout = recognise(state, backbone) or Layout("")
@@ -118,6 +133,7 @@ def load_source(source: str | Path, backbone: str = "auto") -> Source:
         image=layout.image,
         fixed=layout.fixed,
         state={f"backbone.{key}": tensor for key, tensor in translated.items()},
+        sha256=files.sha256(path),
     )
 
 
@@ -201,12 +217,19 @@ def _from_folder(path: Path) -> Source:
     """A run's best model, a checkpoint or a package; averaged weights where there are some."""
     for folder in (path / "checkpoints" / "best", path / "checkpoints" / "last", path):
         document = folder / "model.json"
+        if (folder / INT8).is_file():
+            raise ValueError(f"{path} is an int8 package, {EXPORTED}")
         weights = [folder / f"{stem}.safetensors" for stem in ("ema", "model")]
         weights = [file for file in weights if file.is_file()]
         if not document.is_file() or not weights:
             continue
         manifest.verify(folder)
         config = files.read_json(document)
+        if isinstance(config, dict) and type(config.get("format")) is int and config["format"] > MODEL_FORMAT:
+            raise ValueError(
+                f"{document} has format {config['format']}; this facefast reads {MODEL_FORMAT}; use the facefast that "
+                "wrote it, or a later one"
+            )
         lacking = [
             name for name in ("backbone", "embedding", "image") if not isinstance(config, dict) or name not in config
         ]
@@ -220,6 +243,8 @@ def _from_folder(path: Path) -> Source:
             image=from_json(ImageSpec, config["image"]),
             fixed=WHOLE_CONTRACT,
             state=read(weights[0]),
+            sha256=files.sha256(weights[0]),
+            provenance=config.get("provenance"),
         )
     raise ValueError(
         f"source folder {path} holds no facefast model (model.json beside model.safetensors); give "
