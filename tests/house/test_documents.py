@@ -181,7 +181,7 @@ def targets(node: ast.AST) -> list[str]:
 
 
 def test_architecture_is_read_in_ten_minutes() -> None:
-    assert len(ARCHITECTURE.read_text().splitlines()) <= 150
+    assert len(ARCHITECTURE.read_text().splitlines()) <= 160
 
 
 def test_architecture_names_only_what_there_is() -> None:
