@@ -30,8 +30,13 @@ def index_of(folder: Path, files: list[bytes]) -> FaceIndex:
         encode(FIRST.resize((360, 480)), "WEBP"),
         encode(ImageEnhance.Brightness(FIRST).enhance(0.7), "PNG"),
         encode(ImageEnhance.Contrast(FIRST).enhance(0.8), "PNG"),
+        encode(FIRST.convert("L"), "PNG"),
+        encode(FIRST.transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"),
+        encode(FIRST.crop((0, 0, 76, 100)), "PNG"),
+        encode(FIRST.crop((9, 14, 90, 120)).transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((60, 80)), "JPEG"),
+        encode(FIRST.rotate(4, Image.Resampling.BICUBIC), "PNG"),
     ],
-    ids=["compressed", "smaller", "larger", "darker", "paler"],
+    ids=["compressed", "smaller", "larger", "darker", "paler", "grey", "mirrored", "part", "mirrored part", "turned"],
 )
 def test_a_photograph_saved_again_is_the_same(tmp_path: Path, again: bytes) -> None:
     same = copies_by_pixels(index_of(tmp_path, [encode(FIRST, "PNG"), again]))
@@ -43,11 +48,9 @@ def test_a_photograph_saved_again_is_the_same(tmp_path: Path, again: bytes) -> N
     [
         encode(smooth_picture(120, 90, 2), "PNG"),
         encode(Image.blend(FIRST, Image.fromarray(smooth_picture(120, 90, 2)), 0.4), "PNG"),
-        encode(FIRST.transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"),
-        encode(FIRST.crop((0, 0, 60, 80)), "PNG"),
         encode(Image.eval(FIRST, lambda value: 255 - value), "PNG"),
     ],
-    ids=["another", "half of it", "mirror image", "part", "negative"],
+    ids=["another", "half of it", "negative"],
 )
 def test_another_photograph_is_another(tmp_path: Path, other: bytes) -> None:
     assert not copies_by_pixels(index_of(tmp_path, [encode(FIRST, "PNG"), other]))(0, 1)
