@@ -29,11 +29,13 @@ SCALES = 1.1 ** np.arange(-6, 7)
 """Of one picture against the other that are searched: a crop that keeps 57 % of each side."""
 MIDDLE = 0.6
 """Part of each side of a picture that is looked for in the other: a crop has it whole."""
-FOUND = 0.6
+FOUND = 0.7
 """Correlation of that middle from which a place is worth a closer look."""
 BLURS = (2.5, 1.2)
 """Pixels that pictures are blurred by, one after the other, while they are laid over each other: what is left to
 correct must be smaller than what can be seen."""
+HOPEFUL = 0.4
+"""`Overlay.everywhere` after each of them, below which two photographs differ."""
 ROUNDS = 12
 """Of correction after each of them, at most."""
 TEXTURE = 3.0
@@ -62,26 +64,26 @@ class Overlay(NamedTuple):
 
 def overlay(one: Grey, other: Grey) -> Overlay | None:
     """The best way found to lay `other`, or its mirror image, over `one`; None where there is none worth a look."""
-    best: tuple[float, Numbers] | None = None
-    mirrored = False
-    for flip in (False, True):
-        found = _place(one, other[:, ::-1] if flip else other)
-        if found[0] >= FOUND and (best is None or found[0] > best[0]):
-            best, mirrored = found, flip
-    if best is None:
+    plain, turned = _place(one, other), _place(one, other[:, ::-1])
+    mirrored = turned[0] > plain[0]
+    score, matrix = turned if mirrored else plain
+    if score < FOUND:
         return None
     other = np.ascontiguousarray(other[:, ::-1]) if mirrored else other
-    matrix = best[1]
+    found: Overlay | None = None
     for sigma in BLURS:
         better = _refine(_blurred(one, sigma), _blurred(other, sigma), matrix)
         if better is None:
             return None
         matrix = better
-    return _agreement(one, other, matrix, mirrored)
+        found = _agreement(one, other, matrix, mirrored)
+        if found is None or found.everywhere < HOPEFUL:
+            return None
+    return found
 
 
 def _place(one: Grey, other: Grey) -> tuple[float, Numbers]:
-    """Correlation of the middle of either picture in the other, at best, and the [2, 3] matrix from `other` to `one`."""
+    """Correlation of the middle of either picture in the other, at best, and the matrix [2, 3] of `other` on `one`."""
     best = -1.0, np.eye(2, 3)
     small = _resized(one, 1 / COARSE), _resized(other, 1 / COARSE)
     for scale in SCALES.tolist():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,42 @@ def test_each_file_is_read_once_however_often_it_is_asked_about(
     same = copies_by_pixels(index)
     assert [same(0, 1), same(1, 0), same(0, 2), same(2, 1)] == [True, True, False, False]
     assert sorted(asked) == [0, 1, 2]
+
+
+FACE = np.array([[45, 50], [75, 50], [60, 70], [48, 85], [72, 85]], np.float32)
+
+
+def smiling(picture: Image.Image, by: float) -> Image.Image:
+    """The next frame of a burst: what lies around the mouth has moved by so many pixels, smoothly."""
+    y, x = np.mgrid[0 : picture.height, 0 : picture.width].astype(np.float32)
+    near = np.exp(-((x - 60) ** 2 + (y - 85) ** 2) / (2 * 10**2))
+    rows = np.clip(np.round(y + by * near), 0, picture.height - 1).astype(int)
+    return Image.fromarray(np.asarray(picture)[rows, x.astype(int)])
+
+
+def test_frames_of_a_burst_are_two_photographs(tmp_path: Path) -> None:
+    fine = np.random.default_rng(3).integers(0, 256, (30, 30, 3), np.uint8)
+    frame = Image.fromarray(fine).resize((120, 120), Image.Resampling.BICUBIC)
+    files = [encode(each, "PNG") for each in (frame, smiling(frame, 4), frame.crop((5, 8, 118, 116)))]
+    same = copies_by_pixels(index_of(tmp_path, files))
+    assert not same(0, 1) and not same(1, 2)
+    assert same(0, 2)
+
+
+def test_of_photographs_with_landmarks_the_face_counts_and_not_the_wall(tmp_path: Path) -> None:
+    """Two people in front of one wall, and one face in front of two."""
+    walls = [Image.fromarray(smooth_picture(400, 400, seed)).resize((800, 800)) for seed in (1, 2)]
+    faces = [Image.fromarray(smooth_picture(120, 120, seed)) for seed in (5, 6)]
+    pictures = []
+    for wall, face in ((0, 0), (0, 1)):
+        pictures.append(walls[wall].copy())
+        pictures[-1].paste(faces[face].resize((300, 300)), (250, 250))
+    index = index_of(tmp_path, [encode(picture, "PNG") for picture in pictures])
+    marked = dataclasses.replace(index, landmarks=np.stack([FACE * 2 + 280] * 2))
+    assert not copies_by_pixels(marked)(0, 1)
+
+
+def test_outside_landmarks_do_not_matter(tmp_path: Path) -> None:
+    index = index_of(tmp_path, [encode(FIRST, "PNG"), encode(FIRST, "JPEG")])
+    marked = dataclasses.replace(index, landmarks=np.stack([FACE - 1000, FACE + 1000]))
+    assert copies_by_pixels(marked)(0, 1)
