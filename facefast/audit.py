@@ -27,11 +27,13 @@ from typing import Any
 
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 
 from facefast.data import FaceIndex
 from facefast.data.corrections import Correction, write_corrections
 from facefast.evaluation.embed import embed_photographs
 from facefast.faces.align import Locator, locator
+from facefast.faces.quality import face_sizes, poses
 from facefast.labels.clustering import Floats, unit_rows
 from facefast.labels.copies import copies_by_pixels
 from facefast.labels.hardness import hardness
@@ -144,6 +146,10 @@ def findings_text(found: dict[str, Any], data: Photographs, out: Path) -> str:
     return "\n".join(lines)
 
 
+def _yaws(index: FaceIndex) -> NDArray[np.floating] | None:
+    return None if index.landmarks is None else poses(index.landmarks)[:, 0]
+
+
 HEADINGS = {"wrong_label": "Wrong labels", "duplicate": "Duplicates", "merge": "Identities that are one person"}
 
 
@@ -166,8 +172,8 @@ def audit(given: AuditArguments, index: FaceIndex, embeddings: Floats, out: Path
         index.hashes,
         confidence=given.confidence,
         false_merges=given.false_merges,
-        hardness=hardness(index, embeddings),
-        same_picture=copies_by_pixels(index),
+        hardness=hardness(embeddings, _yaws(index)),
+        same_picture=copies_by_pixels(index, None if index.landmarks is None else face_sizes(index.landmarks)),
     )
     lines = corrections_of(index, suspects)
     write_corrections(out / "suspects.csv", lines)
@@ -193,7 +199,7 @@ def planted(given: AuditArguments, index: FaceIndex, embeddings: Floats) -> Self
     # The set's own mistakes are found in both runs, and set aside when the planted ones are counted.
     labels = index.labels.astype(np.int64)
     wrong, rows = plant_wrong_labels(labels, given.plant, given.seed)
-    hard, unit = hardness(index, embeddings), unit_rows(embeddings)
+    hard, unit = hardness(embeddings, _yaws(index)), unit_rows(embeddings)
     before, after = (
         find_suspects(unit, each, confidence=given.confidence, false_merges=given.false_merges, hardness=hard)
         for each in (labels, wrong)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from facefast.data import FaceIndex, oracle
-from facefast.faces.quality import face_sizes
 from facefast.labels.registration import SIDE, Grey, overlay
 
 EVERYWHERE = 0.8
@@ -23,11 +23,14 @@ KEPT = 4096
 """Pictures that are remembered at a time: 64 KiB each."""
 
 
-def copies_by_pixels(index: FaceIndex) -> Callable[[int, int], bool]:
+def copies_by_pixels(index: FaceIndex, sizes: NDArray[np.floating] | None = None) -> Callable[[int, int], bool]:
     """Whether two rows show one photograph: crops of it, mirrored or not, agree piece by piece once they lie over each
     other (`facefast.labels.registration`).
 
     Of a photograph with landmarks the surroundings of the face are compared, of others the whole.
+
+    Args:
+        sizes: [N] pixels on a side of each face, where the index has landmarks; None compares whole pictures.
     """
     seen: dict[int, Grey | None] = {}
 
@@ -36,7 +39,7 @@ def copies_by_pixels(index: FaceIndex) -> Callable[[int, int], bool]:
             if len(seen) >= KEPT:
                 del seen[next(iter(seen))]
             try:
-                seen[row] = _grey(index, row)
+                seen[row] = _grey(index, row, float("nan") if sizes is None else float(sizes[row]))
             except ValueError:
                 seen[row] = None
         return seen[row]
@@ -51,16 +54,15 @@ def copies_by_pixels(index: FaceIndex) -> Callable[[int, int], bool]:
     return same
 
 
-def _grey(index: FaceIndex, row: int) -> Grey:
+def _grey(index: FaceIndex, row: int, size: float) -> Grey:
     picture = Image.fromarray(oracle.decode(oracle.read_bytes(index, row))).convert("L")
-    landmarks = index.landmarks[row] if index.landmarks is not None else np.full((5, 2), np.nan)
-    if np.isfinite(landmarks).all():
-        reach = AROUND * float(face_sizes(landmarks[None])[0])
+    if index.landmarks is not None and np.isfinite(size):
+        landmarks, reach = index.landmarks[row], AROUND * size
         low = np.maximum(landmarks.mean(0) - reach, 0).astype(int)
         high = np.minimum(landmarks.mean(0) + reach, picture.size).astype(int)
         if (high - low >= 2).all():  # landmarks may lie outside
             picture = picture.crop((*low.tolist(), *high.tolist()))
     scale = SIDE / max(picture.size)
-    size = max(2, round(picture.width * scale)), max(2, round(picture.height * scale))
+    shape = max(2, round(picture.width * scale)), max(2, round(picture.height * scale))
     way = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
-    return np.asarray(picture.resize(size, way), np.float32)
+    return np.asarray(picture.resize(shape, way), np.float32)

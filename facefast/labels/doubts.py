@@ -133,9 +133,9 @@ SIZES = (0.0, 1.5, 3.5, 7.5, 15.5)
 """Where the bins of class sizes begin: a mean of many pictures scores higher with its own and lower with others."""
 
 
-STRATA = (0.03, 0.1, 0.3)
+STRATA = (0.03, 0.1)
 """Parts of the rows, the hardest first, where strata of rows that are equally hard end."""
-FEWEST_ROWS = 150
+FEWEST_ROWS = 50
 """Rows of a stratum; those of fewer belong to the next one."""
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from facefast.data import FaceIndex, oracle
+from facefast.faces.quality import face_sizes
 from facefast.labels.copies import copies_by_pixels
 from tests.support.pictures import encode, garbled_png, smooth_picture
 
@@ -119,10 +120,13 @@ def test_of_photographs_with_landmarks_the_face_counts_and_not_the_wall(tmp_path
         pictures[-1].paste(faces[face].resize((300, 300)), (250, 250))
     index = index_of(tmp_path, [encode(picture, "PNG") for picture in pictures])
     marked = dataclasses.replace(index, landmarks=np.stack([FACE * 2 + 280] * 2))
-    assert not copies_by_pixels(marked)(0, 1)
+    assert marked.landmarks is not None
+    sizes = face_sizes(marked.landmarks)
+    assert not copies_by_pixels(marked, sizes)(0, 1)
 
 
 def test_outside_landmarks_do_not_matter(tmp_path: Path) -> None:
     index = index_of(tmp_path, [encode(FIRST, "PNG"), encode(FIRST, "JPEG")])
     marked = dataclasses.replace(index, landmarks=np.stack([FACE - 1000, FACE + 1000]))
-    assert copies_by_pixels(marked)(0, 1)
+    assert marked.landmarks is not None
+    assert copies_by_pixels(marked, face_sizes(marked.landmarks))(0, 1)

@@ -8,6 +8,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -89,7 +90,7 @@ def test_photographs_are_in_the_page_and_nothing_is_loaded(tmp_path: Path) -> No
     assert head == "data:image/jpeg;base64"
     with Image.open(io.BytesIO(base64.b64decode(content))) as picture:
         assert picture.size == (TILE - 2, TILE - 2)
-        assert picture.getpixel((47, 47))[0] > 190
-    assert "default-src &#x27;none&#x27;" in page or "default-src 'none'" in page
+        assert np.asarray(picture)[47, 47, 0] > 190
+    assert "default-src 'none'" in page
     assert not re.search(r"https?:|//|url\(", re.sub(r"base64,[A-Za-z0-9+/=]+", "", page))
     assert "empty" not in page

@@ -136,7 +136,12 @@ def test_pairs_beyond_the_most_that_are_compared_are_counted(monkeypatch: pytest
     unit[3] = unit[1]
     monkeypatch.setattr(suspects_module, "MOST_PAIRS", 1)
     asked: list[tuple[int, int]] = []
-    suspects = find_suspects(unit, labels, same_picture=lambda one, other: bool(asked.append((one, other))))
+
+    def never(one: int, other: int) -> bool:
+        asked.append((one, other))
+        return False
+
+    suspects = find_suspects(unit, labels, same_picture=never)
     assert asked == [(1, 3)]  # the nearest
     assert suspects.uncompared > 10
 
