@@ -19,6 +19,8 @@ mirrored, scaled, compressed and brightened reach it, and 3 % of the same pictur
 tenth of the distance between the eyes."""
 AROUND = 1.25
 """Half a side of what is compared around a face, in faces."""
+TILTED = 5.0
+"""Degrees from which a face is set upright first: laying over finds turns of some eight."""
 KEPT = 4096
 """Pictures that are remembered at a time: 64 KiB each."""
 
@@ -58,6 +60,10 @@ def _grey(index: FaceIndex, row: int, size: float) -> Grey:
     picture = Image.fromarray(oracle.decode(oracle.read_bytes(index, row))).convert("L")
     if index.landmarks is not None and np.isfinite(size):
         landmarks, reach = index.landmarks[row], AROUND * size
+        right, down = landmarks[1] - landmarks[0]
+        tilt = float(np.degrees(np.arctan2(down, right)))
+        if abs(tilt) > TILTED:
+            picture = picture.rotate(tilt, Image.Resampling.BICUBIC, center=tuple(landmarks.mean(0).tolist()))
         low = np.maximum(landmarks.mean(0) - reach, 0).astype(int)
         high = np.minimum(landmarks.mean(0) + reach, picture.size).astype(int)
         if (high - low >= 2).all():  # landmarks may lie outside

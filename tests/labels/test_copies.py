@@ -130,3 +130,17 @@ def test_outside_landmarks_do_not_matter(tmp_path: Path) -> None:
     marked = dataclasses.replace(index, landmarks=np.stack([FACE - 1000, FACE + 1000]))
     assert marked.landmarks is not None
     assert copies_by_pixels(marked, face_sizes(marked.landmarks))(0, 1)
+
+
+def test_a_photograph_turned_by_any_angle_is_found_by_its_landmarks(tmp_path: Path) -> None:
+    picture = Image.fromarray(smooth_picture(160, 160, 4)).resize((480, 480))
+    picture.paste(Image.fromarray(smooth_picture(240, 240, 5)), (120, 120))
+    for angle in (-60, 25, 90):
+        turned = picture.rotate(angle, Image.Resampling.BICUBIC, center=(240, 240))
+        radians = np.radians(angle)  # against the clock, with y pointing down
+        turn = np.array([[np.cos(radians), np.sin(radians)], [-np.sin(radians), np.cos(radians)]])
+        upright = FACE - FACE.mean(0) + 240
+        landmarks = np.stack([upright, (upright - 240) @ turn.T + 240]).astype(np.float32)
+        index = index_of(tmp_path, [encode(picture, "PNG"), encode(turned, "PNG")])
+        marked = dataclasses.replace(index, landmarks=landmarks)
+        assert copies_by_pixels(marked, face_sizes(landmarks))(0, 1)
