@@ -7,6 +7,8 @@ Writes into --out:
   is said in `facefast.data.corrections.Correction`. Delete the lines that are not true, or change their action.
 - `wrong_label_01.jpg` ...: contact sheets: the suspect, the pictures of its own identity most like it, and those of the
   suggested one. `duplicate_01.jpg` ...: pairs. `merge_01.jpg` ...: pictures of both identities.
+- `suspects.html`: the same on one page that loads nothing, with the names in full.
+- `suspects.json`: the counts, and each finding with the columns of the table; what is not known is null.
 
 `facefast train --data.corrections suspects.csv` then trains without what was found. `--plant 0.05` is a self-test: it
 plants wrong labels and says how many of them are found.
@@ -25,13 +27,17 @@ from typing import Any
 
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 
 from facefast.data import FaceIndex
 from facefast.data.corrections import Correction, write_corrections
 from facefast.evaluation.embed import embed_photographs
 from facefast.faces.align import Locator, locator
+from facefast.faces.quality import face_sizes, poses
 from facefast.labels.clustering import Floats, unit_rows
 from facefast.labels.copies import copies_by_pixels
+from facefast.labels.hardness import hardness
+from facefast.labels.pages import write_page
 from facefast.labels.selftest import SelfTest, plant_wrong_labels, self_test
 from facefast.labels.sheets import strips, write_sheets
 from facefast.labels.suspects import KINDS, Suspects, find_suspects
@@ -58,7 +64,7 @@ class AuditArguments:
     false_merges: float = 0.05
     """Expected part of the reported merges that is false."""
     pictures: int = 240
-    """Findings of each kind on contact sheets, at most; 0 writes no photographs."""
+    """Findings of each kind on contact sheets and in suspects.html, at most; 0 writes no photographs."""
     plant: float = 0.0
     """Self-test: plant this part of wrong labels, and print how many are found; writes nothing."""
     seed: int = 0
@@ -66,7 +72,7 @@ class AuditArguments:
     batch_size: int = 128
     """Pictures in one batch of the model, per process."""
     json: bool = False
-    """Print one JSON object and nothing else."""
+    """Print one JSON object, what suspects.json holds, and nothing else."""
 
     def __post_init__(self) -> None:
         require(self, confidence=(0, 1), false_merges=(0, 1), plant=(0, 1), pictures=(0, MOST))
@@ -105,6 +111,7 @@ def findings(index: FaceIndex, suspects: Suspects) -> dict[str, Any]:
             kind: {"found": len(suspects.of(kind)), **Counter(suspect.action for suspect in suspects.of(kind))}
             for kind in KINDS
         },
+        "pairs_not_compared": suspects.uncompared,
         "mixed_identities": [index.class_names[label] for label in suspects.mixed],
     }
 
@@ -125,6 +132,11 @@ def findings_text(found: dict[str, Any], data: Photographs, out: Path) -> str:
             f"{len(names):7d}  identities are doubtful as a whole: {', '.join(names[:5])}{more}; "
             "their pictures are kept unless you decide"
         )
+    if found["pairs_not_compared"]:
+        lines.append(
+            f"{found['pairs_not_compared']:7d}  pairs with near embeddings were too many to be compared by pixels, the "
+            "least near ones: drop what was found and audit again"
+        )
     form = f" --data.format {data.format}" if data.format != "auto" else ""
     root, table = shlex.quote(data.root), shlex.quote(str(out / "suspects.csv"))
     lines += [
@@ -134,24 +146,52 @@ def findings_text(found: dict[str, Any], data: Photographs, out: Path) -> str:
     return "\n".join(lines)
 
 
+def _yaws(index: FaceIndex) -> NDArray[np.floating] | None:
+    return None if index.landmarks is None else poses(index.landmarks)[:, 0]
+
+
+HEADINGS = {"wrong_label": "Wrong labels", "duplicate": "Duplicates", "merge": "Identities that are one person"}
+
+
 def audit(given: AuditArguments, index: FaceIndex, embeddings: Floats, out: Path) -> dict[str, Any]:
-    """Finds the suspects and writes suspects.csv and the contact sheets.
+    """Finds the suspects and writes suspects.csv, suspects.json, suspects.html and the contact sheets.
+
+    Args:
+        embeddings: [N, D] as they come: their lengths say how hard a picture is.
+
+    Returns:
+        What suspects.json holds.
 
     Raises:
         StorageError: they cannot be written.
     """
+    unit = unit_rows(embeddings)
     suspects = find_suspects(
-        embeddings,
+        unit,
         index.labels.astype(np.int64),
         index.hashes,
         confidence=given.confidence,
         false_merges=given.false_merges,
-        same_picture=copies_by_pixels(index),
+        hardness=hardness(embeddings, _yaws(index)),
+        same_picture=copies_by_pixels(index, None if index.landmarks is None else face_sizes(index.landmarks)),
     )
-    write_corrections(out / "suspects.csv", corrections_of(index, suspects))
+    lines = corrections_of(index, suspects)
+    write_corrections(out / "suspects.csv", lines)
+    found = findings(index, suspects)
+    document: dict[str, Any] = files.strict(found | {"suspects": [dataclasses.asdict(line) for line in lines]})
+    with files.replacing(out / "suspects.json") as aside:
+        aside.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", "utf-8")
+    shown = {kind: strips(index, unit, suspects, kind, given.pictures) for kind in KINDS}
     for kind in KINDS:
-        write_sheets(out, kind, strips(index, embeddings, suspects, kind, given.pictures), index)
-    return findings(index, suspects)
+        write_sheets(out, kind, shown[kind], index)
+    page = out / "suspects.html"
+    if given.pictures:
+        said = findings_text(found, given.data, out).splitlines()
+        write_page(page, f"Suspects among {given.data.root}", said, {HEADINGS[k]: shown[k] for k in KINDS}, index)
+    else:  # one of an earlier time would show other findings
+        with files.storing(page):
+            page.unlink(missing_ok=True)
+    return document
 
 
 def planted(given: AuditArguments, index: FaceIndex, embeddings: Floats) -> SelfTest:
@@ -159,8 +199,9 @@ def planted(given: AuditArguments, index: FaceIndex, embeddings: Floats) -> Self
     # The set's own mistakes are found in both runs, and set aside when the planted ones are counted.
     labels = index.labels.astype(np.int64)
     wrong, rows = plant_wrong_labels(labels, given.plant, given.seed)
+    hard, unit = hardness(embeddings, _yaws(index)), unit_rows(embeddings)
     before, after = (
-        find_suspects(embeddings, each, confidence=given.confidence, false_merges=given.false_merges)
+        find_suspects(unit, each, confidence=given.confidence, false_merges=given.false_merges, hardness=hard)
         for each in (labels, wrong)
     )
     return self_test(before, after, rows, labels)
@@ -180,8 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
             def faces(model: FaceModel) -> Locator:
                 return locator(model.image, model.faces, given.data.detect, run)
 
-            index, rows = embed_photographs(given.model, given.data, run, given.batch_size, faces)
-            embeddings = unit_rows(rows)
+            index, embeddings = embed_photographs(given.model, given.data, run, given.batch_size, faces)
             if len(np.unique(index.labels[index.labels >= 0])) < 2:
                 raise ValueError(
                     f"{given.data.root} has fewer than 2 identities; an audit compares them. "
@@ -196,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
                     say("\n".join(f"{name:{width}}  {value:.4g}" for name, value in result.items()))
             elif run.is_main and given.out is not None:
                 found = audit(given, index, embeddings, given.out)
-                say(json.dumps(found) if given.json else findings_text(found, given.data, given.out))
+                say(json.dumps(found, allow_nan=False) if given.json else findings_text(found, given.data, given.out))
     return outcome.code
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,14 +25,19 @@ from facefast.data import FaceIndex
 from facefast.data.corrections import Label, write_labels
 from facefast.data.walk import holds_picture, is_folder, is_picture, require_there, top_entries
 from facefast.evaluation.embed import embed_photographs
+from facefast.evaluation.thresholds import Thresholds
 from facefast.faces.align import Locator, locator
-from facefast.labels.clustering import Floats, Numbers, agreement, assign, cluster, unit_rows
+from facefast.labels.clustering import Floats, Numbers, agreement, assign, cluster, default_similarity, unit_rows
 from facefast.models import FaceModel
 from facefast.recipe import Photographs, Recipe, to_json
 from facefast.recipe.options import parse
 from facefast.recipe.ranges import MOST, require
 from facefast.runtime import exits, files, process
 from facefast.runtime.terminal import say
+
+PAIR_FMR = 1e-2
+"""False match rate of the threshold for pairs that clusters are joined at. Its cosine is asked of means, which
+strangers reach far more rarely than single pairs do."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,8 @@ class LabelArguments:
     confidence: float = 0.9
     """Least confidence of a known identity's name for a picture without one."""
     similarity: float | None = None
-    """Least mean cosine of two clusters that are joined; by default one that strangers reach once in as many pairs as
-    there are pictures."""
+    """Least mean cosine of two clusters that are joined; by default the model's threshold for pairs at FMR 1 %, or 0.3
+    where it has none, and more where a set of several people shows that strangers come nearer."""
     min_size: int = 2
     """Pictures of a new identity, at least."""
     batch_size: int = 128
@@ -75,14 +81,31 @@ class Names:
     """[N]"""
     clusters: Numbers | None
     """[N] cluster of each picture, -1 none; None where nothing was clustered."""
+    similarity: float | None = None
+    """Least mean cosine that clusters were joined at."""
 
 
-def propose_names(given: LabelArguments, embeddings: Floats, labels: Numbers, class_names: Sequence[str]) -> Names:
+def pair_threshold(model: FaceModel) -> float | None:
+    """From which cosine on two pictures show one person at FMR 1 %; None where the model has no such threshold."""
+    for threshold in Thresholds.from_json(model.thresholds or {}).pairs:
+        if math.isclose(threshold.rate, PAIR_FMR):
+            return threshold.value
+    return None
+
+
+def propose_names(
+    given: LabelArguments,
+    embeddings: Floats,
+    labels: Numbers,
+    class_names: Sequence[str],
+    same_person: float | None = None,
+) -> Names:
     """Names by what is known, or by clusters.
 
     Args:
         embeddings: [N, D] of length 1.
         labels: [N] places in `class_names`, -1 unknown.
+        same_person: the model's threshold for pairs, if it has one.
 
     Raises:
         ValueError: an option that would have no effect.
@@ -107,18 +130,22 @@ def propose_names(given: LabelArguments, embeddings: Floats, labels: Numbers, cl
         confidences = np.zeros(len(embeddings), np.float32)
         identities = [""] * len(embeddings)
     clusters: Numbers | None = None
+    similarity: float | None = None
     if not seeded or given.new_identities:
         # Only what no known identity claimed is clustered: known people keep their names.
         rest = np.array([row for row, name in enumerate(identities) if not name], np.int64)
         clusters = np.full(len(embeddings), -1)
         if len(rest):
-            clusters[rest], sure = cluster(embeddings[rest], similarity=given.similarity, min_size=given.min_size)
+            similarity = given.similarity
+            if similarity is None:
+                similarity = default_similarity(embeddings[rest], same_person)
+            clusters[rest], sure = cluster(embeddings[rest], similarity=similarity, min_size=given.min_size)
             confidences = confidences.copy()
             confidences[rest] = sure
         names = _new_names(int(clusters.max(initial=-1)) + 1, set(class_names) if seeded else set())
         for row in np.flatnonzero(clusters >= 0).tolist():
             identities[row] = names[clusters[row]]
-    return Names(identities, np.where([bool(name) for name in identities], confidences, 0), clusters)
+    return Names(identities, np.where([bool(name) for name in identities], confidences, 0), clusters, similarity)
 
 
 def _new_names(count: int, taken: set[str]) -> list[str]:
@@ -145,6 +172,8 @@ def counts(index: FaceIndex, names: Names, ignored: bool) -> dict[str, Any]:
     }
     if names.clusters is not None:
         found["clusters"] = int(names.clusters.max(initial=-1)) + 1
+        if names.similarity is not None:
+            found["similarity"] = round(names.similarity, 4)
         if ignored and known.any():
             found |= dataclasses.asdict(agreement(labels, names.clusters))
     return found
@@ -188,13 +217,16 @@ def main(arguments: list[str] | None = None) -> int:
         with process.start(rank_timeout=Recipe.rank_timeout) as run:
             run.require_same(to_json(given))
 
+            known: list[float | None] = []
+
             def faces(model: FaceModel) -> Locator:
+                known.append(pair_threshold(model))
                 return locator(model.image, model.faces, given.data.detect, run)
 
             index, rows = embed_photographs(given.model, given.data, run, given.batch_size, faces)
             embeddings = unit_rows(rows)
             if run.is_main:
-                names = propose_names(given, embeddings, index.labels.astype(np.int64), index.class_names)
+                names = propose_names(given, embeddings, index.labels.astype(np.int64), index.class_names, known[0])
                 pictures = enumerate(zip(names.identities, names.confidences.tolist(), strict=True))
                 write_labels(given.out, (Label(index.name(row), name, sure) for row, (name, sure) in pictures))
                 found = counts(index, names, given.ignore_labels)

@@ -20,6 +20,14 @@ Numbers = NDArray[np.int64]
 
 BLOCK_CELLS = 1 << 24
 """Similarities held at a time: 64 MiB of float32."""
+SAME_PERSON = 0.3
+"""Mean cosine from which two clusters are one person where a model knows no threshold of its own: about one pair of
+strangers in a hundred reaches it with networks trained with an angular margin."""
+SEVERAL_PICTURES = 50
+"""Fewest pictures whose nearest neighbours can show that a set has several people."""
+SEVERAL_GAP = 3.0
+"""Standard deviations that nearest neighbours lie above what chance gives where there are several people; the pictures
+of one person stay below (on celebrities' photographs at most 1.3, sets of ten people or more at least 3.4)."""
 MOST_LOSSES = 1 << 22
 """Similarities that the temperature is fitted on; more rows, evenly chosen, would not change it."""
 
@@ -85,6 +93,28 @@ def stranger_limit(embeddings: Floats) -> float:
     return mean + deviation * NormalDist().inv_cdf(1 - 1 / max(len(embeddings), 2))
 
 
+def default_similarity(embeddings: Floats, same_person: float | None = None) -> float:
+    """Least mean cosine of two clusters that are one person, for a set of any number of people.
+
+    A threshold of pairs holds for a handful of people, or one. Among many pictures each row has more strangers that may
+    come near, and `stranger_limit` says how near; but only where most random pairs are of strangers. In a set of one
+    person it measures that person, and would leave every picture alone. So it counts only where nearest neighbours are
+    nearer than chance makes them in a set of one kind.
+
+    Args:
+        embeddings: [N, D] of length 1.
+        same_person: the model's threshold for pairs; None takes `SAME_PERSON`.
+    """
+    base = SAME_PERSON if same_person is None else same_person
+    if len(embeddings) < SEVERAL_PICTURES:
+        return base
+    _, deviation = strangers(embeddings)
+    nearest = float(np.median(neighbours(embeddings, 1)[1]))
+    if nearest < stranger_limit(embeddings) + SEVERAL_GAP * deviation:
+        return base
+    return max(base, stranger_limit(embeddings))
+
+
 def cluster(
     embeddings: Floats,
     *,
@@ -101,7 +131,7 @@ def cluster(
 
     Args:
         embeddings: [N, D].
-        similarity: None takes `stranger_limit`.
+        similarity: None takes `default_similarity`.
         min_size: smaller clusters are noise.
         num_neighbours: edges of a row.
         block: rows of similarities at a time; changes nothing but memory.
@@ -118,7 +148,7 @@ def cluster(
         raise ValueError(f"min_size is {min_size} and num_neighbours {num_neighbours}; both must be at least 1")
     # Only pairs among nearest neighbours are candidates, so the work grows with N times K, not with N squared.
     unit = unit_rows(embeddings)
-    limit = stranger_limit(unit) if similarity is None else similarity
+    limit = default_similarity(unit) if similarity is None else similarity
     roots = _merge(unit, *neighbours(unit, num_neighbours, block), limit)
     _, first, inverse, counts = np.unique(roots, return_index=True, return_inverse=True, return_counts=True)
     # The largest cluster first, equal ones by their first row: the numbers are the same each time.

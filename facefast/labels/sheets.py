@@ -41,11 +41,6 @@ class Strip:
         return sum(len(group) * TILE + GAP for group in self.groups)
 
 
-def thumbnail(picture: oracle.Picture, side: int) -> oracle.Picture:
-    """A picture [H, W] or [H, W, 3] scaled to a square of `side` pixels, each the mean of what it covers."""
-    return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BOX))
-
-
 def write_sheets(folder: Path, name: str, strips: Sequence[Strip], index: FaceIndex) -> list[Path]:
     """Writes `name`_01.jpg and so on, and removes those of an earlier time; returns what was written.
 
@@ -100,21 +95,22 @@ def draw_sheet(page: Sequence[Placed], index: FaceIndex) -> Image.Image:
             pen.text((x, y + line * LINE), text, "black", font)
         for group in strip.groups:
             for row in group:
-                sheet.paste(_tile(index, row), (x + 1, y + 2 * LINE + 1))
+                sheet.paste(tile(index, row), (x + 1, y + 2 * LINE + 1))
                 x += TILE
             x += GAP
     return sheet
 
 
-def _tile(index: FaceIndex, row: int) -> Image.Image:
-    tile = Image.new("RGB", (TILE - 2, TILE - 2), "lightgrey")
+def tile(index: FaceIndex, row: int) -> Image.Image:
+    """A photograph whole in a square of `TILE` - 2 pixels; one that cannot be read is grey."""
+    square = Image.new("RGB", (TILE - 2, TILE - 2), "lightgrey")
     try:
         picture = Image.fromarray(oracle.decode(oracle.read_bytes(index, row)))
     except ValueError:
-        return tile
-    picture.thumbnail(tile.size)
-    tile.paste(picture, ((tile.width - picture.width) // 2, (tile.height - picture.height) // 2))
-    return tile
+        return square
+    picture.thumbnail(square.size)
+    square.paste(picture, ((square.width - picture.width) // 2, (square.height - picture.height) // 2))
+    return square
 
 
 SHOWN = 4

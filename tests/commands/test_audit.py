@@ -17,6 +17,7 @@ from facefast.data.corrections import apply_corrections, read_corrections, write
 from facefast.evaluation.embed import embed_photographs
 from facefast.labels import sheets
 from facefast.labels.clustering import Floats, class_sums, unit_rows
+from facefast.labels.suspects import KINDS
 from facefast.recipe import Photographs
 from facefast.runtime import process
 from tests.support import small
@@ -86,7 +87,32 @@ def test_findings_can_be_had_as_json_and_without_photographs(
     found = json.loads(capsys.readouterr().out)
     assert found["duplicate"] == {"found": 1, "drop": 1}
     assert {"wrong_label", "merge", "mixed_identities", "estimated_wrong_share"} <= set(found)
-    assert [path.name for path in tmp_path.iterdir()] == ["suspects.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["suspects.csv", "suspects.json"]
+    assert json.loads((tmp_path / "suspects.json").read_text()) == found
+    (copy,) = (line for line in found["suspects"] if line["kind"] == "duplicate")
+    assert {copy["identity"], copy["suggested"]} == {"1", "2"}
+    assert len(found["suspects"]) == sum(found[kind]["found"] for kind in KINDS)
+
+
+def test_all_names_are_text_on_the_page_and_in_strict_json(
+    tmp_path: Path, run_folder: Path, drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("<script>alert(1)", 'a"b\u202e', "c\nd")
+    index = read_index(drawn)
+    for row in range(len(index)):
+        folder = tmp_path / "photos" / names[int(index.labels[row]) % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(index.path(row), folder / f"{row}.jpg")
+    out = tmp_path / "audit"
+    assert audit.main(arguments(run_folder, tmp_path / "photos", "--out", str(out))) == 0
+    capsys.readouterr()
+    found = json.loads((out / "suspects.json").read_text(), parse_constant=pytest.fail)
+    assert any(line["identity"] != "" for line in found["suspects"])
+    page = (out / "suspects.html").read_text("utf-8")
+    assert "<script" not in page and "\u202e" not in page
+    assert "data:image/jpeg;base64," in page
+    audit.main(arguments(run_folder, tmp_path / "photos", "--out", str(out), "--pictures", "0"))
+    assert not (out / "suspects.html").exists()
 
 
 def test_the_self_test_prints_how_many_are_found_and_writes_nothing(

@@ -14,8 +14,12 @@ import pytest
 from facefast import label
 from facefast.data import read_index
 from facefast.data.corrections import read_labels
+from facefast.evaluation.embed import embed_photographs
+from facefast.evaluation.thresholds import PairThreshold, Thresholds
 from facefast.label import LabelArguments, propose_names
+from facefast.labels import clustering
 from facefast.recipe import Photographs
+from facefast.runtime import process
 from tests.support import small
 from tests.support.points import people
 
@@ -142,3 +146,42 @@ def test_strangers_do_not_hide_that_pictures_are_loose(tmp_path: Path) -> None:
     (tmp_path / "ann").mkdir()
     (tmp_path / "ann/1.jpg").touch()
     assert label.with_format(Photographs(str(tmp_path))).format == "auto"
+
+
+def test_the_models_threshold_for_pairs_is_what_clusters_are_joined_at() -> None:
+    model = small.make_model(template="none")
+    assert label.pair_threshold(model) is None
+    pair = PairThreshold(1e-2, 0.37, impostors=1000, genuine=100)
+    model.thresholds = Thresholds((PairThreshold(1e-3, 0.5, impostors=1000, genuine=100), pair)).to_json()
+    assert label.pair_threshold(model) == 0.37
+    unit = people([20])[0]
+    given = label.LabelArguments(Path("model"))
+    found = label.propose_names(given, unit, np.full(len(unit), -1), (), 0.37)
+    assert (found.similarity, set(found.identities)) == (0.37, {"cluster-0001"})
+
+
+def test_twenty_photographs_of_one_person_are_one_cluster_and_two_people_are_two(
+    celeba: Path, shared_weights: Path, tmp_path: Path
+) -> None:
+    everybody = read_index(celeba)
+    counts = np.bincount(everybody.labels)
+    chosen = np.flatnonzero(counts >= 20)[-12:]
+    rows = np.concatenate([np.flatnonzero(everybody.labels == person)[:20] for person in chosen])
+    everybody.select(rows).compact().save(tmp_path / "twelve.npz")
+    with process.start() as run:
+        model = shared_weights / "mobilefacenet_casia_112x96.ckpt"
+        index, embeddings = embed_photographs(model, Photographs(root=str(tmp_path / "twelve.npz")), run, 64)
+    unit, nobody = clustering.unit_rows(embeddings), np.full(20, -1)
+    given = label.LabelArguments(model)
+    alone = []
+    for person in range(12):
+        mine = unit[index.labels == person]
+        found = label.propose_names(given, mine, nobody, ()).identities
+        alone.append(found.count("cluster-0001"))
+        assert len(set(found) - {""}) <= 2
+    assert sum(count >= 18 for count in alone) >= 10  # some of these pictures show somebody else
+    for one, other in zip(range(0, 12, 2), range(1, 12, 2), strict=True):
+        both = (index.labels == one) | (index.labels == other)
+        found = label.propose_names(given, unit[both], np.full(40, -1), ()).identities
+        names = [set(found[:20]) - {""}, set(found[20:]) - {""}]
+        assert not names[0] & names[1]

@@ -10,6 +10,7 @@ from facefast.labels.clustering import (
     agreement,
     assign,
     cluster,
+    default_similarity,
     likelihood_ratio,
     neighbours,
     own_and_other,
@@ -53,6 +54,29 @@ def test_clusters_are_the_people_and_strangers_are_noise() -> None:
     assert (found[labels[order] >= 6] == -1).all()
     assert (confidences[labels[order] >= 6] == 0).all()
     assert (confidences[labels[order] < 6] > 0.95).all()
+
+
+@pytest.mark.parametrize("counts", [[20], [60], [4], [20, 20], [12, 3], [20] * 5, [4] * 6], ids=str)
+def test_by_default_one_person_is_one_cluster_and_several_are_as_many(counts: list[int]) -> None:
+    for seed in range(5):
+        unit, labels, _ = people(counts, seed=seed)
+        np.testing.assert_array_equal(cluster(unit)[0], labels)
+
+
+def test_the_models_threshold_is_the_least_that_counts_and_many_strangers_raise_it() -> None:
+    one, many = people([60])[0], people([20] * 30)[0]
+    assert default_similarity(one) == clustering.SAME_PERSON
+    assert default_similarity(one, 0.17) == 0.17
+    assert default_similarity(many, 0.1) == stranger_limit(many) > 0.1
+    assert default_similarity(many, 0.9) == 0.9
+
+
+def test_several_people_whose_cosines_are_all_high_are_told_apart() -> None:
+    # Networks trained without an angular margin put everybody near one direction.
+    unit, labels, _ = people([20] * 30)
+    near = clustering.unit_rows(np.column_stack([unit, np.ones(len(unit), np.float32)]))
+    assert (near @ near.T).min() > clustering.SAME_PERSON - 0.1
+    np.testing.assert_array_equal(cluster(near)[0], labels)
 
 
 def test_clusters_do_not_depend_on_the_block_and_are_the_same_each_time() -> None:

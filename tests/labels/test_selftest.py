@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from facefast.labels.doubts import Doubt
 from facefast.labels.selftest import plant_wrong_labels, self_test
-from facefast.labels.suspects import Doubt, Suspect, Suspects
+from facefast.labels.suspects import Suspect, Suspects
 
 LABELS = np.repeat(np.arange(5), 20)
 

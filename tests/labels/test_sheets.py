@@ -13,8 +13,9 @@ from PIL import Image
 
 from facefast.data import FaceIndex
 from facefast.labels import sheets
+from facefast.labels.doubts import Doubt
 from facefast.labels.sheets import GAP, LINE, PAGE, TILE, Strip
-from facefast.labels.suspects import Doubt, Suspect, Suspects
+from facefast.labels.suspects import Suspect, Suspects
 from facefast.runtime.exits import StorageError
 from tests.support.pictures import encode, garbled_png
 from tests.support.points import doubtful_people
@@ -160,14 +161,6 @@ def test_a_folder_that_cannot_be_written_is_said_to_be_one(tmp_path: Path) -> No
     (tmp_path / "out" / "merge_01.jpg" / "inside").mkdir(parents=True)
     with pytest.raises(StorageError, match="choose another --out"):
         sheets.write_sheets(tmp_path / "out", "merge", [Strip("", "", [[0]])], NOWHERE)
-
-
-def test_thumbnails_are_means_of_what_they_cover() -> None:
-    picture = np.arange(16, dtype=np.uint8).reshape(4, 4) * 4
-    np.testing.assert_array_equal(sheets.thumbnail(picture, 2), [[10, 18], [42, 50]])
-    color = np.dstack([picture, picture + 1, picture + 2])
-    np.testing.assert_array_equal(sheets.thumbnail(color, 2)[..., 2], [[12, 20], [44, 52]])
-    np.testing.assert_array_equal(sheets.thumbnail(picture[:, :1], 4)[:, 3], picture[:, 0])  # a narrow one is stretched
 
 
 # What a strip shows.

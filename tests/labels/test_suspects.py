@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from facefast.labels import suspects as suspects_module
+from facefast.labels.doubts import doubt
 from facefast.labels.selftest import plant_wrong_labels, self_test
-from facefast.labels.suspects import Suspects, doubt, find_suspects
+from facefast.labels.suspects import Suspects, find_suspects
 from tests.support.points import Floats, Numbers, people
 
 
@@ -119,11 +121,62 @@ def test_near_copies_are_those_whose_pictures_agree() -> None:
 
     def same(one: int, other: int) -> bool:
         asked.append((one, other))
-        return 60 not in (one, other)
+        return (one, other) in ((1, 3), (30, 31))
 
-    found = {(s.row, s.other_row) for s in find_suspects(unit, labels, same_picture=same).of("duplicate")}
-    assert found == {(3, 1), (31, 30)}
-    assert len(asked) < 60
+    suspects = find_suspects(unit, labels, same_picture=same)
+    assert {(s.row, s.other_row) for s in suspects.of("duplicate")} == {(3, 1), (31, 30)}
+    assert all(s.confidence == 0.99 for s in suspects.of("duplicate"))
+    assert (60, 61) in asked
+    assert len(asked) == len(set(asked)) <= len(unit)
+    assert suspects.uncompared == 0
+
+
+def test_pairs_beyond_the_most_that_are_compared_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    unit, labels, _ = people([15] * 20)
+    unit[3] = unit[1]
+    monkeypatch.setattr(suspects_module, "MOST_PAIRS", 1)
+    asked: list[tuple[int, int]] = []
+
+    def never(one: int, other: int) -> bool:
+        asked.append((one, other))
+        return False
+
+    suspects = find_suspects(unit, labels, same_picture=never)
+    assert asked == [(1, 3)]  # the nearest
+    assert suspects.uncompared > 10
+
+
+def hard_people(seed: int) -> tuple[Floats, Numbers, Floats]:
+    """Forty people, a tenth of whose pictures are profiles: right labels that score low, and shorter embeddings."""
+    unit, labels, generator = people([20] * 40, seed=seed)
+    hard = np.arange(len(unit)) % 10 == 0
+    noise = generator.standard_normal(unit.shape).astype(np.float32)
+    mixed = unit + hard[:, None] * 0.3 * noise
+    lengths = np.where(hard, 1.0, 2.0) + 0.1 * generator.standard_normal(len(unit))
+    return mixed, labels, -lengths[:, None].astype(np.float32)
+
+
+def test_hard_pictures_with_right_labels_are_no_suspects_and_with_wrong_ones_they_are() -> None:
+    called = np.zeros(2, np.int64)
+    found = np.zeros(2, np.int64)
+    for seed in range(4):
+        embeddings, labels, hardness = hard_people(seed)
+        wrong, rows = plant_wrong_labels(labels, 0.03, seed)
+        for k, known in enumerate((None, hardness)):
+            flagged = rows_of(find_suspects(embeddings, wrong, hardness=known))
+            called[k] += len({row for row in flagged if row % 10 == 0} - set(rows.tolist()))
+            found[k] += len(flagged & set(rows.tolist()))
+    assert called[0] >= 15
+    assert called[1] <= called[0] / 3
+    assert found[1] >= 0.85 * found[0]
+
+
+def test_what_is_not_known_of_hardness_changes_nothing() -> None:
+    unit, labels, _ = people([20] * 40)
+    wrong, _ = plant_wrong_labels(labels, 0.05, seed=0)
+    expected = doubt(unit, wrong)
+    for nothing in (np.full((len(unit), 2), np.nan, np.float32), np.ones((len(unit), 1), np.float32)):
+        np.testing.assert_array_equal(doubt(unit, wrong, hardness=nothing).wrong, expected.wrong)
 
 
 def test_findings_do_not_depend_on_the_block_and_are_the_same_each_time() -> None:
