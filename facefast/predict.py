@@ -101,8 +101,8 @@ class Naming:
             raise ValueError(f"{error}; give --threshold another rate, a score or none, which names all") from error
         if threshold.rate != DEFAULT_FPIR:
             complain(
-                f"note: too few pictures for a threshold at FPIR {DEFAULT_FPIR:g}; that of {threshold.rate:g} is "
-                "taken, which names as large a part of strangers"
+                f"note: too few people or pictures for a threshold at FPIR {DEFAULT_FPIR:g}; that of "
+                f"{threshold.rate:g} is taken, at the careful end of its interval"
             )
         return cls(given.top, threshold.require(), gallery)
 
