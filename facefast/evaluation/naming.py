@@ -140,8 +140,11 @@ def asked_rate(wish: str) -> float | None:
 
 
 def strictest(find: Callable[[float], NamingThreshold]) -> NamingThreshold:
-    """The threshold for `DEFAULT_FPIR`; else that for the lowest rate above it which there is one for, at the upper end
-    of its interval, because a stranger who is named is worse than a friend who is not.
+    """The threshold for `DEFAULT_FPIR`, or else for the lowest rate above it that there is one for: at the upper end of
+    its interval, because a stranger who is named is worse than a friend who is not.
+
+    Of two sets of 40 strangers, 902 pictures, the threshold itself names 2.5 %, that end 1.9 %, and with it 93 % of 635
+    pictures of known people still get a name instead of 94 %.
 
     Args:
         find: the threshold for a rate.
@@ -154,7 +157,7 @@ def strictest(find: Callable[[float], NamingThreshold]) -> NamingThreshold:
         try:
             threshold = find(rate)
             threshold.require()
-            if rate > DEFAULT_FPIR and threshold.interval is not None:
+            if threshold.interval is not None:
                 return dataclasses.replace(threshold, value=threshold.interval.high)
             return threshold
         except ValueError as error:
