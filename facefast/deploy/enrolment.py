@@ -21,15 +21,13 @@ from facefast.evaluation.embed import embed_rows
 from facefast.evaluation.thresholds import Thresholds
 from facefast.faces.align import Locator, locator
 from facefast.faces.landmarks import cache_file, find_landmarks
-from facefast.faces.quality import Limits, face_sizes, laplacian_variances, poses
+from facefast.faces.quality import SEEN_AT, Limits, face_sizes, laplacian_variances, poses
 from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
 from facefast.recipe import Reading, Recipe, from_json
 from facefast.runtime.process import Runtime, decode_threads
 
 BATCH_SIZE = 64
-SEEN_AT = 112
-"""Pixels on a side at which a face's sharpness is measured: what most models see of it."""
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -89,6 +87,9 @@ class Embedder(NamedTuple):
         part = index.select(sound)
         if len(sound):
             part = self.faces(part, self._reading, faceless=True)
+            how = self.faces.done[-1]
+            if how.way == "not aligned" and how.detector:  # a sample showed no face: is there one beside it?
+                part = dataclasses.replace(part, landmarks=self._landmarks(part))
             if part.landmarks is not None:
                 for place in np.flatnonzero(~np.isfinite(part.landmarks).all((1, 2))).tolist():
                     faults[sound[place]] = FAULTS[NO_FACE]
@@ -112,14 +113,20 @@ class Embedder(NamedTuple):
         sizes, angles = np.full(len(located), np.nan), np.full((len(located), 3), np.nan)
         if not len(located):
             return []
-        landmarks, asked = located.landmarks, self.faces.detector
-        if landmarks is None and asked is not None:  # pictures that are aligned already were looked at by a sample
-            cache = cache_file(located.root, asked) if self.faces.keep else None
-            landmarks = find_landmarks(located, np.arange(len(located)), asked, self._reading, cache).landmarks
+        landmarks = located.landmarks
+        if landmarks is None:  # pictures that are aligned already were looked at by a sample
+            landmarks = self._landmarks(located)
         if landmarks is not None:
             sizes, angles = face_sizes(landmarks), poses(landmarks)
         sides = np.minimum(located.widths, located.heights)
         return limits.objections(np.fmin(sizes, sides), self._sharpness(located), angles)
+
+    def _landmarks(self, located: FaceIndex) -> NDArray[np.float32] | None:
+        """[N, 5, 2] as the detector says that was asked for a sample; None where none was."""
+        if self.faces.detector is None:
+            return None
+        cache = cache_file(located.root, self.faces.detector) if self.faces.keep else None
+        return find_landmarks(located, np.arange(len(located)), self.faces.detector, self._reading, cache).landmarks
 
     def _sharpness(self, located: FaceIndex) -> NDArray[np.float64]:
         """[N] of each face as the model takes it, but at `SEEN_AT` pixels; NaN where it cannot be read."""

@@ -143,8 +143,8 @@ def strictest(find: Callable[[float], NamingThreshold]) -> NamingThreshold:
     """The threshold for `DEFAULT_FPIR`, or else for the lowest rate above it that there is one for: at the upper end of
     its interval, because a stranger who is named is worse than a friend who is not.
 
-    Of two sets of 40 strangers, 902 pictures, the threshold itself names 2.5 %, that end 1.9 %, and with it 93 % of 635
-    pictures of known people still get a name instead of 94 %.
+    Of two sets of 40 strangers, 902 pictures, the threshold itself names 2.5 %, that end 1.9 %, and with it 92 % of 635
+    pictures of known people still get their name instead of 93 %.
 
     Args:
         find: the threshold for a rate.

@@ -14,6 +14,8 @@ from facefast.recipe.ranges import MOST, require
 
 Floats = NDArray[np.float64]
 _TEMPLATE = TEMPLATES["arcface"]
+SEEN_AT = round(_TEMPLATE.width)
+"""Pixels on a side at which `Limits` judge sharpness: what most models see of a face."""
 _DEPTHS = (0.0, 0.0, 19.0, 4.0, 4.0)
 """How far the five points stand out towards the camera, in the template's pixels: the tip of a nose is about 34 mm in
 front of the eyes, which are 62 mm apart."""

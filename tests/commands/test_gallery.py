@@ -229,3 +229,16 @@ def test_another_model_is_refused(
     for words in (["search", enrolled, root / "ann"], ["enroll", enrolled, "ann", root / "ann"]):
         assert gallery.main([*map(str, words), "--model", str(other)]) == 64
         assert "was enrolled with another model" in capsys.readouterr().err
+
+
+def test_pictures_without_a_face_are_refused_and_are_answers_of_their_own(
+    run: Path, enrolled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(3):
+        (tmp_path / f"{seed}.png").write_bytes(encode(smooth_picture(240, 320, seed), "PNG"))
+    photos = [str(tmp_path / f"{seed}.png") for seed in range(3)]
+    assert gallery.main(["enroll", str(tmp_path / "g"), "ann", *photos, "--model", str(run)]) == 65
+    assert "none of 3 pictures can be enrolled (first: no face was found)" in capsys.readouterr().err
+    assert gallery.main(["search", str(enrolled), *photos, "--threshold=0.1", "--json"]) == 65
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["fault"] for answer in found] == ["no face was found"] * 3
