@@ -18,7 +18,7 @@ from torch import Tensor
 from facefast.data import FaceIndex, read_templates
 from facefast.data.prepare import read_photographs
 from facefast.evaluation import exam
-from facefast.evaluation.embed import Embed, embed_rows, remembering
+from facefast.evaluation.embed import Embed, Mirror, embed_rows, remembering
 from facefast.evaluation.measure import evaluate
 from facefast.evaluation.measured import header
 from facefast.evaluation.overlap import overlap_of
@@ -54,6 +54,9 @@ class EvaluateArguments:
     """A gallery, a folder per person: who of data.root is found in it, and how many strangers are."""
     join: Literal["mean", "max"] = "mean"
     """How identify scores a person: by the mean of their pictures, or by the one most like the probe."""
+    mirror: Mirror = "mean"
+    """How the mirror image counts in pairs, templates and identify: the mean of both embeddings, both joined (twice as
+    long, as papers with LFW do), or none. A head is asked with the mean."""
     draws: int = 5
     """Draws of random pairs whose spread is told."""
     groups: str = ""
@@ -86,7 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
             faces = locator(model.image, model.faces, given.data.detect, run)
 
             def embed(index: FaceIndex) -> tuple[Tensor, Tensor]:
-                return embed_rows(model, index, run, precision, reading, batch_size=given.eval.batch_size)
+                return embed_rows(
+                    model, index, run, precision, reading, batch_size=given.eval.batch_size, mirror=given.mirror
+                )
 
             remembered = remembering(embed)
             if given.templates or given.identify:

@@ -1,7 +1,8 @@
 """The enrolled people: `python -m facefast.gallery enroll|search|verify|list|forget GALLERY ...`.
 
 - `enroll GALLERY NAME DIR|PHOTO...` adds a person, `enroll GALLERY DIR` a folder per person, and `enroll GALLERY
-  --from-run` those that the model was trained on; copies and bad pictures are refused, each with its reason.
+  --from-run` those that the model was trained on; copies, small and blurred faces and profiles are refused, each with
+  its reason.
 - `search GALLERY PHOTO|DIR...` says who of them is in each photograph, or that nobody is.
 - `verify GALLERY|MODEL A B` says whether two are one person: photographs, or names of the gallery.
 - `list GALLERY` says who is enrolled, `forget GALLERY NAME...` takes people out, their numbers and all.
@@ -24,6 +25,7 @@ from facefast.data.index import printable
 from facefast.data.walk import loose_photographs
 from facefast.deploy import enrolment
 from facefast.deploy.gallery import Gallery, enroll, fingerprint, forget, unit
+from facefast.faces.quality import Limits
 from facefast.recipe.options import parse
 from facefast.recipe.ranges import MOST, require
 from facefast.runtime import exits, files, process
@@ -50,6 +52,7 @@ class GalleryArguments:
     their middle."""
     from_run: bool = False
     """Enroll the people that the model was trained on, by their training pictures."""
+    accept: Limits = Limits()
     numbers: Literal["auto", "float32", "float16"] = "auto"
     """Of a new gallery's embeddings; auto is float32. float16 takes half of the space."""
     join: Literal["max", "mean"] = "max"
@@ -72,7 +75,7 @@ class GalleryArguments:
 
 
 _OWN = {
-    "enroll": ("model", "from_run", "numbers", "detect"),
+    "enroll": ("model", "from_run", "accept", "numbers", "detect"),
     "search": ("model", "join", "top", "fpir", "threshold", "detect"),
     "verify": ("model", "fmr", "threshold", "detect"),
     "list": (),
@@ -140,7 +143,7 @@ def _enroll(given: GalleryArguments) -> None:
         model_path = given.model.absolute() if given.model is not None else ""
         stored, refused = enroll(
             given.gallery,
-            enrolment.offer_of(index, embedder, name),
+            enrolment.offer_of(index, embedder, name, given.accept),
             fingerprint(embedder.model),
             thresholds=embedder.thresholds if given.model is not None else None,
             numbers=None if given.numbers == "auto" else given.numbers,

@@ -43,8 +43,8 @@ class PredictArguments:
     gallery: Path | None = None
     """Name people by those enrolled here (`facefast gallery enroll`) instead of those the model was trained on."""
     threshold: str = "auto"
-    """From which score on a face gets a name instead of unknown: far@1e-2 names 1 % of strangers, which is what auto
-    asks of the model or the gallery; a number is a score (a cosine); none names everybody."""
+    """From which score on a face gets a name instead of unknown: far@1e-2 names 1 % of strangers; auto takes the upper
+    end of that threshold's interval; a number is a score (a cosine); none names everybody."""
     json: bool = False
     """Print one JSON object a picture."""
 

@@ -89,8 +89,8 @@ class Naming:
             raise ValueError(f"{error}; give --threshold another rate, a score or none, which names all") from error
         if found.rate != DEFAULT_FPIR:
             complain(
-                f"note: too few pictures for a threshold at FPIR {DEFAULT_FPIR:g}; that of {found.rate:g} is "
-                "taken, which names as large a part of strangers"
+                f"note: too few people or pictures for a threshold at FPIR {DEFAULT_FPIR:g}; that of "
+                f"{found.rate:g} is taken"
             )
         return cls(top, found.require(), opened)
 

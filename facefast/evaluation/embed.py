@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from facefast.recipe import Photographs, Reading
 from facefast.runtime.exits import NumericsError
 from facefast.runtime.process import Runtime, decode_threads
 
+Mirror = Literal["mean", "joined", "none"]
+"""What becomes of the embeddings of a picture and of its mirror image: their mean, one behind the other, or the
+picture's alone."""
 Embed = Callable[[FaceIndex], tuple[Tensor, Tensor]]
 """An index to embeddings [N, D] of any length, and [N] whether a row could be read."""
 
@@ -37,6 +41,16 @@ def remembering(embed: Embed) -> Embed:
     return again
 
 
+def single(embeddings: Tensor, size: int) -> Tensor:
+    """[N, size] of [N, size] or of joined ones [N, 2 size], whose halves' mean a head knows.
+
+    Args:
+        embeddings: of `embed_rows`.
+        size: numbers of the model's embedding.
+    """
+    return embeddings if embeddings.shape[1] == size else embeddings.unflatten(1, (2, size)).mean(1)
+
+
 def embed_rows(
     model: FaceModel,
     index: FaceIndex,
@@ -45,13 +59,13 @@ def embed_rows(
     reading: Reading,
     *,
     batch_size: int,
-    mirror: bool = True,
+    mirror: Mirror = "mean",
 ) -> tuple[Tensor, Tensor]:
     """Embeddings of every readable row, the same on every rank.
 
     Returns:
-        [N, D] float32 on the CPU, before normalisation, the mean of picture and mirror image where `mirror`; and [N]
-        bool, False for rows that could not be read.
+        [N, D] float32 on the CPU, before normalisation, the mean of picture and mirror image, [N, 2D] where both are
+        `joined`; and [N] bool, False for rows that could not be read.
 
     Raises:
         NumericsError: an embedding is not finite.
@@ -77,8 +91,10 @@ def embed_rows(
     ):
         for batch in loader:
             embeddings = model.encode(batch.images).float()  # [B, D]
-            if mirror:
-                embeddings = (embeddings + model.encode(batch.images.flip(3)).float()) / 2
+            if mirror != "none":
+                mirrored = model.encode(batch.images.flip(3)).float()
+                both = torch.cat([embeddings, mirrored], 1)
+                embeddings = both if mirror == "joined" else (embeddings + mirrored) / 2
             rows = batch.rows.cpu()
             if found is None:
                 found = torch.zeros(len(index), embeddings.shape[1])

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from facefast.data import FaceIndex, PairSet
 from facefast.data.lists import read_lines, shown
+from facefast.evaluation.intervals import error_interval
 from facefast.evaluation.metrics import Interval
 from facefast.evaluation.pairs import PairScores
-from facefast.evaluation.thresholds import PairThreshold, error_interval
+from facefast.evaluation.thresholds import PairThreshold
 from facefast.runtime.exits import DataError
 
 MOST_GROUPS = 50

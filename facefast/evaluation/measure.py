@@ -13,7 +13,7 @@ from facefast.data.divide import EvaluationSet
 from facefast.evaluation import metrics
 from facefast.evaluation.baselines import LabelledEmbeddings, baseline_accuracies
 from facefast.evaluation.calibration import expected_calibration_error
-from facefast.evaluation.embed import Embed, embed_rows
+from facefast.evaluation.embed import Embed, embed_rows, single
 from facefast.models import FaceModel
 from facefast.models.precision import Precision
 from facefast.recipe import EvalConfig, Reading
@@ -56,9 +56,10 @@ def evaluate(
         cached = embed(evaluation_set.test)
         labels = torch.tensor(evaluation_set.test.labels, dtype=torch.long).where(cached[1], -1)
         if model.head is not None and bool((labels >= 0).any()):
-            results |= _closed_set(model, cached[0], labels, run.device)
+            results |= _closed_set(model, single(cached[0], model.embedding_size), labels, run.device)
         if model.attribute_heads is not None and evaluation_set.test.attribute_names == model.attribute_heads.names:
-            results |= _attributes(model, *cached, torch.tensor(evaluation_set.test.attributes), run.device)
+            plain = single(cached[0], model.embedding_size)
+            results |= _attributes(model, plain, cached[1], torch.tensor(evaluation_set.test.attributes), run.device)
         if known is not None and bool((labels >= 0).any()):
             results |= baseline_accuracies(known, cached[0][labels >= 0], labels[labels >= 0])
     if evaluation_set.verification is not None and evaluation_set.pairs is not None:

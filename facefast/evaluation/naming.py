@@ -8,6 +8,7 @@ because they are one person's, would pass for a stranger who is known, and is le
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -139,7 +140,11 @@ def asked_rate(wish: str) -> float | None:
 
 
 def strictest(find: Callable[[float], NamingThreshold]) -> NamingThreshold:
-    """The threshold for `DEFAULT_FPIR`, or for the lowest rate above it that there is one for.
+    """The threshold for `DEFAULT_FPIR`, or else for the lowest rate above it that there is one for: at the upper end of
+    its interval, because a stranger who is named is worse than a friend who is not.
+
+    Of two sets of 40 strangers, 902 pictures, the threshold itself names 2.5 %, that end 1.9 %, and with it 92 % of 635
+    pictures of known people still get their name instead of 93 %.
 
     Args:
         find: the threshold for a rate.
@@ -152,6 +157,8 @@ def strictest(find: Callable[[float], NamingThreshold]) -> NamingThreshold:
         try:
             threshold = find(rate)
             threshold.require()
+            if threshold.interval is not None:
+                return dataclasses.replace(threshold, value=threshold.interval.high)
             return threshold
         except ValueError as error:
             refused = refused or error

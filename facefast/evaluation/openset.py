@@ -16,15 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from facefast.evaluation.intervals import error_interval, rate_again, threshold_interval, trials_worth
 from facefast.evaluation.metrics import Floats
-from facefast.evaluation.thresholds import (
-    NamingThreshold,
-    error_interval,
-    finite,
-    lowest_threshold,
-    refusal,
-    threshold_interval,
-)
+from facefast.evaluation.thresholds import LOOSEST, NamingThreshold, finite, lowest_threshold, refusal
 
 FPIRS = (0.1, 0.05, 0.01, 0.001)
 """False positive identification rates that naming has thresholds for."""
@@ -270,37 +264,53 @@ def _unit(embeddings: Tensor) -> Tensor:
 
 
 def naming_thresholds(scores: OpenSetScores, fpirs: Sequence[float] = FPIRS) -> tuple[NamingThreshold, ...]:
-    """The lowest threshold for each rate, refused where the strangers are too few to show it.
+    """The lowest threshold for each rate, refused where the strangers' pictures are too few to show it, or the
+    strangers themselves.
 
     Raises:
         ValueError: a rate outside (0, 1).
     """
+    people = len(np.unique(scores.strangers))
+    counts: dict[str, Any] = {"impostors": len(scores.impostors), "genuine": len(scores.genuine), "people": people}
     found = []
     for fpir in fpirs:
         if not 0 < fpir < 1:
             raise ValueError(f"FPIR {fpir:g} must lie between 0 and 1")
-        counts: dict[str, Any] = {
-            "impostors": len(scores.impostors),
-            "genuine": len(scores.genuine),
-            "people": len(np.unique(scores.strangers)),
-        }
         if why := refusal(len(scores.impostors), fpir, "pictures of strangers"):
             found.append(NamingThreshold(fpir, None, **counts, why=why))
             continue
+        trials = trials_worth(scores.impostors, fpir, scores.strangers)
         value = lowest_threshold(scores.impostors, fpir)
+        again = rate_again(float(scores.named(value).mean()), trials)
+        if again.high > LOOSEST * fpir:
+            why = (
+                f"{len(scores.impostors)} pictures of {people} strangers cannot show a rate of {fpir:g}: by them it "
+                f"may be {again.high:.2g}; about {_people_needed(people, trials, fpir)} people are needed, however "
+                "many pictures each has"
+            )
+            found.append(NamingThreshold(fpir, None, **counts, why=why))
+            continue
         missed = scores.missed(value)
         found.append(
             NamingThreshold(
                 fpir,
                 value,
                 **counts,
-                interval=threshold_interval(scores.impostors, fpir, scores.strangers),
-                rate_interval=error_interval(scores.named(value), scores.strangers, again=True),
+                interval=threshold_interval(scores.impostors, fpir, trials),
+                rate_interval=again,
                 missed=float(missed.mean()) if len(missed) else None,
                 missed_interval=error_interval(missed, scores.known) if len(missed) else None,
             )
         )
     return tuple(found)
+
+
+def _people_needed(people: int, trials: float, fpir: float) -> int:
+    """How many strangers of this kind would show a rate."""
+    needed = people + 1
+    while rate_again(fpir, trials * needed / people).high > LOOSEST * fpir:
+        needed += max(1, needed // 10)
+    return needed
 
 
 def double_names(scores: OpenSetScores) -> list[tuple[int, int]]:

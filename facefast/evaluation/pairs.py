@@ -10,19 +10,18 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from facefast.data import FaceIndex, PairSet
-from facefast.evaluation.measure import verification
-from facefast.evaluation.metrics import Floats, Interval, roc
-from facefast.evaluation.thresholds import (
+from facefast.evaluation.intervals import (
     DRAWS,
-    PairThreshold,
     draw_weights,
     error_interval,
-    finite,
-    lowest_threshold,
     middle_of,
-    refusal,
+    rate_again,
     threshold_interval,
+    trials_worth,
 )
+from facefast.evaluation.measure import verification
+from facefast.evaluation.metrics import Floats, Interval, roc
+from facefast.evaluation.thresholds import PairThreshold, finite, lowest_threshold, refusal
 
 FMRS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """False match rates that pairs have thresholds for, as far as their number supports them."""
@@ -74,6 +73,7 @@ def pair_thresholds(pairs: PairScores, fmrs: Sequence[float] = FMRS) -> tuple[Pa
         if why := refusal(len(impostors), fmr, "pairs of two people"):
             found.append(PairThreshold(fmr, None, **counts, why=why))
             continue
+        trials = trials_worth(impostors, fmr, one, other)
         value = lowest_threshold(impostors, fmr)
         missed = genuine < value
         found.append(
@@ -81,8 +81,8 @@ def pair_thresholds(pairs: PairScores, fmrs: Sequence[float] = FMRS) -> tuple[Pa
                 fmr,
                 value,
                 **counts,
-                interval=threshold_interval(impostors, fmr, one, other),
-                rate_interval=error_interval(impostors >= value, one, other, again=True),
+                interval=threshold_interval(impostors, fmr, trials),
+                rate_interval=rate_again(float((impostors >= value).mean()), trials),
                 missed=float(missed.mean()) if len(missed) else None,
                 missed_interval=error_interval(missed, pairs.one[pairs.same]) if len(missed) else None,
             )
@@ -113,7 +113,7 @@ def _equal(tar: Floats, far: Floats) -> float:
 def identity_intervals(
     pairs: PairScores, fmrs: Sequence[float] = (1e-2, 1e-3), *, draws: int = DRAWS, seed: int = 0
 ) -> dict[str, Interval]:
-    """95 % percentile intervals of auc, eer and tar@RATE, identities drawn with replacement; a pair counts as often as
+    """95 % intervals of auc, eer and tar@RATE, identities drawn with replacement; a pair counts as often as
     its identities are drawn (the vertex bootstrap, Conti and Clémençon 2024).
 
     Rates that the pairs cannot show are left out.
@@ -143,7 +143,7 @@ def identity_intervals(
         found["eer"].append(_equal(tar, far))
         for name, rate in rates.items():
             found[name].append(float(tar[np.searchsorted(far, rate * (1 + 1e-12), "right") - 1]))
-    return {name: middle_of(values) for name, values in found.items() if values}
+    return {name: middle_of(values, len(names)) for name, values in found.items() if values}
 
 
 def _power(rate: float) -> str:

@@ -7,7 +7,9 @@ two are different types, and neither reads the other's JSON.
 
 How much a count supports (ISO/IEC 19795-1, annex B): by the rule of 3 (Louis 1981), N trials without an error show
 a rate below 3 / N at 95 % confidence, and a threshold for a lower rate is refused; by the rule of 30 (Doddington et
-al. 2000), the rate is known to within 30 % of itself at 90 % confidence where there are 30 errors.
+al. 2000), the rate is known to within 30 % of itself at 90 % confidence where there are 30 errors. Both are of
+independent trials. Pictures of one stranger are not: a threshold for naming is refused too where its people are so few
+that the rate may be `LOOSEST` times as high.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from facefast.evaluation.metrics import Floats, Interval
 
@@ -26,13 +28,8 @@ RULE_OF_3 = 3
 """Errors that a rate must allow among the trials to be shown at all."""
 RULE_OF_30 = 30
 """Errors that make a rate firm."""
-DRAWS = 1000
-"""Bootstrap samples."""
-CONFIDENCE = 0.95
-_RARE = 3.7
-"""Expected errors at which there is none in one of 40 sets."""
-_Z = 1.959963984540054
-"""Of a normal distribution: 95 % lie within as many standard deviations."""
+LOOSEST = 10
+"""Times a rate that it may be by its interval; a threshold whose strangers leave more open is refused."""
 
 _T = TypeVar("_T", bound="_Threshold")
 
@@ -54,9 +51,9 @@ class _Threshold:
     genuine: int
     """Comparisons of one person, or probes of known people."""
     interval: Interval | None = None
-    """95 % interval of the threshold, identities drawn anew."""
+    """95 % interval of the threshold that any number of impostors would give."""
     rate_interval: Interval | None = None
-    """Where the rate at the threshold lies, at 95 %, on another set of as many identities: `error_interval` again."""
+    """Where the rate at the threshold lies, at 95 %, on another set of as many identities."""
     missed: float | None = None
     """Part of the genuine that it rejects: FNMR of pairs, FNIR of naming."""
     missed_interval: Interval | None = None
@@ -228,129 +225,12 @@ def lowest_threshold(impostors: Floats, rate: float) -> float:
 
     Args:
         impostors: [N] scores, at least one.
-        rate: that part, within (0, 1).
+        rate: that part, within [0, 1].
     """
     # A rate like 0.29 is a little less in binary, where 29 of 100 must still do.
-    allowed = int(len(impostors) * rate * (1 + 1e-12))
+    allowed = min(int(len(impostors) * rate * (1 + 1e-12)), len(impostors) - 1)
     first_rejected = np.partition(impostors, len(impostors) - 1 - allowed)[len(impostors) - 1 - allowed]
     return float(np.nextafter(first_rejected, np.inf))
-
-
-def threshold_interval(
-    impostors: Floats, rate: float, one: NDArray[Any], other: NDArray[Any] | None = None, *, seed: int = 0
-) -> Interval:
-    """95 % percentile interval of `lowest_threshold`, identities drawn with replacement.
-
-    Args:
-        impostors: [N] scores.
-        rate: within (0, 1).
-        one: [N] the identity of each, whose trials stand and fall together.
-        other: [N] the second identity of each comparison, where there are two: a comparison then counts as often as
-            both are drawn (the vertex bootstrap, Conti and Clémençon 2024).
-        seed: of the draws.
-    """
-    order = np.argsort(-impostors, kind="stable")
-    falling = impostors[order]
-    last = np.append(np.flatnonzero(np.diff(falling)), len(falling) - 1)  # no threshold parts equal scores
-    members, num = _numbered(one, other)
-    members = members[:, order]
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(DRAWS):
-        counts = np.cumsum(draw_weights(rng, num, members))[last]
-        if counts[-1]:
-            rejected = int(np.searchsorted(counts, counts[-1] * rate * (1 + 1e-12), "right"))
-            found.append(falling[last[min(rejected, len(last) - 1)]])
-    return middle_of(found)
-
-
-def middle_of(values: Sequence[float]) -> Interval:
-    """The middle 95 % of bootstrap values."""
-    low, high = np.quantile(values, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
-    return Interval(float(low), float(high))
-
-
-def draw_weights(rng: np.random.Generator, num: int, members: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How often each trial occurs among identities drawn with replacement.
-
-    Args:
-        rng: draws them.
-        num: identities.
-        members: [1 or 2, N] of each trial; a trial of one identity twice counts as often as it is drawn.
-    """
-    times = np.bincount(rng.integers(num, size=num), minlength=num)
-    weights: NDArray[np.int64] = times[members[0]]
-    if len(members) == 2:
-        weights = np.where(members[0] == members[1], weights, weights * times[members[1]])
-    return weights
-
-
-def _numbered(one: NDArray[Any], other: NDArray[Any] | None) -> tuple[NDArray[np.int64], int]:
-    """[1 or 2, N] identities counted from 0, and how many there are."""
-    stacked = np.stack([one] if other is None else [one, other])
-    names, members = np.unique(stacked, return_inverse=True)
-    return members.reshape(stacked.shape).astype(np.int64), len(names)
-
-
-def error_interval(
-    errors: ArrayLike, one: NDArray[Any] | None = None, other: NDArray[Any] | None = None, *, again: bool = False
-) -> Interval:
-    """95 % Wilson interval of an error rate whose trials are not independent: those of one identity stand and fall
-    together.
-
-    The number of trials is divided by the design effect, the variance with that dependence over the variance without
-    (Kish 1965; for comparisons of two identities the dyadic form of Aronow et al. 2015). Where nothing or everything
-    is an error the dependence cannot be seen, and as many trials count as there are identities.
-
-    Args:
-        errors: [N] bool.
-        one: [N] the identity of each trial; independent trials without it.
-        other: [N] the second identity of each trial, where there are two.
-        again: the interval of the rate that another set of as many identities will show, which varies as well: half of
-            the trials count, and 0 is inside where no error at all is to be expected once in 40 sets.
-
-    Raises:
-        ValueError: there is no trial.
-    """
-    wrong = np.asarray(errors, dtype=bool)
-    if not len(wrong):
-        raise ValueError("there is no trial; an error rate needs one")
-    rate, trials = float(wrong.mean()), float(len(wrong))
-    if one is not None:
-        members, num = _numbered(one, other)
-        if rate in (0.0, 1.0):
-            trials = min(trials, max(1, num // 2 if _in_two(members) else num))
-        else:
-            trials /= max(1.0, _dependent_variance(wrong - rate, members, num) / (rate * (1 - rate) / trials))
-    nothing = again and rate * trials < _RARE
-    if again:
-        trials /= 2
-    centre = (rate + _Z * _Z / (2 * trials)) / (1 + _Z * _Z / trials)
-    half = _Z / (1 + _Z * _Z / trials) * math.sqrt(rate * (1 - rate) / trials + (_Z / (2 * trials)) ** 2)
-    # Exact at the ends, where the formula leaves a rounding.
-    return Interval(
-        0.0 if rate == 0 or nothing else max(0.0, centre - half), 1.0 if rate == 1 else min(1.0, centre + half)
-    )
-
-
-def _in_two(members: NDArray[np.int64]) -> bool:
-    return len(members) == 2 and bool((members[0] != members[1]).any())
-
-
-def _dependent_variance(residuals: Floats, members: NDArray[np.int64], num: int) -> float:
-    """Variance of the mean where trials with an identity in common are dependent, and no others are."""
-    sums = np.bincount(members[0], residuals, num)
-    if _in_two(members):
-        # Each trial adds to both of its identities; what a pair of identities shares has then been counted twice.
-        apart = members[0] != members[1]
-        sums += np.bincount(members[1][apart], residuals[apart], num)
-        low, high = members.min(0)[apart], members.max(0)[apart]
-        _, pairs = np.unique(low * num + high, return_inverse=True)
-        twice = float(np.square(np.bincount(pairs, residuals[apart])).sum())
-    else:
-        twice = 0.0
-    correction = num / max(1, num - 1)  # few identities, as for a sample's variance
-    return max(0.0, correction * (float(np.square(sums).sum()) - twice)) / len(residuals) ** 2
 
 
 def finite(scores: ArrayLike, what: str) -> Floats:

@@ -32,10 +32,11 @@ from facefast.runtime import files
 from facefast.runtime.exits import StorageError
 
 QUALITY = 95
-"""Of the JPEG, with its colours at full resolution."""
+"""Of the JPEG, with its colours at half resolution, as telephones store them: it decodes a third faster, and what a
+model sees lies within 1.1 of 255 of full decoding."""
 BYTES_PER_PIXEL = 0.6
 """Of such a JPEG, generously."""
-OVERSAMPLING = 1.5
+OVERSAMPLING = 1.25
 """Pixels of a crop for one of the model's on each axis: a crop at the model's own would be filtered twice."""
 MARGIN = 1.7
 """Side of a crop in sides of the model's frame: it holds the frame at any turn (1.41), shifted by a tenth each way."""
@@ -162,7 +163,7 @@ def _write_one(index: FaceIndex, row: int, chosen: Plan, path: str, reading: Rea
     os.makedirs(os.path.dirname(path), exist_ok=True)
     aside = f"{path}.{os.getpid()}.tmp"
     try:
-        Image.fromarray(crop).save(aside, "JPEG", quality=QUALITY, subsampling=0)
+        Image.fromarray(crop).save(aside, "JPEG", quality=QUALITY, subsampling=2)
         os.replace(aside, path)
     finally:
         with contextlib.suppress(OSError):

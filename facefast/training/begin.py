@@ -14,7 +14,7 @@ from torch import Tensor
 from facefast.data.corrections import Label, read_labels, write_labels
 from facefast.data.divide import PhaseData
 from facefast.evaluation.baselines import LabelledEmbeddings, class_means
-from facefast.evaluation.embed import embed_rows
+from facefast.evaluation.embed import Mirror, embed_rows
 from facefast.labels.clustering import assign
 from facefast.models import STUDENTS, FaceModel, Source, build_model, checkpoint, inherit, load_source
 from facefast.models.batchnorm import takes_statistics
@@ -130,7 +130,9 @@ def _take_over(model: FaceModel, before: FaceModel, head_start: str) -> None:
     model.load_state_dict(kept, strict=False)
 
 
-def embed_training_rows(state: TrainState, model: FaceModel, data: PhaseData, *, mirror: bool) -> tuple[Tensor, Tensor]:
+def embed_training_rows(
+    state: TrainState, model: FaceModel, data: PhaseData, *, mirror: Mirror
+) -> tuple[Tensor, Tensor]:
     """[N, D] embeddings of the phase's training pictures without augmentation, and which rows were readable."""
     return embed_rows(
         model,
@@ -187,7 +189,7 @@ def begin(
         network = model
         if phase.start == "teacher" and teacher is not None and teacher.embedding_size == model.embedding_size:
             network = teacher  # the layers that a student took over do not fit each other yet
-        fresh = embed_training_rows(state, network, data, mirror=True)
+        fresh = embed_training_rows(state, network, data, mirror="mean")
     if phase.labels == "pseudo":
         data = with_pseudo_labels(
             folder / f"pseudo-labels-{phase.name}.csv", state, data, phase.pseudo_confidence, fresh, log
@@ -241,7 +243,7 @@ def side_inputs(
 
     def embeddings_of(network: FaceModel) -> Tensor:
         """[N, D], NaN where a picture could not be read."""
-        embeddings, seen = embed_training_rows(state, network, data, mirror=False)
+        embeddings, seen = embed_training_rows(state, network, data, mirror="none")
         embeddings[~seen] = torch.nan
         return embeddings.to(state.run.device)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
 
 from facefast import gallery
 from facefast.data import FaceIndex
@@ -22,13 +23,8 @@ from facefast.runtime import files
 from tests.support import small
 from tests.support.pictures import encode, smooth_picture
 
-pytestmark = pytest.mark.usefixtures("small_is_enough")
-
-
-@pytest.fixture
-def small_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' models take pictures of 32 pixels, smaller than those of people should be."""
-    monkeypatch.setattr(enrolment, "LEAST_SIDE", 24)
+SMALL = ["--detect=none", "--accept.size=24", "--accept.sharpness=0"]
+"""There is no face in most of these pictures, and the tests' models take 32 pixels without edges."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +38,7 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> list[dict[str, Any]]:
-    looks = ["--detect=none"] if words[0] in ("enroll", "search", "verify") else []  # there is no face in these
+    looks = SMALL if words[0] == "enroll" else ["--detect=none"] if words[0] in ("search", "verify") else []
     assert gallery.main([*map(str, words), *looks, "--json"]) == code
     return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
 
@@ -89,7 +85,7 @@ def test_without_json_lines_say_the_same(
     assert len(lines) == 3 and all(line.split("/")[-1].startswith("cy_000") for line in lines)
     assert gallery.main(["list", str(enrolled)]) == 0
     assert "     2  bo\n" in capsys.readouterr().out
-    assert gallery.main(["enroll", str(enrolled), str(root), "--detect=none"]) == 65  # one damaged, others there
+    assert gallery.main(["enroll", str(enrolled), str(root), *SMALL]) == 65  # one damaged, others there
     captured = capsys.readouterr()
     assert "bo_0002.png: it could not be decoded" in captured.out
     assert "0 of 9 pictures enrolled (8 by duplicate, 1 by quality)" in captured.out
@@ -176,15 +172,27 @@ def test_rows_without_a_face_have_no_part_in_the_division_of_a_run_whose_people_
     assert enrolment.people_of_run(run, locate, 1).paths.tolist() == trained.paths.tolist()
 
 
-def test_small_pictures_are_refused(
-    root: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_small_pictures_are_refused(root: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["enroll", str(tmp_path / "g"), "cy", str(root / "cy"), "--model", str(run), "--detect=none"]
+    assert gallery.main([*words, "--accept.size=33"]) == 65
+    assert "its face has 32 pixels on a side, 33 are needed" in capsys.readouterr().err
+
+
+def test_a_blurred_picture_is_refused_and_its_sharp_neighbour_is_not(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(enrolment, "LEAST_SIDE", small.SIZE + 1)
-    assert (
-        gallery.main(["enroll", str(tmp_path / "g"), "cy", str(root / "cy"), "--model", str(run), "--detect=none"])
-        == 65
-    )
-    assert "its shorter side has 32 pixels, 33 are needed" in capsys.readouterr().err
+    sharp = Image.fromarray(np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8))
+    (tmp_path / "dee").mkdir()
+    sharp.save(tmp_path / "dee" / "1.png")
+    sharp.filter(ImageFilter.GaussianBlur(6)).save(tmp_path / "dee" / "2.png")
+    words = ["enroll", str(tmp_path / "g"), "dee", str(tmp_path / "dee"), "--model", str(run), "--detect=none"]
+    assert gallery.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["enrolled"] == 1
+    (refused,) = found["refused"]
+    assert refused["path"].endswith("2.png") and "it is blurred: a sharpness of" in refused["why"]
+    assert gallery.main([*words, "--accept.sharpness=0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_pictures"] == 2
 
 
 @pytest.mark.parametrize(
@@ -221,3 +229,16 @@ def test_another_model_is_refused(
     for words in (["search", enrolled, root / "ann"], ["enroll", enrolled, "ann", root / "ann"]):
         assert gallery.main([*map(str, words), "--model", str(other)]) == 64
         assert "was enrolled with another model" in capsys.readouterr().err
+
+
+def test_pictures_without_a_face_are_refused_and_are_answers_of_their_own(
+    run: Path, enrolled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(3):
+        (tmp_path / f"{seed}.png").write_bytes(encode(smooth_picture(240, 320, seed), "PNG"))
+    photos = [str(tmp_path / f"{seed}.png") for seed in range(3)]
+    assert gallery.main(["enroll", str(tmp_path / "g"), "ann", *photos, "--model", str(run)]) == 65
+    assert "none of 3 pictures can be enrolled (first: no face was found)" in capsys.readouterr().err
+    assert gallery.main(["search", str(enrolled), *photos, "--threshold=0.1", "--json"]) == 65
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["fault"] for answer in found] == ["no face was found"] * 3

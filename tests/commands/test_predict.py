@@ -186,7 +186,7 @@ def test_where_the_pictures_were_too_few_for_one_percent_the_next_rate_is_taken_
     run = run_with(tmp_path / "run", thresholds(p10=-1.0, p5=0.999, p1=None))
     answer, error = asked(run, photographs / "b.png", capsys)
     assert answer["names"] == ["unknown"]
-    assert "note: too few pictures for a threshold at FPIR 0.01; that of 0.05 is taken" in error
+    assert "note: too few people or pictures for a threshold at FPIR 0.01; that of 0.05 is taken" in error
 
 
 def test_a_gallery_answers_instead_of_the_people_of_training(

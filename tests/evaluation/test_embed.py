@@ -12,7 +12,7 @@ import torch
 
 from facefast.data import FaceIndex, oracle, read_index
 from facefast.data.corrections import Correction, write_corrections
-from facefast.evaluation.embed import embed_photographs, embed_rows
+from facefast.evaluation.embed import Mirror, embed_photographs, embed_rows, single
 from facefast.models.precision import Precision
 from facefast.recipe import Photographs, Reading
 from facefast.runtime import process
@@ -37,27 +37,31 @@ def index(root: Path) -> FaceIndex:
     return index
 
 
-@pytest.mark.parametrize("mirror", [False, True])
-def test_embeddings_are_the_models_in_the_indexs_order(index: FaceIndex, mirror: bool) -> None:
+@pytest.mark.parametrize("mirror", ["none", "mean"])
+def test_embeddings_are_the_models_in_the_indexs_order(index: FaceIndex, mirror: Mirror) -> None:
     model = small.make_model(classes=small.PEOPLE)
     embeddings, seen = embed_rows(model, index, RUN, FP32, EVERYTHING, batch_size=4, mirror=mirror)
     assert seen.tolist() == [row != small.BROKEN for row in range(9)]
     rows = np.flatnonzero(seen.numpy())
     pictures = np.stack([oracle.decode(index.path(int(row))) for row in rows])
-    expected = model.embed(torch.from_numpy(pictures).permute(0, 3, 1, 2), mirror=mirror)
+    expected = model.embed(torch.from_numpy(pictures).permute(0, 3, 1, 2), mirror=mirror == "mean")
     torch.testing.assert_close(torch.nn.functional.normalize(embeddings[rows]), expected, rtol=0, atol=2e-3)
 
 
 def test_lengths_are_kept_and_the_mirror_image_counts_half(index: FaceIndex) -> None:
     """Class-mean heads need the usual length of an embedding: it must be that of one picture, not of two."""
     model = small.make_model()
-    one, _ = embed_rows(model, index, RUN, FP32, EVERYTHING, batch_size=9, mirror=False)
+    one, _ = embed_rows(model, index, RUN, FP32, EVERYTHING, batch_size=9, mirror="none")
     both, seen = embed_rows(model, index, RUN, FP32, EVERYTHING, batch_size=9)
     images = torch.stack([oracle.render(index, np.array([row]), model.image)[0] for row in (0, 8)])
     with torch.no_grad():
         plain, mirrored = model.encode(images), model.encode(images.flip(3))
     torch.testing.assert_close(one[[0, 8]], plain, rtol=0, atol=2e-2)
     torch.testing.assert_close(both[[0, 8]], (plain + mirrored) / 2, rtol=0, atol=2e-2)
+    joined, _ = embed_rows(model, index, RUN, FP32, EVERYTHING, batch_size=9, mirror="joined")
+    torch.testing.assert_close(joined[[0, 8]], torch.cat([plain, mirrored], 1), rtol=0, atol=2e-2)
+    assert single(both, model.embedding_size) is both
+    torch.testing.assert_close(single(joined, model.embedding_size), both)
     assert float(one[seen].norm(dim=1).std()) > 1e-3
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from facefast.evaluation import naming
 from facefast.evaluation.baselines import LabelledEmbeddings
+from facefast.evaluation.metrics import Interval
 from facefast.evaluation.thresholds import NamingThreshold, Thresholds
 
-PEOPLE = 40
-WEIGHT = torch.eye(PEOPLE, 64)
+PEOPLE = 60
+WEIGHT = torch.eye(PEOPLE, 84)
 """The direction of person k is axis k."""
 
 
@@ -25,10 +26,10 @@ def pictures(each: int, likeness: float = 0.1, planted: dict[int, float] | None 
     for row, value in (planted or {}).items():
         alike[row] = value
     rows = torch.arange(len(labels))
-    embeddings = torch.zeros(len(labels), 64)
+    embeddings = torch.zeros(len(labels), 84)
     embeddings[rows, labels] = 0.8
     embeddings[rows, (labels + 1) % PEOPLE] = alike
-    embeddings[rows, 40 + rows % 24] = (1 - 0.64 - alike**2).sqrt()  # of length 1
+    embeddings[rows, PEOPLE + rows % 24] = (1 - 0.64 - alike**2).sqrt()  # of length 1
     return LabelledEmbeddings(3.0 * embeddings, labels, PEOPLE)  # any length will do
 
 
@@ -36,17 +37,17 @@ def thresholds(decisions: naming.Decisions) -> dict[float, float | None]:
     return {threshold.rate: threshold.value for threshold in decisions.thresholds.naming}
 
 
-@pytest.mark.parametrize(("planted", "expected"), [(4, 0.1), (5, 0.5)])
+@pytest.mark.parametrize(("planted", "expected"), [(6, 0.1), (7, 0.5)])
 def test_the_threshold_lies_above_all_strangers_but_the_part_that_may_pass(planted: int, expected: float) -> None:
-    found = naming.decide(WEIGHT, pictures(10, planted={row: 0.5 for row in range(planted)}))  # 1 % of 400 are 4
+    found = naming.decide(WEIGHT, pictures(10, planted={row: 0.5 for row in range(planted)}))  # 1 % of 600 are 6
     assert thresholds(found)[0.01] == pytest.approx(expected, abs=1e-6)
     assert (thresholds(found)[0.01] or 0) > expected - 1e-6
     threshold = found.thresholds.name(0.01)
-    assert (threshold.impostors, threshold.genuine, threshold.people) == (400, 400, PEOPLE)
+    assert (threshold.impostors, threshold.genuine, threshold.people) == (600, 600, PEOPLE)
     assert threshold.missed == 0.0  # everybody scores 0.8 with themselves
     assert thresholds(found)[0.001] is None and "3000 are needed" in found.thresholds.naming[-1].why
     assert found.twins == () and found.calibration is None
-    assert found.thresholds.measured_on == "400 training pictures, each against all people but its own"
+    assert found.thresholds.measured_on == "600 training pictures, each against all people but its own"
 
 
 def test_one_person_under_two_names_is_found_and_counts_for_no_threshold() -> None:
@@ -63,13 +64,13 @@ def test_one_person_under_two_names_is_found_and_counts_for_no_threshold() -> No
 
 
 def test_pictures_kept_out_of_training_raise_a_threshold_that_training_pictures_fit_too_well() -> None:
-    train, fair = pictures(25), pictures(8, planted={row: 0.5 for row in range(4)})  # 4 of 320, and of 1320
+    train, fair = pictures(25), pictures(8, planted={row: 0.5 for row in range(5)})  # 5 of 480, and of 1980
     assert thresholds(naming.decide(WEIGHT, train, fair))[0.01] == pytest.approx(0.5, abs=1e-6)
     assert thresholds(naming.decide(WEIGHT, train))[0.01] == pytest.approx(0.1, abs=1e-6)
     few = pictures(1, likeness=0.3)  # which alone show no rate of 1 %, but count among the others
     found = naming.decide(WEIGHT, train, few)
     assert thresholds(found)[0.01] == pytest.approx(0.3, abs=1e-6)
-    assert found.thresholds.measured_on.startswith("1000 training pictures and 40 kept out of it, ")
+    assert found.thresholds.measured_on.startswith("1500 training pictures and 60 kept out of it, ")
 
 
 def test_pictures_without_a_name_count_for_nothing() -> None:
@@ -82,8 +83,9 @@ def test_pictures_without_a_name_count_for_nothing() -> None:
 
 def test_too_few_pictures_have_no_threshold_and_say_how_many_are_needed() -> None:
     found = naming.decide(WEIGHT, pictures(1))
-    assert thresholds(found) == {0.1: pytest.approx(0.1, abs=1e-6), 0.05: None, 0.01: None, 0.001: None}
-    assert "40 pictures of strangers cannot show a rate of 0.01; 300 are needed" in found.thresholds.naming[2].why
+    near = pytest.approx(0.1, abs=1e-6)
+    assert thresholds(found) == {0.1: near, 0.05: near, 0.01: None, 0.001: None}
+    assert "60 pictures of strangers cannot show a rate of 0.01; 300 are needed" in found.thresholds.naming[2].why
     with pytest.raises(ValueError, match="two people are needed for a stranger"):
         naming.decide(WEIGHT[:1], LabelledEmbeddings(WEIGHT[:1], torch.zeros(1, dtype=torch.long), 1))
 
@@ -95,7 +97,7 @@ def test_the_temperature_makes_up_for_any_scale_of_the_logits(factor: float) -> 
     logits = 3 * torch.randn(len(fair.labels), PEOPLE, generator=generator)
     logits[torch.arange(len(logits)), fair.labels] += 6
     one, other = (naming.decide(WEIGHT, pictures(10), fair, scale * logits).calibration for scale in (1.0, factor))
-    assert one is not None and other is not None and one.rows == 320
+    assert one is not None and other is not None and one.rows == 480
     assert other.temperature / factor == pytest.approx(one.temperature, rel=1e-4)
     assert other.nll == pytest.approx(one.nll, rel=1e-4) and one.nll < one.nll_before + 1e-9
     assert naming.decide(WEIGHT, pictures(10), fair).calibration is None
@@ -139,6 +141,9 @@ def test_the_score_needed_is_the_threshold_of_the_rate_or_the_number_itself() ->
 def test_the_strictest_threshold_is_that_of_the_lowest_rate_which_the_pictures_support() -> None:
     assert naming.strictest(known({0.1: 0.2, 0.05: 0.3, 0.01: 0.4, 0.001: 0.9}).name).rate == 0.01
     assert naming.strictest(known({0.1: 0.2, 0.05: 0.3, 0.01: None}).name).rate == 0.05
+    few = NamingThreshold(0.05, 0.3, 200, 200, Interval(0.25, 0.41)), NamingThreshold(0.01, None, 200, 200, why="few")
+    careful = naming.strictest(Thresholds(naming=few).name)
+    assert (careful.rate, careful.value) == (0.05, 0.41)
     with pytest.raises(ValueError, match="there is no threshold for fpir 0.01: too few"):
         naming.strictest(known({0.1: None, 0.05: None, 0.01: None}).name)
     with pytest.raises(ValueError, match="naming at FPIR 0.01; known: none"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -149,6 +150,20 @@ def test_naming_thresholds_hold_their_rates_on_the_strangers_they_were_found_on(
     assert found[3].why == "640 pictures of strangers cannot show a rate of 0.001; 3000 are needed"
 
 
+def test_many_pictures_of_few_strangers_show_no_low_rate() -> None:
+    rng = np.random.default_rng(4)
+    strangers = np.repeat(np.arange(10), 100)  # 1000 pictures, of which 10 may be named: all of one person
+    scores = rng.normal(size=10)[strangers] + rng.normal(size=1000)
+    none = strangers[:0]
+    found = openset.naming_thresholds(OpenSetScores(scores[:0], none, scores, none, strangers, strangers))
+    assert [threshold.value is None for threshold in found] == [False, False, True, True]
+    needed = re.search(r"1000 pictures of 10 strangers cannot show a rate of 0.01: .* about (\d+) people", found[2].why)
+    assert needed is not None and 20 < int(needed[1]) < 200
+    alone = np.arange(1000)
+    found = openset.naming_thresholds(OpenSetScores(scores[:0], none, scores, none, alone, alone))
+    assert found[2].value is not None
+
+
 def test_a_shipped_rate_holds_on_other_strangers() -> None:
     embeddings, labels = crowd(400, 5, noise=1.0, seed=5)
     inside = 0
@@ -228,7 +243,7 @@ def test_a_person_under_two_names_is_found_and_set_aside() -> None:
     clean = openset.leave_one_out(embeddings, labels, "max")
     assert openset.double_names(clean) == []
     # Pictures of the one, which are all very like those of the other, would set the threshold of a low rate.
-    raw, better, best = (openset.naming_thresholds(s, [0.01])[0].require() for s in (scores, kept, clean))
+    raw, better, best = (openset.naming_thresholds(s, [0.04])[0].require() for s in (scores, kept, clean))
     assert raw > better + 0.1
     assert better == pytest.approx(best, abs=0.05)
     alone = OpenSetScores(np.zeros(0), labels[:0], np.ones(9), labels[:0], labels[:9], labels[:9])

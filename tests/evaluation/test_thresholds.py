@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from facefast.evaluation import thresholds
-from facefast.evaluation.metrics import Interval, tar_at_far, wilson_interval
+from facefast.evaluation.metrics import Interval, tar_at_far
 from facefast.evaluation.thresholds import NamingThreshold, PairThreshold, Thresholds
 
 
@@ -55,103 +55,6 @@ def test_the_rule_of_30_says_which_thresholds_are_firm() -> None:
     assert PairThreshold(0.01, 0.5, 3000, 10).firm
     assert not PairThreshold(0.01, 0.5, 2999, 10).firm
     assert not PairThreshold(0.01, None, 3000, 10).firm
-
-
-def test_an_error_interval_of_independent_trials_is_wilsons() -> None:
-    errors = np.arange(50) < 7
-    assert thresholds.error_interval(errors) == pytest.approx(wilson_interval(7, 50))
-    assert thresholds.error_interval(errors, np.arange(50)) == pytest.approx(wilson_interval(7, 50), abs=0.02)
-
-
-def test_trials_that_say_the_same_thing_twice_count_once() -> None:
-    rng = np.random.default_rng(0)
-    errors = rng.random(200) < 0.2
-    alone = thresholds.error_interval(errors, np.arange(200))
-    repeated = thresholds.error_interval(np.repeat(errors, 20), np.repeat(np.arange(200), 20))
-    assert repeated == pytest.approx(alone, abs=1e-9)
-    taken_for_independent = thresholds.error_interval(np.repeat(errors, 20))
-    assert taken_for_independent.high - taken_for_independent.low < 0.3 * (repeated.high - repeated.low)
-
-
-def test_without_an_error_identities_are_the_trials() -> None:
-    found = thresholds.error_interval(np.zeros(1000, bool), np.repeat(np.arange(10), 100))
-    assert found == pytest.approx(wilson_interval(0, 10))
-    assert found.low == 0
-    pairs = thresholds.error_interval(np.ones(1000, bool), np.arange(1000) % 10, (np.arange(1000) + 1) % 10)
-    assert pairs == pytest.approx(wilson_interval(5, 5))
-    assert pairs.high == 1
-
-
-def test_the_variance_of_pairs_is_the_sum_over_all_pairs_with_an_identity_in_common() -> None:
-    rng = np.random.default_rng(3)
-    one, other = rng.integers(12, size=80), rng.integers(12, size=80)
-    residuals = rng.normal(size=80)
-    members = np.stack([one, other])
-    naive = 0.0
-    for a in range(80):
-        for b in range(80):
-            if {one[a], other[a]} & {one[b], other[b]}:
-                naive += residuals[a] * residuals[b]
-    found = thresholds._dependent_variance(residuals, members, 12)
-    assert found == pytest.approx(max(0.0, naive) * 12 / 11 / 80**2)
-
-
-def test_the_interval_of_another_set_holds_what_another_set_shows() -> None:
-    rng = np.random.default_rng(11)
-    people = np.repeat(np.arange(60), 25)
-
-    def trials() -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        return rng.normal(size=1500) + rng.normal(size=60)[people]
-
-    inside = {False: 0, True: 0}
-    for _ in range(200):
-        first, second = trials(), trials()
-        threshold = thresholds.lowest_threshold(first, 0.05)
-        rate = (second >= threshold).mean()
-        for again in inside:
-            found = thresholds.error_interval(first >= threshold, people, again=again)
-            inside[again] += found.low <= rate <= found.high
-    assert inside[True] / 200 >= 0.9
-    assert inside[False] < inside[True] - 10
-    few = thresholds.error_interval(np.arange(300) < 3, again=True)
-    assert few.low == 0 and thresholds.error_interval(np.arange(300) < 3).low > 0
-
-
-@pytest.mark.parametrize("pairs", [False, True])
-def test_intervals_by_identity_hold_the_truth_as_often_as_they_say(pairs: bool) -> None:
-    # Each identity has its own chance of an error, so trials of one are far from independent.
-    rng = np.random.default_rng(7)
-    inside = 0
-    for _ in range(200):
-        chance = rng.beta(0.5, 4.5, 60)  # 0.1 on average
-        if pairs:
-            one, other = rng.integers(60, size=(2, 1500))
-            errors = rng.random(1500) < (chance[one] + chance[other]) / 2
-            found = thresholds.error_interval(errors, one, other)
-        else:
-            one = np.repeat(np.arange(60), 25)
-            found = thresholds.error_interval(rng.random(1500) < chance[one], one)
-        inside += found.low <= 0.1 <= found.high
-    assert 0.88 <= inside / 200 <= 1
-
-
-def test_a_threshold_interval_is_that_of_a_naive_bootstrap() -> None:
-    rng = np.random.default_rng(1)
-    people = np.repeat(np.arange(30), 10)
-    scores = np.round(rng.normal(size=300) + rng.normal(size=30)[people], 2)
-    found = thresholds.threshold_interval(scores, 0.1, people)
-    drawn = []
-    for _ in range(1000):
-        chosen = rng.integers(30, size=30)
-        drawn.append(thresholds.lowest_threshold(np.concatenate([scores[people == who] for who in chosen]), 0.1))
-    assert found == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.12)
-    assert found.low <= thresholds.lowest_threshold(scores, 0.1) <= found.high
-
-
-def test_a_threshold_interval_of_constant_scores_is_a_point() -> None:
-    assert thresholds.threshold_interval(np.full(40, 0.5), 0.1, np.arange(40)) == (0.5, 0.5)
-    both = thresholds.threshold_interval(np.full(40, 0.5), 0.1, np.arange(40) % 7, np.arange(40) % 5)
-    assert both == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

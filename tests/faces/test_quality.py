@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 
 from facefast.data.augment import TEMPLATES
 from facefast.faces import quality
-from facefast.faces.quality import face_sizes, poses, qualities, sharpness
+from facefast.faces.quality import Limits, face_sizes, poses, qualities, sharpness
 from tests.support.pictures import smooth_picture
 
 
@@ -64,3 +64,31 @@ def test_a_box_over_the_border_counts_what_is_inside_and_none_outside_is_nothing
     picture = smooth_picture(60, 60)
     assert np.isfinite(sharpness(picture, np.array([-20, -20, 50, 50], np.float32)))
     assert np.isnan(sharpness(picture, np.array([70, 0, 10, 10], np.float32)))
+
+
+def test_each_objection_names_its_reason_and_what_is_not_known_is_none() -> None:
+    limits = Limits(size=40, sharpness=12, yaw=55, pitch=50)
+    good = (60.0, 90.0, (0.0, 0.0, 0.0))
+    faces = [
+        good, (39.0, 90.0, (0.0, 0.0, 0.0)), (60.0, 11.0, (0.0, 0.0, 0.0)), (60.0, 90.0, (-56.0, 0.0, 0.0)),
+        (60.0, 90.0, (0.0, -51.0, 0.0)), (60.0, 90.0, (55.0, 50.0, 180.0)), (np.nan, np.nan, (np.nan,) * 3),
+    ]  # fmt: skip
+    sizes, sharp, angles = (np.array(column, np.float64) for column in zip(*faces, strict=True))
+    assert limits.objections(sizes, sharp, angles) == [
+        "",
+        "its face has 39 pixels on a side, 40 are needed",
+        "it is blurred: a sharpness of 11.0, 12 is needed",
+        "it is a profile: the head is turned by 56 degrees, at most 55 are taken",
+        "it looks down by 51 degrees, at most 50 are taken",
+        "",
+        "",
+    ]
+    assert Limits(size=0, sharpness=0, yaw=180, pitch=180).objections(sizes, sharp, angles) == [""] * 7
+    with pytest.raises(ValueError, match=r"yaw is -1; it must lie in \[0, 180\]"):
+        Limits(yaw=-1)
+
+
+def test_a_profile_drawn_by_its_landmarks_is_one() -> None:
+    marks = np.stack([head(20, 0, 0), head(70, 0, 0), head(0, 0, 40)])
+    found = Limits().objections(face_sizes(marks), np.full(3, 99.0), poses(marks))
+    assert [bool(why) for why in found] == [False, True, False] and "turned by 70 degrees" in found[1]
