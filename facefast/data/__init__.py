@@ -20,7 +20,7 @@ from facefast.data.formats.recordio import read_bin, read_recordio, recognises_r
 from facefast.data.formats.webdataset import read_webdataset, recognises_webdataset
 from facefast.data.index import FAULTS, FaceIndex, PairSet, printable
 from facefast.data.loader import Batch, Loader, make_loader
-from facefast.data.sampler import Sampler, make_sampler
+from facefast.data.sampler import Parts, Sampler, make_sampler
 from facefast.data.walk import is_picture, require_there, top_entries
 from facefast.recipe import Reading
 from facefast.runtime.exits import DataError
@@ -33,6 +33,7 @@ __all__ = [
     "FaceIndex",
     "Loader",
     "PairSet",
+    "Parts",
     "Sampler",
     "TemplateSet",
     "make_loader",
