@@ -29,8 +29,8 @@ from facefast.runtime.log import RunLog, environment
 from facefast.runtime.process import Runtime
 from facefast.training.alike import same_arguments, same_checkpoint, same_start
 from facefast.training.begin import begin, find_source, find_teacher, pictures_of, settle
-from facefast.training.elastic import division_said, take_division
 from facefast.training.choice import best_of, has_best, measure, measure_untrained, report_phase
+from facefast.training.elastic import division_said, take_division
 from facefast.training.finish import fail, finish, leave, reached, write_status
 from facefast.training.guard import culprit, not_finite, some
 from facefast.training.objective import RowCounts

@@ -59,7 +59,9 @@ def _what_is_equal(state: TrainState, before: dict[str, Any], old_world: int) ->
     learns = not (phase.trains_only_head or keeps_statistics(phase, plan.num_rows, plan.num_classes))
     differs = []
     if learns and plan.batchnorm_batch != before["batchnorm_batch"]:
-        differs.append(f"BatchNorm normalises over {plan.batchnorm_batch} pictures instead of {before['batchnorm_batch']}")
+        differs.append(
+            f"BatchNorm normalises over {plan.batchnorm_batch} pictures instead of {before['batchnorm_batch']}"
+        )
     at_once, then = plan.batch_per_rank * state.run.world.size, before["batch_per_rank"] * old_world
     if (phase.loss.pairwise or phase.align != "none") and at_once != then:
         differs.append(f"pictures are compared with each other among {at_once} instead of {then}")
@@ -78,7 +80,7 @@ def _phases(saved: Path) -> list[dict[str, Any]]:
     try:
         found: list[dict[str, Any]] = files.read_json(path)["phases"]
         for each in found:
-            each["batch_per_rank"], each["batchnorm_batch"]  # noqa: B018: both must be there
+            _ = each["batch_per_rank"], each["batchnorm_batch"]  # both must be there
     except (KeyError, TypeError) as error:
         raise StorageError(f"{path} is no plan of facefast's: {error}") from error
     return found

@@ -16,6 +16,7 @@ from facefast import train
 from facefast.data.drawn import synthetic
 from facefast.models.checkpoint import read_tensors
 from facefast.recipe import IndexFacts, ModelConfig, Phase, Plan, Recipe, resolve, within
+from facefast.training.step import train_step
 from tests.support.ranks import run_ranks
 
 # So low a rate, because at a usual one a random network amplifies what fp32 rounds a thousandfold in a few updates.
@@ -47,18 +48,18 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def noted(rank: int, root: str, out: str, until: int, *more: str) -> int:
     """A training that writes down what each of its updates sees, and is asked to stop after update `until`."""
-    step, note = train.train_step, Path(f"{out}.rows.{rank}")
+    note = Path(f"{out}.rows.{rank}")
     with open(f"{out}.said", "a") as said:
         os.dup2(said.fileno(), 1)
 
     def stepping(state: Any, batches: Any, row_counts: Any) -> Any:
         with open(note, "a") as file:
             print(json.dumps([state.step, [batch.rows.tolist() for batch in batches]]), file=file)
-        stats = step(state, batches, row_counts)
+        stats = train_step(state, batches, row_counts)
         state.run.stop_requested |= state.step == until < STEPS
         return stats
 
-    train.train_step = stepping
+    vars(train)["train_step"] = stepping
     return train.main([*USUAL, f"--data.root={root}", f"--out={out}", *more])
 
 
@@ -157,5 +158,7 @@ def test_statistics_over_all_processes_are_of_one_pass() -> None:
 
 
 def test_a_batch_of_fewer_pictures_than_processes_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size 6 is less than a picture for each of 4 processes x 2 passes; use 8"):
+    with pytest.raises(
+        ValueError, match="batch_size 6 is less than a picture for each of 4 processes x 2 passes; use 8"
+    ):
         plan_for(4, batch_size=6, accumulate=2)
