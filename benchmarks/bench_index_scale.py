@@ -43,10 +43,9 @@ def give_back() -> None:
 def synthetic(rows: int) -> FaceIndex:
     """A scanned index of paths like 0001234/5.jpg."""
     people = rows // EACH
-    paths = np.char.add(
-        np.repeat(np.char.mod(b"%07d/", np.arange(people)), EACH),
-        np.tile(np.char.mod(b"%d.jpg", np.arange(EACH)), people),
-    )
+    folders = np.char.mod(b"%07d/", np.arange(people)).astype(np.bytes_)
+    files = np.char.mod(b"%d.jpg", np.arange(EACH)).astype(np.bytes_)
+    paths = np.char.add(np.repeat(folders, EACH), np.tile(files, people))
     names = [f"{number:07d}" for number in range(people)]
     index = FaceIndex.build("/photographs", paths, np.repeat(np.arange(people, dtype=np.int32), EACH), names)
     numbers = np.random.default_rng(0)

@@ -21,8 +21,9 @@ from facefast.data.formats.recordio import read_bin, read_recordio, recognises_r
 from facefast.data.formats.webdataset import read_webdataset, recognises_webdataset
 from facefast.data.index import FAULTS, FaceIndex, PairSet, printable
 from facefast.data.loader import Batch, Loader, make_loader
+from facefast.data.remote import mirror
 from facefast.data.sampler import Parts, Sampler, make_sampler
-from facefast.data.walk import is_picture, require_there, top_entries
+from facefast.data.walk import is_picture, is_remote, require_there, top_entries
 from facefast.recipe import Reading
 from facefast.runtime.exits import DataError
 from facefast.runtime.untrusted import open_regular, read_npz
@@ -88,7 +89,8 @@ def read_index(
     """The pictures below `root` and all that its files say about them.
 
     Args:
-        root: folder of a data set, a single .rec or .tar, or an index saved as .npz.
+        root: folder of a data set, a single .rec or .tar, an index saved as .npz, or the address of shards in an
+            object store.
         format: a key of `READERS`; auto recognises it.
         cache: with it the index comes back scanned, and the scan is kept in this .npz file until a
             name, a size, a time of change or a list of the data set differs.
@@ -98,7 +100,7 @@ def read_index(
     Raises:
         ValueError: there is nothing at `root`, its format is not known, a reader finds a fault, or `cache` is no file.
     """
-    place = Path(root)
+    place = mirror(os.fspath(root), crew=crew) if is_remote(root) else Path(root)
     require_there(place)
     if place.suffix.lower() == ".npz":
         return FaceIndex.load(place)

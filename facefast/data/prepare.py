@@ -18,7 +18,9 @@ from facefast.data.divide import YES, PhaseData, at_random, divide
 from facefast.data.drawn import synthetic
 from facefast.data.index import FAULTS, NO_FACE, SPLITS
 from facefast.data.loader import FEWEST_BAD
+from facefast.data.remote import mirror
 from facefast.data.subsets import joined
+from facefast.data.walk import is_remote
 from facefast.recipe import DataConfig, Phase, Photographs, Reading, Recipe
 from facefast.runtime import files
 from facefast.runtime.exits import DataError
@@ -167,7 +169,9 @@ def photographs_of(
     if not data.root:
         data = dataclasses.replace(data, root=str(synthetic.write(DRAWN_ROOT, synthetic.DrawnSpec())))
     index = read_photographs(data, reading, locate, crew)
-    others = [_located(_scanned(folder, "auto", reading, crew), reading, locate) for folder in data.more]
+    others = [
+        _located(_scanned(_here(folder, data, crew), "auto", reading, crew), reading, locate) for folder in data.more
+    ]
     if recipe.binary.active:
         index = _with_yes_and_no(index, recipe, reading, locate, crew)
     return joined(index, others)
@@ -182,7 +186,7 @@ def read_photographs(
         DataError: more bad files than `reading` allows.
         ValueError: the folder's layout is not what `data` says.
     """
-    index = _scanned(data.root, data.format, reading, crew)
+    index = _scanned(_here(data.root, data, crew), data.format, reading, crew)
     if data.corrections:
         index = apply_corrections(index, data.corrections)
     if data.labels:
@@ -192,6 +196,11 @@ def read_photographs(
 
 def _located(index: FaceIndex, reading: Reading, locate: Locate | None, *, faceless: bool = False) -> FaceIndex:
     return index if locate is None else locate(index, reading, faceless=faceless)
+
+
+def _here(root: str, data: Photographs, crew: Crew | None) -> str:
+    """Where on this machine the photographs of a root are."""
+    return str(mirror(root, data.cache, data.cache_gib, crew)) if is_remote(root) else root
 
 
 def _scanned(root: str, format: str, reading: Reading, crew: Crew | None = None) -> FaceIndex:
@@ -261,7 +270,9 @@ def _with_yes_and_no(
         yes, no = index.select(ours), index.select(~ours)
     else:
         # What is no face is a no as well.
-        no = _located(_scanned(recipe.binary.negatives, "auto", reading, crew), reading, locate, faceless=True)
+        no = _located(
+            _scanned(_here(recipe.binary.negatives, data, crew), "auto", reading, crew), reading, locate, faceless=True
+        )
         yes = index
     if not len(yes) or not len(no):
         raise ValueError(f"binary has {len(yes)} pictures to say yes to and {len(no)} to say no to; both are needed")

@@ -115,7 +115,7 @@ def looked_at(rank: int, root: str, out: str) -> int:
     """`indexing`, of which each rank notes the shards that it opened itself."""
     from facefast.data.formats import webdataset
 
-    opened, read = [], webdataset.open_shard
+    opened, read = [], vars(webdataset)["open_shard"]
 
     def noting(path: Path) -> object:
         opened.append(path.name)

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from facefast import train
 from facefast.data.drawn import synthetic
 from facefast.models.checkpoint import read_tensors
 from facefast.recipe import IndexFacts, ModelConfig, Phase, Plan, Recipe, resolve, within
+from facefast.runtime.exits import RankError
+from facefast.runtime.ranks import Lobby
 from facefast.training.step import train_step
 from tests.support.ranks import run_ranks
 
@@ -49,8 +58,9 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def noted(rank: int, root: str, out: str, until: int, *more: str) -> int:
     """A training that writes down what each of its updates sees, and is asked to stop after update `until`."""
     note = Path(f"{out}.rows.{rank}")
-    with open(f"{out}.said", "a") as said:
-        os.dup2(said.fileno(), 1)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        with open(f"{out}.said", "a") as said:
+            os.dup2(said.fileno(), 1)
 
     def stepping(state: Any, batches: Any, row_counts: Any) -> Any:
         with open(note, "a") as file:
@@ -78,6 +88,86 @@ def goes(drawn: Path, out: Path, stays: Sequence[tuple[int, int]], *more: str) -
             seen.update(row for batch in batches for row in batch if row >= 0)
             most = max(most, *map(len, batches))
     return updates, most
+
+
+class Agent:
+    """A node's torchrun, in a session of its own; the first one keeps the meeting place."""
+
+    def __init__(self, folder: Path, name: str, port: int, root: Path) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1"]
+        command += ["--max-restarts=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=x"]
+        # On a busy machine a node that is only slow must not count as lost.
+        command += [f"--rdzv-conf=is_host={int(name == 'first')},last_call_timeout=20,keep_alive_interval=2"]
+        command += [__file__, str(root), str(folder / "run")]
+        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+        environment |= {
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        with open(folder / f"{name}.txt", "wb") as said:
+            self.process = subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
+
+    def lose(self) -> None:
+        """The node is gone, with all that ran on it."""
+        workers = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for number in (self.process.pid, *map(int, workers)):
+            os.kill(number, signal.SIGKILL)
+        self.process.wait()
+
+
+def test_a_node_that_is_lost_under_torchrun_leaves_a_run_that_sees_every_row_once(drawn: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    first, second = (Agent(tmp_path, name, port, drawn) for name in ("first", "second"))
+    try:
+        end = time.monotonic() + 240
+        while not (tmp_path / "run" / "checkpoints" / "step-0000004").exists():
+            assert first.process.poll() is second.process.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+        second.lose()
+        assert first.process.wait(300) == 0, (tmp_path / "first.txt").read_text()
+    finally:
+        for agent in (first, second):
+            agent.process.terminate()
+            agent.process.wait()
+    told = (tmp_path / "first.txt").read_text()
+    assert "goes on with 1 process instead of 2" in told
+    updates: dict[int, dict[int, Counter[int]]] = {}
+    for path in tmp_path.glob("run.rows.*"):
+        for line in path.read_text().splitlines():
+            step, batches = json.loads(line)
+            seen = updates.setdefault(step, {}).setdefault(int(path.suffix[1:]), Counter())
+            seen.clear()  # an update that was made again counts once
+            seen.update(row for batch in batches for row in batch if row >= 0)
+    # What the lost node saw of an update that was then made anew does not count.
+    last = int(told.split("(step ")[1].split(" of")[0])
+    found = [
+        sum((part for rank, part in updates[step].items() if step < last or rank == 0), Counter[int]())
+        for step in range(STEPS)
+    ]
+    for epoch in range(3):
+        assert sorted(sum(found[3 * epoch : 3 * epoch + 3], Counter[int]()).elements()) == list(range(48))
+    expected, _ = goes(drawn, tmp_path / "whole", [(2, STEPS)])
+    assert found == [expected[step] for step in range(STEPS)]
+
+
+def test_ranks_of_a_restart_meet_nobody_of_the_start_before() -> None:
+    store = HashStore()
+    before = Lobby(store, 1, 2)
+    store.set("asks/1", "a process of before that nobody answered")
+    first, second = Lobby(store, 0, 2), Lobby(store, 1, 2)
+    name = first.attempt(1.0)
+    first.answer()
+    with pytest.raises(RankError, match="rank 0 has not arrived within 0.2 s"):
+        before.attempt(0.2)
+    answering = threading.Thread(target=lambda: [first.answer() or time.sleep(0.01) for _ in range(300)])
+    answering.start()
+    assert second.attempt(5.0) == name
+    answering.join()
+    later = Lobby(store, 0, 2)
+    assert later.attempt(1.0) != name
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -162,3 +252,7 @@ def test_a_batch_of_fewer_pictures_than_processes_is_refused() -> None:
         ValueError, match="batch_size 6 is less than a picture for each of 4 processes x 2 passes; use 8"
     ):
         plan_for(4, batch_size=6, accumulate=2)
+
+
+if __name__ == "__main__":  # a worker of torchrun's
+    sys.exit(noted(int(os.environ["RANK"]), *sys.argv[1:], 0, "--save-every=2"))
