@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from facefast.data import FaceIndex, make_sampler
 
@@ -45,7 +46,7 @@ def synthetic(rows: int) -> FaceIndex:
     people = rows // EACH
     folders = np.char.mod(b"%07d/", np.arange(people)).astype(np.bytes_)
     files = np.char.mod(b"%d.jpg", np.arange(EACH)).astype(np.bytes_)
-    paths = np.char.add(np.repeat(folders, EACH), np.tile(files, people))
+    paths: NDArray[np.bytes_] = np.char.add(np.repeat(folders, EACH), np.tile(files, people))  # type: ignore[assignment]
     names = [f"{number:07d}" for number in range(people)]
     index = FaceIndex.build("/photographs", paths, np.repeat(np.arange(people, dtype=np.int32), EACH), names)
     numbers = np.random.default_rng(0)

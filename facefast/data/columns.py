@@ -56,5 +56,14 @@ def gathered(paths: Iterable[bytes]) -> NDArray[np.bytes_]:
     return np.concatenate(parts)
 
 
+def first_outside(paths: NDArray[np.bytes_]) -> bytes | None:
+    """A path that is absolute, empty, or climbs out of the folder it is relative to."""
+    for _, some in blocks(paths):
+        for path in some.tolist():
+            if not path or path.startswith(b"/") or (b".." in path and b".." in path.split(b"/")):
+                return bytes(path)
+    return None
+
+
 def _is_constant(column: NDArray[Any]) -> bool:
     return len(column) > 0 and column.strides == (0,)

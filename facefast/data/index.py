@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 import facefast._scan as _scan
-from facefast.data.columns import blocks, constant, filled, once, taken
+from facefast.data.columns import blocks, constant, filled, first_outside, once, taken
 from facefast.data.crew import Crew
 from facefast.recipe import IndexFacts, Reading
 from facefast.runtime.exits import DataError
@@ -467,7 +467,7 @@ def _check_stored(stored: dict[str, Any]) -> None:
         column = stored.get(name)
         if column is not None and any((abs(some) > most).any() for _, some in blocks(column)):
             raise ValueError(f"column {name} has numbers beyond {most:g}")
-    outside = _first_outside(stored["paths"])
+    outside = first_outside(stored["paths"])
     if outside is not None:
         raise ValueError(f"it names {printable(outside)}, which leads out of the folder {escaped(stored['root'])}")
     if not all(isinstance(name, str) for name in (*stored["class_names"], *stored["attribute_names"])):
@@ -485,15 +485,6 @@ def _scan_rows(piece: Any, progress: Callable[[int], None] | None = None) -> Any
         raise DataError(
             f"the folder {escaped(root)} cannot be opened ({error.strerror}); if it was moved, index it anew"
         ) from error
-
-
-def _first_outside(paths: NDArray[np.bytes_]) -> bytes | None:
-    """A path that is absolute, empty, or climbs out of the folder it is relative to."""
-    for _, some in blocks(paths):
-        for path in some.tolist():
-            if not path or path.startswith(b"/") or (b".." in path and b".." in path.split(b"/")):
-                return bytes(path)
-    return None
 
 
 def _check_fraction(fraction: float) -> None:

@@ -186,6 +186,8 @@ def _fetched(blobs: Path, shard: Shard, bar: Any, wait: bool) -> bool:
         if not _lock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)):
             return False
         if not _kept(blobs, shard):
+            for part in blobs.glob(f".{shard.key}.*"):  # of one that was killed: nobody else fetches it now
+                part.unlink(missing_ok=True)
             _fetch(blobs / shard.key, shard, bar)
         with contextlib.suppress(OSError):
             name.unlink()

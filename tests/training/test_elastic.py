@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from facefast import train
 from facefast.data.drawn import synthetic
@@ -162,7 +162,13 @@ def test_ranks_of_a_restart_meet_nobody_of_the_start_before() -> None:
     first.answer()
     with pytest.raises(RankError, match="rank 0 has not arrived within 0.2 s"):
         before.attempt(0.2)
-    answering = threading.Thread(target=lambda: [first.answer() or time.sleep(0.01) for _ in range(300)])
+
+    def answers() -> None:
+        for _ in range(300):
+            first.answer()
+            time.sleep(0.01)
+
+    answering = threading.Thread(target=answers)
     answering.start()
     assert second.attempt(5.0) == name
     answering.join()
@@ -255,4 +261,5 @@ def test_a_batch_of_fewer_pictures_than_processes_is_refused() -> None:
 
 
 if __name__ == "__main__":  # a worker of torchrun's
-    sys.exit(noted(int(os.environ["RANK"]), *sys.argv[1:], 0, "--save-every=2"))
+    _, data, folder = sys.argv
+    sys.exit(noted(int(os.environ["RANK"]), data, folder, 0, "--save-every=2"))
