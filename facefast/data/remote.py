@@ -123,8 +123,8 @@ def _system(address: str) -> tuple[Any, str]:
         system, path = fsspec.core.url_to_fs(address, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         raise ValueError(
-            f"{address} cannot be read: {error}; pip install 'facefast[remote]' brings s3:// and gs://, others have "
-            "packages of their own"
+            f"{address} cannot be read: {error}; each kind of store has a package for fsspec: pip install s3fs for "
+            "s3://, gcsfs for gs://"
         ) from error
     return system, path
 
