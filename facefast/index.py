@@ -32,7 +32,7 @@ BINS = (1, 2, 3, 5, 10, 20, 50, 100, 1000)
 class IndexArguments:
     """Flags of `facefast.index`."""
 
-    root: tyro.conf.Positional[Path]
+    root: tyro.conf.Positional[str]
     """Folder of photographs, or a .rec, .tar or .npz file."""
     out: Path | None = None
     """Write the index, bad pictures marked, to this .npz file; data.root may name it."""

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from facefast.cluster import doctor
-from facefast.data import Batch, Loader, Sampler, make_loader, make_sampler, oracle
+from facefast.data import Batch, Loader, Parts, Sampler, make_loader, make_sampler, oracle
 from facefast.data.cached import CachedLoader
 from facefast.data.divide import PhaseData
 from facefast.data.prepare import prepare
@@ -32,6 +32,7 @@ from facefast.runtime.terminal import tell
 from facefast.training.alike import same_arguments, same_checkpoint, same_start
 from facefast.training.begin import begin, find_source, find_teacher, pictures_of, settle
 from facefast.training.choice import best_of, has_best, measure, measure_untrained, report_phase
+from facefast.training.elastic import division_said, take_division
 from facefast.training.finish import fail, finish, leave, reached, write_status
 from facefast.training.guard import culprit, not_finite, some
 from facefast.training.objective import RowCounts
@@ -167,6 +168,7 @@ def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
     same_checkpoint(path, state.run)
     if path is not None:
         checkpoint.check_same_run(path, state.recipe, state.plan)
+        take_division(state, path)
         state.phase_number = files.read_json(path / "state.json")["phase"]
         state.step = files.read_json(path / "state.json")["step"]
     return path
@@ -201,6 +203,8 @@ def open_log(folder: Path, state: TrainState, saved: Path | None, said: Sequence
     )
     if saved is not None:
         log.say(f"goes on from {saved} (step {state.step} of {plan.total_steps})")
+    for text in division_said(state, saved):
+        log.say(text)
     return log
 
 
@@ -228,6 +232,8 @@ def open_loader(state: TrainState, data: PhaseData) -> Loader | CachedLoader:
         rows=rows,
         pictures_per_identity=phase.pictures_per_identity,
     )
+    if plan.passes > 1 or plan.batch_size % run.world.size:
+        sampler = Parts(sampler, run.world.size, plan.passes)
     if state.side_inputs.embeddings is not None:
         return CachedLoader(state.side_inputs.embeddings, data.train.labels, sampler, run)
     return make_loader(
@@ -263,7 +269,7 @@ def updates(
     over all."""
     # The position is derived from the number of updates done, so that a resume needs no other cursor; batches that
     # were read ahead but not consumed are read again.
-    plan, accumulate = state.phase_plan, state.phase.accumulate
+    plan, accumulate = state.phase_plan, state.phase_plan.accumulate
     labelled, known = data.train.labels >= 0, ~data.values().isnan().numpy()
     while state.phase_step < plan.steps:
         epoch, done = divmod(state.phase_step, plan.steps_per_epoch)

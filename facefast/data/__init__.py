@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from facefast.data.crew import Crew
 from facefast.data.formats.afad import read_afad, recognises_afad
 from facefast.data.formats.celeba import read_celeba, recognises_celeba
 from facefast.data.formats.crops import read_crops, recognises_crops
@@ -20,8 +21,9 @@ from facefast.data.formats.recordio import read_bin, read_recordio, recognises_r
 from facefast.data.formats.webdataset import read_webdataset, recognises_webdataset
 from facefast.data.index import FAULTS, FaceIndex, PairSet, printable
 from facefast.data.loader import Batch, Loader, make_loader
-from facefast.data.sampler import Sampler, make_sampler
-from facefast.data.walk import is_picture, require_there, top_entries
+from facefast.data.remote import mirror
+from facefast.data.sampler import Parts, Sampler, make_sampler
+from facefast.data.walk import is_picture, is_remote, require_there, top_entries
 from facefast.recipe import Reading
 from facefast.runtime.exits import DataError
 from facefast.runtime.untrusted import open_regular, read_npz
@@ -33,6 +35,7 @@ __all__ = [
     "FaceIndex",
     "Loader",
     "PairSet",
+    "Parts",
     "Sampler",
     "TemplateSet",
     "make_loader",
@@ -67,6 +70,11 @@ _SIGNS: dict[str, Callable[[Path], bool]] = {
     "folder": recognises_folder,
 }
 """How a format is recognised, in the order of asking: folder takes nearly anything."""
+_SHARED: dict[str, Callable[[Path, Crew], FaceIndex]] = {
+    "recordio": read_recordio,
+    "webdataset": read_webdataset,
+}
+"""Readers that divide what they read among the ranks."""
 _CONTAINERS = ("recordio", "webdataset")
 """Formats of single files. One such file beside folders of photographs says nothing about them."""
 
@@ -76,24 +84,28 @@ def read_index(
     format: str = "auto",
     cache: str | os.PathLike[str] | None = None,
     max_pixels: int = Reading.max_pixels,
+    crew: Crew | None = None,
 ) -> FaceIndex:
     """The pictures below `root` and all that its files say about them.
 
     Args:
-        root: folder of a data set, a single .rec or .tar, or an index saved as .npz.
+        root: folder of a data set, a single .rec or .tar, an index saved as .npz, or the address of shards in an
+            object store.
         format: a key of `READERS`; auto recognises it.
         cache: with it the index comes back scanned, and the scan is kept in this .npz file until a
             name, a size, a time of change or a list of the data set differs.
         max_pixels: limit of that scan.
+        crew: the ranks that share what can be divided; this process alone without.
 
     Raises:
         ValueError: there is nothing at `root`, its format is not known, a reader finds a fault, or `cache` is no file.
     """
-    place = Path(root)
+    place = mirror(os.fspath(root), crew=crew) if is_remote(root) else Path(root)
     require_there(place)
     if place.suffix.lower() == ".npz":
         return FaceIndex.load(place)
-    index = READERS[_format(place, format)](place)
+    name = _format(place, format)
+    index = _SHARED[name](place, crew) if crew is not None and name in _SHARED else READERS[name](place)
     if cache is None:
         return index
     if os.path.lexists(cache) and not os.path.isfile(cache):

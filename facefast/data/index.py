@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 import facefast._scan as _scan
+from facefast.data.columns import blocks, constant, filled, first_outside, once, taken
+from facefast.data.crew import Crew
 from facefast.recipe import IndexFacts, Reading
 from facefast.runtime.exits import DataError
 from facefast.runtime.files import replacing
@@ -104,16 +108,16 @@ class FaceIndex:
         return cls(
             root=os.path.abspath(root),
             paths=np.asarray(paths, dtype=np.bytes_),
-            offsets=_column(offsets, -1, rows, np.int64),
-            lengths=_column(lengths, -1, rows, np.int64),
-            labels=_column(labels, -1, rows, np.int32),
+            offsets=filled(offsets, -1, rows, np.int64),
+            lengths=filled(lengths, -1, rows, np.int64),
+            labels=filled(labels, -1, rows, np.int32),
             class_names=tuple(class_names),
-            splits=_column(splits, 0, rows, np.uint8),
-            widths=np.zeros(rows, np.int32),
-            heights=np.zeros(rows, np.int32),
-            orientations=np.ones(rows, np.uint8),
+            splits=filled(splits, 0, rows, np.uint8),
+            widths=constant(0, rows, np.int32),
+            heights=constant(0, rows, np.int32),
+            orientations=constant(1, rows, np.uint8),
             hashes=np.zeros((rows, 2), np.uint64),
-            faults=np.zeros(rows, np.uint8),
+            faults=constant(0, rows, np.uint8),
             **more,
         )
 
@@ -148,13 +152,14 @@ class FaceIndex:
         The root is left out, so that a data set may move.
         """
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(b"\0".join(self.paths.tolist()))
+        for start, some in blocks(self.paths):
+            digest.update((b"\0" if start else b"") + b"\0".join(some.tolist()))
         digest.update("\0".join(self.class_names).encode())
         for name in ("offsets", "lengths", "labels", "splits", "hashes", "landmarks", "attributes"):
             column = getattr(self, name)
             digest.update(name.encode())
-            if column is not None:
-                digest.update(np.ascontiguousarray(column).data)
+            for _, some in () if column is None else blocks(column):
+                digest.update(np.ascontiguousarray(some).data)
         return digest.hexdigest()
 
     def facts(self) -> IndexFacts:
@@ -168,7 +173,7 @@ class FaceIndex:
 
     def select(self, which: NDArray[np.bool_] | NDArray[np.integer[Any]] | Sequence[int]) -> FaceIndex:
         """The rows of a mask [N] or of row numbers, in that order; labels and class names stay."""
-        return dataclasses.replace(self, **{name: c[which] for name, c in self._columns().items()})
+        return dataclasses.replace(self, **taken(self._columns(), which))
 
     def compact(self) -> FaceIndex:
         """The same rows, with labels and class names of the identities that have a picture here alone."""
@@ -230,38 +235,36 @@ class FaceIndex:
         threads: int = 0,
         max_pixels: int = Reading.max_pixels,
         progress: Callable[[int], None] | None = None,
+        crew: Crew | None = None,
     ) -> FaceIndex:
         """This index with the size, orientation, content hash and fault of every picture.
 
         Args:
-            threads: 0 is one per core.
+            threads: of each process; 0 is one per core.
             max_pixels: larger pictures get the fault "too many pixels".
             progress: called now and then with the number of pictures done.
+            crew: the ranks that share the pictures; this process alone without.
 
         Raises:
             DataError: `root` cannot be opened.
         """
-        try:
-            found = _scan.scan(
-                os.fsencode(self.root),
-                self.paths,
-                self.offsets,
-                self.lengths,
-                threads,
-                max_pixels,
-                progress,
-            )
-        except OSError as error:
-            raise DataError(
-                f"the folder {escaped(self.root)} cannot be opened ({error.strerror}); if it was moved, index it anew"
-            ) from error
+        crew = crew or Crew()
+        cuts = np.arange(crew.size + 1) * len(self) // crew.size
+        pieces = [
+            (self.root, *(c[start:end] for c in (self.paths, self.offsets, self.lengths)), threads, max_pixels)
+            for start, end in itertools.pairwise(cuts.tolist())
+        ]
+        # Rank 0 shows its own part for all of them.
+        show = progress and (lambda done: progress(min(len(self), done * crew.size)))
+        found = crew.each(_scan_rows, pieces, here=functools.partial(_scan_rows, progress=show))
+        columns = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
         return dataclasses.replace(
             self,
-            widths=found["width"],
-            heights=found["height"],
-            orientations=found["orientation"],
-            hashes=found["hash"],
-            faults=found["fault"],
+            widths=columns["width"],
+            heights=columns["height"],
+            orientations=once(columns["orientation"]),
+            hashes=columns["hash"],
+            faults=once(columns["fault"]),
         )
 
     def save(self, path: str | os.PathLike[str], *, parents: bool = False, **extra: str) -> None:
@@ -298,7 +301,11 @@ class FaceIndex:
             stored["root"] = str(stored["root"])
             for name in ("class_names", "attribute_names"):
                 stored[name] = tuple(stored[name].tolist())
+            arrays.clear()
             _check_stored(stored)
+            for name, column in stored.items():
+                if isinstance(column, np.ndarray) and column.ndim == 1 and name != "paths":
+                    stored[name] = once(column)
             return cls(**stored)
         except Exception as error:  # a damaged archive raises nearly anything
             raise ValueError(
@@ -458,9 +465,9 @@ def _check_stored(stored: dict[str, Any]) -> None:
         raise ValueError("a picture's place in its file is below 0")
     for name, most in (("landmarks", FARTHEST), ("boxes", FARTHEST), ("attributes", np.finfo(np.float32).max)):
         column = stored.get(name)
-        if column is not None and (abs(column) > most).any():
+        if column is not None and any((abs(some) > most).any() for _, some in blocks(column)):
             raise ValueError(f"column {name} has numbers beyond {most:g}")
-    outside = _first_outside(stored["paths"])
+    outside = first_outside(stored["paths"])
     if outside is not None:
         raise ValueError(f"it names {printable(outside)}, which leads out of the folder {escaped(stored['root'])}")
     if not all(isinstance(name, str) for name in (*stored["class_names"], *stored["attribute_names"])):
@@ -469,16 +476,15 @@ def _check_stored(stored: dict[str, Any]) -> None:
         raise ValueError("it has a class name twice")
 
 
-def _first_outside(paths: NDArray[np.bytes_]) -> bytes | None:
-    """A path that is absolute, empty, or climbs out of the folder it is relative to."""
-    for path in paths.tolist():
-        if not path or path.startswith(b"/") or (b".." in path and b".." in path.split(b"/")):
-            return bytes(path)
-    return None
-
-
-def _column(values: ArrayLike | None, neutral: int, rows: int, dtype: Any) -> NDArray[Any]:
-    return np.full(rows, neutral, dtype) if values is None else np.array(values, dtype)
+def _scan_rows(piece: Any, progress: Callable[[int], None] | None = None) -> Any:
+    """What `_scan.scan` finds of (root, paths, offsets, lengths, threads, most pixels)."""
+    root, paths, offsets, lengths, threads, max_pixels = piece
+    try:
+        return _scan.scan(os.fsencode(root), paths, offsets, lengths, threads, max_pixels, progress)
+    except OSError as error:
+        raise DataError(
+            f"the folder {escaped(root)} cannot be opened ({error.strerror}); if it was moved, index it anew"
+        ) from error
 
 
 def _check_fraction(fraction: float) -> None:

@@ -224,13 +224,13 @@ class Loader:
         if not work.lacking():
             return
         # Drawn for the whole batch: padding is filled with the same pictures at any number of ranks.
-        batch = self.sampler.batch(work.epoch, work.step)
-        padded = np.flatnonzero(batch < 0)
-        rows = candidates(self.sampler.rows, batch, (self._seed, work.epoch, work.step, 0), len(batch) + SPARES)
+        share = self.sampler.share(work.epoch, work.step, self._rank, self._world)
+        batch, padded = share.batch, np.flatnonzero(share.batch < 0)
+        rows = candidates(self.sampler.rows, batch, (self._seed, work.epoch, share.step, 0), len(batch) + SPARES)
         # This rank's padding first; then, for files that cannot be read, rows that no other rank begins with.
-        ours = rows[: len(padded)][padded[: len(rows)] % self._world == self._rank]
+        ours = rows[: len(padded)][padded[: len(rows)] % share.parts == share.part]
         others = rows[len(padded) :]
-        rows = np.concatenate([ours, np.roll(others, -self._rank * (len(others) // self._world))])
+        rows = np.concatenate([ours, np.roll(others, -share.part * (len(others) // share.parts))])
         taken = set(work.rows.tolist())
         # Rows that are known to be bad are passed over, as one that turns out so is: the order stays the same.
         fresh = [row for row in rows.tolist() if row not in taken and not self._known_fault(row)]

@@ -9,14 +9,18 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from facefast.data import FaceIndex, read_index
 from facefast.data.corrections import apply_corrections, read_labels
+from facefast.data.crew import Crew
 from facefast.data.divide import YES, PhaseData, at_random, divide
 from facefast.data.drawn import synthetic
 from facefast.data.index import FAULTS, NO_FACE, SPLITS
 from facefast.data.loader import FEWEST_BAD
+from facefast.data.remote import mirror
 from facefast.data.subsets import joined
+from facefast.data.walk import is_remote
 from facefast.recipe import DataConfig, Phase, Photographs, Reading, Recipe
 from facefast.runtime import files
 from facefast.runtime.exits import DataError
@@ -38,8 +42,8 @@ def prepare(
 ) -> tuple[PhaseData, ...]:
     """Reads, checks and divides the photographs; every rank gets the same.
 
-    Rank 0 scans the files, looks for faces where `locate` finds that necessary, and leaves `index.npz` in the run
-    folder for the others.
+    All ranks read and check the files, each its part. Rank 0 puts that together, looks for faces where `locate` finds
+    that necessary, and leaves `index.npz` in the run folder for the others.
 
     Args:
         begun: the index that a run began with which goes on: where the pictures are still those it stays, and those
@@ -51,17 +55,16 @@ def prepare(
         StorageError: the index cannot be written.
     """
     saved = folder / "index.npz"
+    crew = Crew(run)
     if run.is_main:
         reading = recipe.data.reading(decode_threads(recipe.threads, run.world))
-        index = as_it_began(begun, recipe, reading, locate) if begun is not None else None
+        index = as_it_began(begun, recipe, reading, locate, crew) if begun is not None else None
         if index is None:
-            index = photographs_of(recipe, reading, locate)
+            index = photographs_of(recipe, reading, locate, crew)
         index.save(saved)
-        run.broadcast(True)
+        crew.dismiss()
     else:
-        # To look for faces may take longer than a collective operation waits: rank 0 says None while it is busy.
-        while run.broadcast(None) is None:
-            pass
+        crew.serve()
     # Where the run folder is not shared by the machines, it holds an old index on another one, or none.
     run.require_same({"index.npz": files.sha256(saved) if saved.exists() else "missing"}, DataError)
     # Rank 0 too reads what it wrote: no rank can work on an index that differs from the others'.
@@ -72,7 +75,9 @@ def prepare(
     return datasets
 
 
-def as_it_began(begun: Path, recipe: Recipe, reading: Reading, locate: Locate | None = None) -> FaceIndex | None:
+def as_it_began(
+    begun: Path, recipe: Recipe, reading: Reading, locate: Locate | None = None, crew: Crew | None = None
+) -> FaceIndex | None:
     """The index that a run began with, if the photographs are still its pictures under the same names; else None.
 
     A picture that changed, can no longer be read or is gone keeps its row: to the reader it is then unreadable, so the
@@ -91,7 +96,7 @@ def as_it_began(begun: Path, recipe: Recipe, reading: Reading, locate: Locate | 
     except ValueError:
         return None
     # Those that turned bad are counted below, among the run's own pictures.
-    now = photographs_of(recipe, dataclasses.replace(reading, max_bad_fraction=1.0), locate)
+    now = photographs_of(recipe, dataclasses.replace(reading, max_bad_fraction=1.0), locate, crew)
     rows = _places(before, now)
     if before.root != now.root or -1 in rows or not _same_facts(before.select(rows), now):
         return None
@@ -155,27 +160,33 @@ def _require_evaluation(data: PhaseData, phase: Phase, config: DataConfig) -> No
     )
 
 
-def photographs_of(recipe: Recipe, reading: Reading, locate: Locate | None = None) -> FaceIndex:
+def photographs_of(
+    recipe: Recipe, reading: Reading, locate: Locate | None = None, crew: Crew | None = None
+) -> FaceIndex:
     """The photographs of a recipe as `read_photographs` reads them, or drawn faces where it names none; after them
     those of `data.more` and `binary.negatives`."""
     data = recipe.data
     if not data.root:
         data = dataclasses.replace(data, root=str(synthetic.write(DRAWN_ROOT, synthetic.DrawnSpec())))
-    index = read_photographs(data, reading, locate)
-    others = [_located(_scanned(folder, "auto", reading), reading, locate) for folder in data.more]
+    index = read_photographs(data, reading, locate, crew)
+    others = [
+        _located(_scanned(_here(folder, data, crew), "auto", reading, crew), reading, locate) for folder in data.more
+    ]
     if recipe.binary.active:
-        index = _with_yes_and_no(index, recipe, reading, locate)
+        index = _with_yes_and_no(index, recipe, reading, locate, crew)
     return joined(index, others)
 
 
-def read_photographs(data: Photographs, reading: Reading, locate: Locate | None = None) -> FaceIndex:
+def read_photographs(
+    data: Photographs, reading: Reading, locate: Locate | None = None, crew: Crew | None = None
+) -> FaceIndex:
     """The sound rows of the photographs, scanned, with corrections and labels applied and, by `locate`, faces found.
 
     Raises:
         DataError: more bad files than `reading` allows.
         ValueError: the folder's layout is not what `data` says.
     """
-    index = _scanned(data.root, data.format, reading)
+    index = _scanned(_here(data.root, data, crew), data.format, reading, crew)
     if data.corrections:
         index = apply_corrections(index, data.corrections)
     if data.labels:
@@ -187,9 +198,15 @@ def _located(index: FaceIndex, reading: Reading, locate: Locate | None, *, facel
     return index if locate is None else locate(index, reading, faceless=faceless)
 
 
-def _scanned(root: str, format: str, reading: Reading) -> FaceIndex:
-    read = read_index(root, format)
-    index = read.scanned(threads=reading.threads, max_pixels=reading.max_pixels)
+def _here(root: str, data: Photographs, crew: Crew | None) -> str:
+    """Where on this machine the photographs of a root are."""
+    return str(mirror(root, data.cache, data.cache_gib, crew)) if is_remote(root) else root
+
+
+def _scanned(root: str, format: str, reading: Reading, crew: Crew | None = None) -> FaceIndex:
+    read = read_index(root, format, crew=crew)
+    with tqdm(total=len(read), unit="pictures", desc="photographs", disable=None, leave=False) as bar:
+        index = read.scanned(reading.threads, reading.max_pixels, lambda done: bar.update(done - bar.n), crew)
     check_budget(index, reading.max_bad_fraction)
     # What a saved index knows of faces is of the pictures that it saw.
     same = (index.hashes == read.hashes).all(1)
@@ -233,7 +250,9 @@ def require_sound(index: FaceIndex) -> None:
         )
 
 
-def _with_yes_and_no(index: FaceIndex, recipe: Recipe, reading: Reading, locate: Locate | None) -> FaceIndex:
+def _with_yes_and_no(
+    index: FaceIndex, recipe: Recipe, reading: Reading, locate: Locate | None, crew: Crew | None
+) -> FaceIndex:
     """The index with the attribute `YES` and a split: strangers in the test part are people that training never sees.
 
     Raises:
@@ -251,7 +270,9 @@ def _with_yes_and_no(index: FaceIndex, recipe: Recipe, reading: Reading, locate:
         yes, no = index.select(ours), index.select(~ours)
     else:
         # What is no face is a no as well.
-        no = _located(_scanned(recipe.binary.negatives, "auto", reading), reading, locate, faceless=True)
+        no = _located(
+            _scanned(_here(recipe.binary.negatives, data, crew), "auto", reading, crew), reading, locate, faceless=True
+        )
         yes = index
     if not len(yes) or not len(no):
         raise ValueError(f"binary has {len(yes)} pictures to say yes to and {len(no)} to say no to; both are needed")

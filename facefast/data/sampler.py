@@ -1,19 +1,29 @@
 """Which rows come next: pure functions of (seed, epoch, step) to a global batch, of which each rank takes its part.
 
-Nothing here remembers anything: a run resumes by asking for the step it stopped at, at any world size that divides the
-batch.
+Nothing here remembers anything: a run resumes by asking for the step it stopped at, at any world size. What a batch
+holds never depends on that; `Parts` only says in how many forward passes the ranks there are take their parts of it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
+
+
+class Share(NamedTuple):
+    """A part of a batch: its every `parts`-th row from number `part` on. What is drawn for one, such as the pictures in
+    its empty slots, follows from this and so from no number of ranks."""
+
+    batch: Rows
+    step: int
+    part: int
+    parts: int
 
 
 class Sampler(ABC):
@@ -73,6 +83,10 @@ class Sampler(ABC):
             raise ValueError(f"rank is {rank}; it must lie in [0, {world})")
         # Every world-th row, not one block: the padding at an epoch's end is spread over the ranks.
         return self.batch(epoch, step)[rank::world]
+
+    def share(self, epoch: int, step: int, rank: int, world: int) -> Share:
+        """Which part of which batch a rank's rows are."""
+        return Share(self.batch(epoch, step), step, rank, world)
 
     @abstractmethod
     def _order(self, epoch: int) -> Rows:
@@ -163,6 +177,46 @@ class PKSampler(Sampler):
         turn = steps // batches_per_round * k + np.arange(k)[:, None]  # [steps, K, 1]
         identities, turn = np.broadcast_arrays(identities, turn)
         return self._classes.pictures(generator, identities.reshape(-1), turn.reshape(-1))
+
+
+class Parts(Sampler):
+    """Another sampler's batches, each taken by a number of ranks in several passes: its steps are those passes.
+
+    A batch is cut into `world` x `passes` parts (its every n-th row), padded with -1 where it does not divide, and pass
+    k has parts k world to (k + 1) world - 1. Ranks and passes of the same product have the same parts.
+    """
+
+    def __init__(self, whole: Sampler, world: int, passes: int) -> None:
+        self.whole, self.world, self.passes = whole, world, passes
+        self.parts = world * passes
+        per_rank = -(-whole.batch_size // self.parts)
+        super().__init__(whole.rows, per_rank * world, whole.seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Passes in an epoch."""
+        return self.whole.steps_per_epoch * self.passes
+
+    def batch(self, epoch: int, step: int) -> Rows:
+        """Rows of one pass over all ranks: int64 [batch_size], -1 where padded.
+
+        Raises:
+            ValueError: `step` is not in [0, steps_per_epoch).
+        """
+        first = step % self.passes * self.world
+        return self._padded(epoch, step).reshape(-1, self.parts)[:, first : first + self.world].reshape(-1)
+
+    def share(self, epoch: int, step: int, rank: int, world: int) -> Share:
+        """Which part of which whole batch a rank's rows are."""
+        whole, turn = divmod(step, self.passes)
+        return Share(self._padded(epoch, step), whole, turn * self.world + rank, self.parts)
+
+    def _padded(self, epoch: int, step: int) -> Rows:
+        batch = self.whole.batch(epoch, step // self.passes)
+        return np.pad(batch, (0, -len(batch) % self.parts), constant_values=-1)
+
+    def _order(self, epoch: int) -> Rows:
+        return self.whole._order(epoch)
 
 
 class _Classes:

@@ -15,6 +15,7 @@ Every reader and every command asks here, so that none sees other files than the
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from enum import Enum, auto
@@ -143,6 +144,11 @@ def top_entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[bytes]]:
         ) from error
 
 
+def is_remote(root: str | os.PathLike[str]) -> bool:
+    """Whether a root is an address such as s3://bucket/folder."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(root)) is not None
+
+
 def require_there(path: str | os.PathLike[str]) -> None:
     """Refuses a path of photographs that leads nowhere, in one way for every command.
 
@@ -150,6 +156,8 @@ def require_there(path: str | os.PathLike[str]) -> None:
         ValueError: nothing is there, or it is no path.
         DataError: nobody may look whether there is.
     """
+    if is_remote(path):  # that is found out where it is fetched
+        return
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

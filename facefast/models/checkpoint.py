@@ -238,7 +238,8 @@ def check_same_run(path: Path, recipe: Recipe, plan: Plan) -> None:
     # By way of a Recipe: a field that is newer than the checkpoint has its default there.
     theirs, ours = to_json(from_json(Recipe, files.read_json(path / "recipe.json"))), to_json(recipe)
     # These may change in the middle of a run: they have no part in its weights.
-    free = ("threads", "log_every", "keep", "save_every", "projector", "rank_timeout", "source_licence")
+    caches = ("data.cache", "data.cache_gib")
+    free = (*caches, "threads", "log_every", "keep", "save_every", "projector", "rank_timeout", "source_licence")
     differs = [
         f"{name}: {old!r} there, {new!r} now" for name, old, new in files.differences(theirs, ours) if name not in free
     ]

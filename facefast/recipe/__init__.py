@@ -18,7 +18,7 @@ from facefast.recipe.config import (
 from facefast.recipe.image import AugmentSpec, ImageSpec
 from facefast.recipe.jsonable import from_json, to_json
 from facefast.recipe.phase import DistillConfig, LossConfig, Phase
-from facefast.recipe.plan import IndexFacts, PhasePlan, Plan, resolve
+from facefast.recipe.plan import IndexFacts, PhasePlan, Plan, resolve, within
 from facefast.recipe.whole import Recipe
 
 __all__ = [
@@ -42,4 +42,5 @@ __all__ = [
     "from_json",
     "resolve",
     "to_json",
+    "within",
 ]

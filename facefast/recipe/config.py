@@ -54,7 +54,8 @@ class Photographs:
     """Where the photographs are, and what is known of the people in them."""
 
     root: str = ""
-    """Folder of photographs; training draws faces where it is empty (see `facefast.data.drawn`)."""
+    """Folder of photographs, or the address of shards in an object store (s3://BUCKET/FOLDER); training draws faces
+    where it is empty (see `facefast.data.drawn`)."""
     format: Literal["auto", "folder", "celeba", "afad", "lfw", "recordio", "webdataset", "crops", "synthetic"] = "auto"
     """Layout of `root`; auto recognises it."""
     corrections: str = ""
@@ -69,11 +70,22 @@ class Photographs:
     """Unreadable files tolerated before the run stops with exit code 65."""
     max_pixels: int = Reading.max_pixels
     """Pictures with more pixels than this are refused (decompression bombs)."""
+    cache: str = ""
+    """Folder of this machine, or one that machines share, for what is fetched from an object store; empty is
+    facefast/remote in the user's cache."""
+    cache_gib: float = 0.0
+    """GiB that it may take: what no run reads makes room, the longest unused first; 0 is what the disk has."""
 
     def __post_init__(self) -> None:
+        roots = (self.root, *getattr(self, "more", ()))
+        if (self.cache or self.cache_gib) and not any("://" in root for root in roots):
+            raise ValueError(
+                f"data.cache {self.cache or self.cache_gib!r} has no effect: data.root {self.root or 'empty'} is no "
+                "address of an object store; leave it out"
+            )
         if not self.detect:
             raise ValueError("data.detect is empty; it must be auto, mtcnn, none, or a file of YuNet")
-        require(self, "data.", max_bad_fraction=(0, 1), max_pixels=(1, MOST))
+        require(self, "data.", max_bad_fraction=(0, 1), max_pixels=(1, MOST), cache_gib=(0, MOST))
 
     def reading(self, threads: int) -> Reading:
         """How these files are read by so many threads."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from facefast.recipe.phase import Phase
@@ -31,9 +33,15 @@ class PhasePlan:
     num_classes: int
     fingerprint: str
     batch_size: int
-    """Pictures of one forward pass over all processes."""
+    """Pictures that are drawn at once: of `passes` forward passes over all processes."""
     batch_per_rank: int
-    """Pictures of one forward pass on one process."""
+    """Pictures of one forward pass on one process; the last ones of a batch that does not divide are padding."""
+    most_per_rank: int
+    """Those where the run began: a process that goes on with fewer others never holds more."""
+    passes: int
+    """Forward passes that `batch_size` takes; above 1 where fewer processes go on than began."""
+    accumulate: int
+    """Forward passes of one update on one process: `passes` times the recipe's own."""
     batchnorm_batch: int
     """Pictures that BatchNorm takes its statistics of, where it does."""
     seed: int
@@ -56,10 +64,10 @@ class Plan:
 
 
 def resolve(recipe: Recipe, facts: tuple[IndexFacts, ...], world_size: int) -> Plan:
-    """Turns a recipe, one `IndexFacts` per phase and the world size into a plan.
+    """Turns a recipe, one `IndexFacts` per phase and the world size into the plan of a run that begins.
 
     Raises:
-        ValueError: a batch does not divide among the processes, or there is nothing to learn from.
+        ValueError: a batch has fewer pictures than there are processes, or there is nothing to learn from.
     """
     return Plan(
         world_size=world_size,
@@ -70,12 +78,30 @@ def resolve(recipe: Recipe, facts: tuple[IndexFacts, ...], world_size: int) -> P
     )
 
 
+def within(plan: Plan, recipe: Recipe, most_per_rank: Sequence[int]) -> Plan:
+    """The plan of a run that goes on, perhaps with another number of processes.
+
+    The rows of every update stay what they were. Where fewer processes go on, each takes its part in several forward
+    passes, so that none holds more pictures at once than when the run began: where their number divides that of then,
+    the parts are the very same.
+
+    Args:
+        plan: as `resolve` makes it for the processes that there are.
+        most_per_rank: of each phase, as the run began.
+    """
+    phases = (
+        _divided(phase, plan.world_size, most, ours.accumulate, recipe.model.batchnorm == "sync")
+        for phase, ours, most in zip(plan.phases, recipe.phases, most_per_rank, strict=True)
+    )
+    return dataclasses.replace(plan, phases=tuple(phases))
+
+
 def _resolve_phase(phase: Phase, facts: IndexFacts, world_size: int, seed: int, synchronised: bool) -> PhasePlan:
-    passes = world_size * phase.accumulate
-    if phase.batch_size % passes:
+    batch_size = phase.batch_size // phase.accumulate
+    if batch_size < world_size:
         raise ValueError(
-            f"phase {phase.name}: batch_size {phase.batch_size} does not divide among {world_size} processes "
-            f"x {phase.accumulate} passes; use a multiple of {passes}"
+            f"phase {phase.name}: batch_size {phase.batch_size} is less than a picture for each of {world_size} "
+            f"processes x {phase.accumulate} passes; use {world_size * phase.accumulate} or more"
         )
     if facts.num_classes < 2 and (phase.loss.weight > 0 or phase.loss.pairwise):
         raise ValueError(
@@ -84,15 +110,34 @@ def _resolve_phase(phase: Phase, facts: IndexFacts, world_size: int, seed: int, 
     # Balanced samplers draw among identities: pictures without one never come.
     num_rows = facts.num_rows - (facts.num_unlabelled if phase.sampler != "epoch" else 0)
     steps_per_epoch = math.ceil(num_rows / phase.batch_size)
-    return PhasePlan(
+    most = math.ceil(batch_size / world_size)
+    plan = PhasePlan(
         name=phase.name,
         num_rows=facts.num_rows,
         num_classes=facts.num_classes,
         fingerprint=facts.fingerprint,
-        batch_size=phase.batch_size // phase.accumulate,
-        batch_per_rank=phase.batch_size // passes,
-        batchnorm_batch=phase.batch_size // (phase.accumulate if synchronised else passes),
+        batch_size=batch_size,
+        batch_per_rank=most,
+        most_per_rank=most,
+        passes=1,
+        accumulate=phase.accumulate,
+        batchnorm_batch=most,
         seed=seed,
         steps_per_epoch=steps_per_epoch,
         steps=phase.steps or max(1, round(phase.epochs * steps_per_epoch)),  # a phase makes one update at least
+    )
+    return _divided(plan, world_size, most, phase.accumulate, synchronised)
+
+
+def _divided(plan: PhasePlan, world_size: int, most: int, accumulate: int, synchronised: bool) -> PhasePlan:
+    """The phase with its batches divided among the processes, at most so many pictures at once on each."""
+    passes = math.ceil(plan.batch_size / (world_size * most))
+    batch_per_rank = math.ceil(plan.batch_size / (world_size * passes))
+    return dataclasses.replace(
+        plan,
+        batch_per_rank=batch_per_rank,
+        most_per_rank=most,
+        passes=passes,
+        accumulate=accumulate * passes,
+        batchnorm_batch=batch_per_rank * world_size if synchronised else batch_per_rank,
     )

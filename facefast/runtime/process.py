@@ -259,7 +259,7 @@ def _meet(world: World, patience: float) -> ranks.Ranks:
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if by_torchrun:
         _end_without_torchrun(host, port)
-    place = ranks.Place(host, port, by_torchrun, os.environ.get("TORCHELASTIC_RESTART_COUNT", ""))
+    place = ranks.Place(host, port, by_torchrun)
     return ranks.Ranks(world.rank, world.size, place, patience)
 
 

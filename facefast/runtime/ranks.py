@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -56,7 +57,7 @@ class Place(NamedTuple):
     by_torchrun: bool
     """Whether torchrun keeps it; rank 0 does otherwise."""
     prefix: str = ""
-    """Of its keys, so that a restart by torchrun finds none of those before."""
+    """Of its keys, so that a restart by torchrun, whose store stays, finds none of those before."""
 
     def __str__(self) -> str:
         keeper = "torchrun" if self.by_torchrun else "rank 0"
@@ -110,6 +111,44 @@ def difference(facts: Sequence[tuple[Rank, Mapping[str, Any]]]) -> str:
     return "; ".join(lines[:SHOWN]) + more
 
 
+class Lobby:
+    """Where the ranks of one start find out by which prefix its keys begin, so that they meet nobody of an earlier one.
+
+    torchrun's count of restarts is no such prefix: each node has its own, and one that joins later begins at 0. Rank 0
+    makes one up and tells whoever asks.
+    """
+
+    def __init__(self, store: Store, number: int, size: int) -> None:
+        self._store, self._number, self._me = store, number, uuid.uuid4().hex
+        self._asked = dict.fromkeys(range(1, size), "")
+
+    def attempt(self, patience: float) -> str:
+        """The prefix; every rank but 0 waits for the answer.
+
+        Raises:
+            RankError: it has not come in time.
+        """
+        if self._number == 0:
+            return self._me
+        self._store.set(f"asks/{self._number}", self._me)
+        deadline = time.monotonic() + patience
+        while not self._store.check([f"answer/{self._me}"]):
+            if time.monotonic() > deadline:
+                raise exits.RankError(f"rank 0 has not arrived within {patience:g} s; the same command tries again")
+            time.sleep(0.05)
+        return self._store.get(f"answer/{self._me}").decode()
+
+    def answer(self) -> None:
+        """Rank 0's part, to be called until everybody is there: a question may be an earlier process's, and the same
+        rank ask once more."""
+        for number, before in self._asked.items() if self._number == 0 else ():
+            if self._store.check([f"asks/{number}"]):
+                now = self._store.get(f"asks/{number}").decode()
+                if now != before:
+                    self._asked[number] = now
+                    self._store.set(f"answer/{now}", self._me)
+
+
 class Ranks:
     """The ranks of a run, found by the store.
 
@@ -139,7 +178,11 @@ class Ranks:
         timer = threading.Timer(patience + 5, self._end, (f"{place} has not answered for {patience:g} s",))
         timer.daemon = True
         timer.start()
+        self._lobby: Lobby | None = None
         try:
+            if place.by_torchrun:
+                self._lobby = Lobby(place._replace(prefix="lobby").open(patience), number, size)
+                self._place = place._replace(prefix=self._lobby.attempt(patience))
             self.store = self._open(patience)
             self.all = self._meet(patience)
         finally:
@@ -175,6 +218,8 @@ class Ranks:
         for number in range(self.size):
             # Rank 0 first, and each is compared as it comes: whoever counts more ranks than there are would wait.
             while not store.check([f"here/{number}"]):
+                if self._lobby:
+                    self._lobby.answer()
                 if time.monotonic() > deadline:
                     missing = [k for k in range(self.size) if not store.check([f"here/{k}"])]
                     raise exits.RankError(

@@ -221,7 +221,7 @@ FEW_FOR_BATCHNORM = 32
 def batchnorm_advice(state: TrainState) -> Iterator[str]:
     """A warning where several ranks train otherwise than one would, for BatchNorm's sake."""
     plan, world = state.phase_plan, state.run.world.size
-    few = plan.batchnorm_batch < min(plan.batch_size, FEW_FOR_BATCHNORM)
+    few = world > 1 and plan.batchnorm_batch < min(plan.batch_size, FEW_FOR_BATCHNORM)
     if few and takes_statistics(state.model):
         yield (
             f"BatchNorm sees {plan.batchnorm_batch} pictures on each of {world} processes, where one process would "

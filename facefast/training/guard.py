@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,13 +38,28 @@ class StatisticsGuard:
         for module in network.modules():
             if isinstance(module, AdaFace):
                 self._now += [module.mean, module.std]
+        self._counts = [
+            module.num_batches_tracked
+            for module in network.modules()
+            if isinstance(module, _BatchNorm) and module.training and module.num_batches_tracked is not None
+        ]
         self._kept = [torch.empty_like(statistic) for statistic in self._now]
 
     @torch.no_grad()
     def remember(self) -> None:
         """Before an update's forward passes."""
-        if self._now:
-            torch._foreach_copy_(self._kept, self._now)
+        _copy(self._kept, self._now)
+
+    @contextlib.contextmanager
+    def put_aside(self) -> Iterator[None]:
+        """Within it statistics begin as `remember` saw them; afterwards they are as they were before it."""
+        # A copy, for a recipe's own accumulation moves them several times in each turn.
+        moved = [statistic.clone() for statistic in (*self._now, *self._counts)]
+        with torch.no_grad():
+            _copy(self._now, self._kept)
+        yield
+        with torch.no_grad():
+            _copy([*self._now, *self._counts], moved)
 
     @torch.no_grad()
     def settle(self, finite: Tensor) -> None:
@@ -59,6 +75,11 @@ class StatisticsGuard:
         moved = torch._foreach_sub(now, kept)
         torch._foreach_mul_(moved, finite.to(torch.int32))
         torch._foreach_copy_(now, torch._foreach_add(kept, moved))
+
+
+def _copy(to: list[Tensor], values: list[Tensor]) -> None:
+    if to:
+        torch._foreach_copy_(to, values)
 
 
 def not_finite(tensors: dict[str, dict[str, Tensor]]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -260,9 +260,6 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
         term that is not finite.
     """
     phase, world = state.phase, state.run.world
-    # Dropout, stochastic depth and mixed pictures draw from generators that every update seeds: a resumed run
-    # draws what an uninterrupted one would, and no generator's state has to be saved.
-    torch.manual_seed(_seed(state.recipe.seed, state.step, world.rank))
     # The schedule's factor on each group's own peak, which keeps layer_decay's and head_lr's ratios.
     for group in state.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * state.lr / phase.lr
@@ -270,9 +267,9 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
     first, terms_end = len(STATS), len(STATS) + len(state.objective.names)
     stats = torch.zeros(terms_end + len(state.objective.names), device=state.run.device)
     state.guard.remember()
-    for number, batch in enumerate(batches):
+    for batch, is_last in _in_turn(state, batches):
         # DDP averages gradients over the ranks once per update, in the last backward pass.
-        with _no_sync(state.network, number < len(batches) - 1):
+        with _no_sync(state.network, not is_last):
             terms = state.network(batch, state.values_of(batch.rows), row_counts, world.size)
             state.scaler.scale(terms.total).backward()
         with torch.no_grad():
@@ -337,6 +334,23 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
     stats[0] = torch.where(sound, stats[0], 0)
     stats[first:terms_end] = torch.where(sound, stats[first:terms_end], 0)
     return stats
+
+
+def _in_turn(state: TrainState, batches: Sequence[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """The micro-batches, and whether each is the update's last one.
+
+    A process that goes on for several which began takes the turn of each: it draws what that one would have drawn, and
+    the running statistics that it keeps are those of its own turn, as rank 0's are with several.
+    """
+    passes, world = state.phase_plan.passes, state.run.world
+    for turn in range(passes):
+        # Dropout, stochastic depth and mixed pictures draw from generators that every update seeds: a resumed run
+        # draws what an uninterrupted one would, and no generator's state has to be saved.
+        torch.manual_seed(_seed(state.recipe.seed, state.step, turn * world.size + world.rank))
+        with state.guard.put_aside() if turn else contextlib.nullcontext():
+            own = batches[turn::passes]
+            for number, batch in enumerate(own):
+                yield batch, turn == passes - 1 and number == len(own) - 1
 
 
 def _no_sync(network: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:

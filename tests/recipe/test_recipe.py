@@ -162,12 +162,6 @@ def test_a_plan_counts_steps_over_all_processes_and_keeps_the_last_short_batch()
     assert plan.steps == 48
 
 
-def test_a_batch_that_does_not_divide_among_the_processes_is_refused() -> None:
-    recipe = Recipe(phases=(Phase(start="scratch", batch_size=64),))
-    with pytest.raises(ValueError, match="64 does not divide among 3 processes"):
-        resolve(recipe, (FACTS,), world_size=3)
-
-
 def test_one_identity_is_not_enough_to_train() -> None:
     recipe = Recipe(phases=(Phase(start="scratch"),))
     with pytest.raises(ValueError, match="at least 2 are needed"):

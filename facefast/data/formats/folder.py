@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from facefast.data.columns import blocks, gathered
 from facefast.data.index import FaceIndex, number_classes, printable
 from facefast.data.walk import entries, holds_picture, is_folder, list_pictures, split_of, top_entries
 from facefast.runtime.exits import DataError
@@ -25,25 +29,29 @@ def read_folder(root: str | os.PathLike[str]) -> FaceIndex:
     """
     top = os.fsencode(root)
     parts = _parts(top)
-    paths: list[bytes] = []
     names: list[str] = []
     splits: list[int] = []
-    for base in parts or [b""]:
-        prefix, split = os.path.join(base, b"") if base else b"", split_of(base) or 0
-        last, name = b"", ""
-        for path in list_pictures(os.path.join(top, base), descend_first=True):
-            identity, slash, _ = path.partition(b"/")
-            if identity != last:
-                last, name = identity, printable(identity)
-            paths.append(prefix + path)
-            names.append(name if slash else "")
-            splits.append(split)
-    if parts:
-        loose = [path for path in list_pictures(top, descend_first=True) if path.partition(b"/")[0] not in parts]
-        paths += loose
-        names += [""] * len(loose)
-        splits += [0] * len(loose)
-    else:
+
+    def walk() -> Iterator[bytes]:
+        for base in parts or [b""]:
+            prefix, split = os.path.join(base, b"") if base else b"", split_of(base) or 0
+            last, name = b"", ""
+            for path in list_pictures(os.path.join(top, base), descend_first=True):
+                identity, slash, _ = path.partition(b"/")
+                if identity != last:
+                    last, name = identity, printable(identity)
+                names.append(name if slash else "")
+                splits.append(split)
+                yield prefix + path
+        if parts:
+            for path in list_pictures(top, descend_first=True):
+                if path.partition(b"/")[0] not in parts:
+                    names.append("")
+                    splits.append(0)
+                    yield path
+
+    paths = gathered(walk())
+    if not parts:
         _require_people(os.fspath(root), paths)
     labels, class_names = number_classes(names)
     return FaceIndex.build(root, paths, labels, class_names, splits=splits)
@@ -83,11 +91,12 @@ def _holds_people(folder: bytes) -> bool:
         return False
 
 
-def _require_people(root: str, paths: Sequence[bytes]) -> None:
+def _require_people(root: str, paths: NDArray[np.bytes_]) -> None:
     """Refuses or doubts a folder whose identities hold nothing but folders: it may be one level too high."""
-    if any(path.count(b"/") == 1 for path in paths):  # nearly always the first one
+    every = (path for _, some in blocks(paths) for path in some.tolist())
+    if any(path.count(b"/") == 1 for path in every):  # nearly always the first one
         return
-    inside = [path.split(b"/", 2) for path in paths if b"/" in path]
+    inside = [path.split(b"/", 2) for path in paths.tolist() if b"/" in path]
     below = {(parts[0], parts[1]) for parts in inside if len(parts) == 3}
     identities = {parts[0] for parts in inside}
     if len(below) <= len(identities):

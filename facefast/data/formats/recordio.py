@@ -6,6 +6,7 @@ lfw2pack.py. Pictures stay where they are: a row is a byte range.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import warnings
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from facefast.data.crew import Crew
 from facefast.data.formats import bin_pickle
 from facefast.data.index import FaceIndex, PairSet
 from facefast.data.walk import top_entries
@@ -42,12 +44,15 @@ RECORD = np.dtype(
 )
 
 
-def read_recordio(root: str | os.PathLike[str]) -> FaceIndex:
+def read_recordio(root: str | os.PathLike[str], crew: Crew | None = None) -> FaceIndex:
     """The pictures of a .rec file; `root` is the file or its folder.
 
     InsightFace's header and identity records are no rows. Files of im2rec, which have neither, and
     files without an .idx are read too. A label is the record's own or the first of its array;
     those that occur are numbered from 0, and -1 is unlabelled.
+
+    Args:
+        crew: the ranks that share the records' headers; this process alone without.
 
     Raises:
         ValueError: the folder holds several .rec files or none.
@@ -57,7 +62,10 @@ def read_recordio(root: str | os.PathLike[str]) -> FaceIndex:
     # Mapped, not read: only headers are looked at, and a file of millions of pictures does not fit into memory.
     data = _bytes_of(file)
     keys, offsets = _keys(file, data)
-    records, inside = _records(data, offsets)
+    crew = crew or Crew()
+    cuts = np.arange(crew.size + 1) * len(offsets) // crew.size
+    found = crew.each(_headers, [(file, offsets[start:end]) for start, end in itertools.pairwise(cuts.tolist())])
+    records, inside = (np.concatenate(parts) for parts in zip(*found, strict=True))
     strange = np.flatnonzero(inside & (records["magic"] != MAGIC))
     if len(strange) > 0:
         raise DataError(
@@ -277,6 +285,11 @@ def _walk(file: Path, data: NDArray[np.uint8]) -> NDArray[np.int64]:
     if not offsets:
         raise DataError(f"{file} holds no record")
     return np.array(offsets, np.int64)
+
+
+def _headers(piece: tuple[Path, NDArray[np.int64]]) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
+    file, offsets = piece
+    return _records(_bytes_of(file), offsets)
 
 
 def _records(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[np.void], NDArray[np.bool_]]:

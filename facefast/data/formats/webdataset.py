@@ -13,6 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from facefast.data.crew import Crew
 from facefast.data.formats.tar import Member, members, open_shard
 from facefast.data.index import FaceIndex, escaped, number_classes
 from facefast.data.walk import Kind, is_folder, is_left_out, kind_of, list_files, split_of, top_entries
@@ -23,7 +27,7 @@ PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst",
 """Ends of the names of shards that are compressed."""
 
 
-def read_webdataset(root: str | os.PathLike[str]) -> FaceIndex:
+def read_webdataset(root: str | os.PathLike[str], crew: Crew | None = None) -> FaceIndex:
     """The pictures of all shards: `root` is a .tar, or a folder with shards anywhere below it.
 
     A picture's identity is the text of its `.cls`, or `identity` or else `label` in its `.json`; without any the label
@@ -31,25 +35,36 @@ def read_webdataset(root: str | os.PathLike[str]) -> FaceIndex:
     which ends at the first dot. Where a key has a picture that is named by nothing else (`1.jpg`), its others
     (`1.depth.jpg`) are fields of another kind and left out with a warning.
 
+    Args:
+        crew: the ranks that share the shards; this process alone without.
+
     Raises:
         DataError: a shard is damaged or compressed, holds a link, an absolute name or one with `..`, a name twice, or a
             label that cannot be understood or that another one contradicts.
     """
     base = Path(root)
     base, shards = (base.parent, [base]) if base.is_file() else (base, _shards(base))
-    paths, offsets, lengths, names, splits = [], [], [], [], []
-    for shard in shards:
+    names: list[str] = []
+    columns: list[tuple[NDArray[np.bytes_], NDArray[np.int64], NDArray[np.uint8]]] = []
+    for shard, (places, identities) in zip(shards, (crew or Crew()).each(_read_shard, shards), strict=True):
         inside = os.fsencode(shard.relative_to(base))
         split = split_of(os.fsencode(shard.parent.name)) or 0 if b"/" in inside else 0
-        for offset, length, identity in _samples(shard):
-            paths.append(inside)
-            offsets.append(offset)
-            lengths.append(length)
-            names.append(escaped(identity))
-            splits.append(split)
+        columns.append((np.full(len(places), inside), places, np.full(len(places), split, np.uint8)))
+        names += identities
+    if not columns:
+        raise ValueError(f"no shard in {base}; give the folder that holds the .tar files")
+    paths, places, splits = (np.concatenate(parts) for parts in zip(*columns, strict=True))
     _require_one_spelling(base, names)
     labels, class_names = number_classes(names, by_value=True)
-    return FaceIndex.build(base, paths, labels, class_names, offsets=offsets, lengths=lengths, splits=splits)
+    return FaceIndex.build(base, paths, labels, class_names, offsets=places[:, 0], lengths=places[:, 1], splits=splits)
+
+
+def _read_shard(shard: Path) -> tuple[NDArray[np.int64], list[str]]:
+    """[n, 2] offset and length, and the identity, of each picture of a shard."""
+    found = [(offset, length, escaped(identity)) for offset, length, identity in _samples(shard)]
+    places = np.array([each[:2] for each in found], np.int64).reshape(-1, 2)
+    known: dict[str, str] = {}  # one text for all pictures of a person
+    return places, [known.setdefault(name, name) for _, _, name in found]
 
 
 def recognises_webdataset(root: Path) -> bool:
