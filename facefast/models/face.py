@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from facefast.models.backbones import build_backbone
 from facefast.models.heads import HEADS, AttributeHeads, CosineHead, LinearHead, unit
 from facefast.models.weights.source import Report, Source, apply_source, load_source
+from facefast.ops import class_block
 from facefast.recipe import AttributeSpec, ImageSpec, ModelConfig, from_json, to_json
+from facefast.runtime.process import World
 
 FINDINGS = ("faces", "thresholds", "calibration")
 """What model.json says beside the architecture, of how the model was made and what it may say."""
@@ -48,6 +50,7 @@ class FaceModel(nn.Module):
         class_names: one per class, or none.
         scale: what the loss multiplies the logits by; probabilities need it.
         attributes: what it predicts beside names.
+        world: the processes that share the classes of a cosine head; None has them all here.
 
     Raises:
         ValueError: an unknown backbone, or another number of names than of classes.
@@ -64,9 +67,10 @@ class FaceModel(nn.Module):
         class_names: Sequence[str] = (),
         scale: float = 1.0,
         attributes: Sequence[AttributeSpec] = (),
+        world: World | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self._world = config, world
         self.image = image
         self.scale = scale
         self.report: Report | None = None
@@ -111,6 +115,10 @@ class FaceModel(nn.Module):
         self.head = None
         if num_classes:
             like = next(self.backbone.parameters())
+            if self._world is not None and self.config.head == "cosine":
+                block = class_block(num_classes, self._world.size, self._world.rank)
+                self.head = CosineHead(self.embedding_size, num_classes, block).to(like)
+                return
             self.head = HEADS[self.config.head](self.embedding_size, num_classes).to(like)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -260,8 +268,8 @@ class FaceModel(nn.Module):
         }
 
     @classmethod
-    def from_config(cls, document: Mapping[str, Any]) -> FaceModel:
-        """The model that `to_config` describes, with random weights.
+    def from_config(cls, document: Mapping[str, Any], world: World | None = None) -> FaceModel:
+        """The model that `to_config` describes, with random weights; `world` as for the model itself.
 
         Raises:
             ValueError: another format, or an entry that is missing or wrong.
@@ -295,6 +303,7 @@ class FaceModel(nn.Module):
             names,
             float(scale),
             [from_json(AttributeSpec, spec) for spec in attributes],
+            world,
         )
         for name in FINDINGS:
             value = document.get(name)
@@ -352,6 +361,7 @@ def build_model(
     class_names: Sequence[str] = (),
     source: Source | None = None,
     attributes: Sequence[AttributeSpec] = (),
+    world: World | None = None,
 ) -> FaceModel:
     """A model as a recipe describes it, with the source's weights where there is one.
 
@@ -362,6 +372,7 @@ def build_model(
         class_names: one per class, or none.
         source: `config.source`, already loaded.
         attributes: what it predicts beside names.
+        world: the processes that share the classes of a cosine head; None has them all here.
 
     Returns:
         The model, in training mode; its `report` says what became of the source's weights.
@@ -376,7 +387,7 @@ def build_model(
     if source is None:
         backbone = DEFAULT_BACKBONE if config.backbone == "auto" else config.backbone
         config = dataclasses.replace(config, backbone=backbone)
-        return FaceModel(config, num_classes, image.settled(), class_names, attributes=attributes)
+        return FaceModel(config, num_classes, image.settled(), class_names, attributes=attributes, world=world)
     backbone = source.backbone if config.backbone == "auto" else config.backbone
     if not backbone:
         raise ValueError(
@@ -388,7 +399,7 @@ def build_model(
     # Counters are no weights, and older files have none; a partial source may lack a large network, and no more.
     held = sum(tensor.numel() for tensor in source.state.values()) + (LARGEST_NETWORK if config.partial else COUNTERS)
     require_numbers(lambda: FaceModel(config, 0, image), held, source.name)
-    model = FaceModel(config, num_classes, image, class_names, attributes=attributes)
+    model = FaceModel(config, num_classes, image, class_names, attributes=attributes, world=world)
     model.report = apply_source(model, source, partial=config.partial)
     return model
 

@@ -101,6 +101,7 @@ def starting_model(
             data.train.class_names if phase.loss.weight else (),
             source if phase.start == "source" else None,
             data.attributes,
+            state.sharing,
         )
     model.scale, model.faces = phase.loss.scale, state.faces
     if model.attribute_heads is not None:
@@ -170,7 +171,7 @@ def begin(
         log.say(str(model.report))
     # Ahead of `state.load`: a feature cache made below must be of the weights that the run stopped with.
     if saved:
-        model.load_state_dict(checkpoint.read_tensors(saved, "model"))
+        model.load_state_dict(checkpoint.read_weights(saved, model))
     model.to(state.run.device)
     if state.precision.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -196,7 +197,9 @@ def begin(
     if wants_means and fresh is not None and model.head is not None:
         embeddings, seen = fresh
         # A cosine head takes the directions; a linear one also needs the usual length of an embedding.
-        means = class_means(embeddings, labels.where(seen, -1), plan.num_classes)
+        block = model.head.block
+        mine = seen & (labels >= block.start) & (labels < block.stop)
+        means = class_means(embeddings, (labels - block.start).where(mine, -1), len(block))
         model.head.start_from(means, float(embeddings[seen].norm(dim=1).mean()))
     state.enter(number, model, side_inputs(state, number, model, data, source, teacher, counts))
     if saved:
