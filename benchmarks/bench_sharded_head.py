@@ -1,4 +1,4 @@
-"""A head whose classes lie on several ranks: what an update of it costs in time and memory, beside peers in the same run.
+"""A head whose classes lie on several ranks: time and memory of an update of it, beside peers in the same run.
 
     python benchmarks/bench_sharded_head.py [--ranks 2 --classes 100000 1000000 --dim 128 --rows 64 --rounds 5]
 
