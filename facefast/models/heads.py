@@ -69,8 +69,8 @@ class Drawn(NamedTuple):
 
     first: int
     """Number of the first one here."""
-    count: int
-    """Of all ranks."""
+    classes: int
+    """How many there are on all ranks."""
     labels: Tensor
     """[U] int64, the classes of the update's pictures, rising."""
     numbers: Tensor

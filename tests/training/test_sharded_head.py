@@ -165,16 +165,15 @@ def state_of(
     run: Runtime, loss: dict[str, Any], phase: dict[str, Any], shard: Any, classes: int = CLASSES, dropout: float = 0.1
 ) -> TrainState:
     """Before its first update, with the same weights whoever holds them."""
+    fields: dict[str, Any] = {"start": "scratch", "batch_size": 8, "lr": 0.02, "weight_decay": 0.01}
+    fields |= {"batchnorm": "frozen", "schedule": "constant", "augment": AugmentSpec(rotation=5)}
     recipe = Recipe(
         image=ImageSpec(size=32, template="none"),
         model=ModelConfig(backbone="mobilefacenet", embedding=16, head="cosine", dropout=dropout, shard_head=shard),
-        phases=(
-            Phase(**{"start": "scratch", "batch_size": 8, "lr": 0.02, "batchnorm": "frozen", "schedule": "constant",
-                     "augment": AugmentSpec(rotation=5), "weight_decay": 0.01, "loss": LossConfig(**loss)} | phase),
-        ),
+        phases=(Phase(loss=LossConfig(**loss), **(fields | phase)),),
         precision="fp32",
         ema=0.5,
-    )  # fmt: skip
+    )
     state = TrainState(recipe, resolve(recipe, (IndexFacts(80, classes, "f"),), run.world.size), run)
     torch.manual_seed(1)
     model = build_model(recipe.model, 0, recipe.image, world=state.sharing)
@@ -220,13 +219,15 @@ def updates_agree(rank: int) -> int:
     with process.start("cpu") as run:
         for name, (loss, phase) in VARIANTS.items():
             whole, shared = (state_of(run, loss, phase, shard) for shard in ("none", "ranks"))
-            head = shared.model.head
-            assert head is not None and len(head.weight) == len(class_block(CLASSES, run.world.size, rank))
-            assert torch.equal(head.weight, whole.model.head.weight[head.block.start : head.block.stop])
+            head, other = shared.model.head, whole.model.head
+            assert (
+                head is not None
+                and other is not None
+                and len(head.weight) == len(class_block(CLASSES, run.world.size, rank))
+            )
+            assert torch.equal(head.weight, other.weight[head.block.start : head.block.stop])
             for seed in range(2):
-                torch.testing.assert_close(
-                    update(shared, seed), update(whole, seed), rtol=2e-5, atol=1e-6, msg=lambda text, n=name: n + text
-                )
+                torch.testing.assert_close(update(shared, seed), update(whole, seed), rtol=2e-5, atol=1e-6, msg=name)
             ours, theirs = rows(shared, shared.tensors()), rows(whole, whole.tensors())
             assert ours.keys() == theirs.keys()
             for key, value in ours.items():
@@ -336,7 +337,7 @@ def test_random_weights_do_not_depend_on_who_holds_them(classes: int) -> None:
     torch.manual_seed(3)
     whole = CosineHead(3, classes).weight
     for ranks in (2, 3):
-        parts = []
+        parts: list[torch.Tensor] = []
         for rank in range(ranks):
             torch.manual_seed(3)
             parts.append(CosineHead(3, classes, class_block(classes, ranks, rank)).weight)
