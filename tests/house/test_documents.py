@@ -341,7 +341,7 @@ def test_exit_codes_signals_and_limits_are_those_of_the_code() -> None:
         ast.literal_eval(n.value) for n in ast.walk(tree) if isinstance(n, ast.Assign) and targets(n) == ["free"]
     )
     sentence = " ".join(RUNS.split()).partition("the machine; the options ")[2].partition(". ")[0]
-    assert set(re.findall(r"`(\w+)`", sentence)) == set(free)
+    assert set(re.findall(r"`([\w.]+)`", sentence)) == set(free)
 
 
 # docs/api.md

@@ -156,7 +156,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fields of the 
         {"label_smoothing": 0.1, "scale": 4.0, "class_weights": "effective", "contrastive": 0.5},
         {"optimizer": "adam", "sampler": "pk"} | ADAM,
     ),
-    "cos mixed": ({"margin": "cos", "margin_size": 0.2, "scale": 8.0}, {"mixup": 0.4, "clip_grad": 0.5}),
+    "cos mixed": ({"margin": "cos", "margin_size": 0.2, "scale": 8.0}, {"mixup": 0.4, "clip_grad": 0.5, "lr": 1e-5}),
     "head alone": ({"scale": 8.0}, {"trainable": ("head",), "clip_grad": 1.0}),
 }
 
