@@ -164,6 +164,14 @@ PARTS = (
                 x, weight = torch.randn(3, 128, requires_grad=True), torch.randn(10, 128, requires_grad=True)
                 ops.linear_focal_loss(x, weight, target, normalize=True, margin=ops.Arc(0.3), scale=32).backward()""",
             ),
+            Name(
+                "facefast.ops.sharded_focal_loss",
+                """\
+                own = ops.class_block(10, ranks=1, rank=0)  # of several ranks each has its own rows and classes
+                held = weight[own.start : own.stop]
+                ops.sharded_focal_loss(x, held, target, first=own.start, num_classes=10).loss.backward()""",
+            ),
+            Name("facefast.ops.class_block"),
             Name("facefast.ops.Cos", "loss = ops.focal_loss(torch.rand(3, 10), target, margin=ops.Cos(0.2), scale=32)"),
             Name("facefast.ops.Arc", "loss = ops.focal_loss(torch.rand(3, 10), target, margin=ops.Arc(0.3), scale=32)"),
             Name("facefast.ops.Combined", "margin = ops.Combined(m1=1.0, m2=0.3, m3=0.1)"),

@@ -23,6 +23,7 @@ from facefast.data.divide import PhaseData
 from facefast.data.prepare import prepare
 from facefast.faces.align import Locator
 from facefast.models import FaceModel, Source, checkpoint
+from facefast.models.spread import rows_of_all_ranks
 from facefast.recipe import EvalConfig, ImageSpec, Recipe, flags, resolve, to_json
 from facefast.runtime import exits, files, manifest, process
 from facefast.runtime.exits import NumericsError, StorageError
@@ -325,22 +326,24 @@ def save(folder: Path, state: TrainState, improved: bool) -> None:
         NumericsError: it would hold numbers that are not finite; the one before stays the newest.
         StorageError: it cannot be written, or the run folder is gone.
     """
-    broken = not_finite(state.tensors())
+    tensors = state.tensors()
+    broken = not_finite(tensors)
     if state.run.agree(bool(broken)):  # BatchNorm's statistics are each rank's own until they are measured
         raise NumericsError(
             f"after step {state.step} of phase {state.phase.name} the run holds numbers that are not finite "
             f"({some(broken) or 'on another rank'}) and is not saved; the newest checkpoint is sound: go on from it "
             "with a lower learning rate, or use precision fp32"
         )
-    with state.run.together():
+    with state.run.together(), rows_of_all_ranks(state.run, tensors) as fetch:
         if state.run.is_main:
             checkpoint.save(
                 folder,
                 state.step,
-                tensors=state.tensors(),
+                tensors=tensors,
                 documents=state.documents(),
                 best=improved,
                 keep=state.recipe.keep,
+                fetch=fetch,
             )
             write_status(folder, "running", step=state.step, best=best_of(state))
 

@@ -68,6 +68,18 @@ void check_operands(const Tensor& x, const Tensor& weight) {
   check_same_device(weight, x, "weight");
 }
 
+// Norms where they are wanted, and the statistics of every row over all of `weight`.
+void accumulate_all(const Device& device, const Problem& p, const RowState& state, const Tensor& x,
+                    const Tensor& weight, const Tensor& row_scale, const Tensor& col_scale, int64_t chunk) {
+  if (row_scale.numel() > 0 || col_scale.numel() > 0) {
+    device->inverse_norms(p.type, x.data_ptr(), x.size(0), x.size(1), row_scale.data_ptr());
+    device->inverse_norms(p.type, weight.data_ptr(), weight.size(0), x.size(1), col_scale.data_ptr());
+  }
+  Chunks(x, weight, row_scale, col_scale, chunk).each([&](const Columns& columns, const Tensor&, const Tensor&) {
+    device->accumulate(p, columns, state);
+  });
+}
+
 }  // namespace
 
 LinearForward linear_forward(const Tensor& x, const Tensor& weight, const Tensor& target, const Options& options,
@@ -79,25 +91,39 @@ LinearForward linear_forward(const Tensor& x, const Tensor& weight, const Tensor
   LinearForward result{empty_loss(x, p), empty(x, {rows, 3}, acc), empty(x, {}, acc),
                        empty(x, {normalize ? rows : 0}, acc), empty(x, {normalize ? classes : 0}, acc)};
   Device device(x);
-  if (normalize) {
-    device->inverse_norms(p.type, x.data_ptr(), rows, dim, result.row_scale.data_ptr());
-    device->inverse_norms(p.type, weight.data_ptr(), classes, dim, result.col_scale.data_ptr());
-  }
   std::optional<Tensor> sums;
   const RowState state = forward_state(x, result.stats, p, sums);
-  Chunks(x, weight, result.row_scale, result.col_scale, chunk)
-      .each([&](const Columns& columns, const Tensor&, const Tensor&) { device->accumulate(p, columns, state); });
+  accumulate_all(device, p, state, x, weight, result.row_scale, result.col_scale, chunk);
   device->finish(p, state, result.loss.data_ptr(), result.count.data_ptr());
   return result;
 }
 
+LinearStatistics linear_statistics(const Tensor& x, const Tensor& weight, const Tensor& target, const Options& options,
+                                   int64_t classes, bool normalize, int64_t chunk) {
+  check_operands(x, weight);
+  const int64_t rows = x.size(0), own = weight.size(0);
+  const Problem p = make_problem(x, rows, classes, target, options);
+  const ScalarType acc = acc_of(p.type);
+  LinearStatistics result{empty(x, {rows, 3}, acc), empty(x, {p.focal.smoothing > 0 ? rows : 0}, ScalarType::Double),
+                          empty(x, {normalize ? rows : 0}, acc), empty(x, {normalize ? own : 0}, acc)};
+  if (own == 0) {  // the first columns start the statistics, and here are none
+    torch::stable::zero_(result.stats);
+    torch::stable::zero_(result.sums);
+  }
+  RowState state{result.stats.data_ptr()};
+  if (p.focal.smoothing > 0) state.sums = static_cast<double*>(result.sums.data_ptr());
+  Device device(x);
+  accumulate_all(device, p, state, x, weight, result.row_scale, result.col_scale, chunk);
+  return result;
+}
+
 std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                           const Tensor& target, const Options& options, const Tensor& stats,
-                                           const Tensor& count, const Tensor& row_scale, const Tensor& col_scale,
-                                           int64_t chunk, bool need_x, bool need_weight) {
+                                           const Tensor& target, const Options& options, int64_t total_classes,
+                                           const Tensor& stats, const Tensor& count, const Tensor& row_scale,
+                                           const Tensor& col_scale, int64_t chunk, bool need_x, bool need_weight) {
   check_operands(x, weight);
   const int64_t rows = x.size(0), classes = weight.size(0), dim = x.size(1);
-  const Problem p = make_problem(x, rows, classes, target, options);
+  const Problem p = make_problem(x, rows, total_classes, target, options);
   const ScalarType type = x.scalar_type(), acc = acc_of(p.type);
   const bool normalize = row_scale.numel() > 0 || col_scale.numel() > 0;
   STD_TORCH_CHECK(
@@ -106,6 +132,10 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, 
   Tensor upstream = grad;
   Tensor x_grad = empty(x, {need_x ? rows : 0, dim}, type),
          weight_grad = empty(x, {need_weight ? classes : 0, dim}, type);
+  if (classes == 0) {  // a rank without classes has no part in any gradient
+    torch::stable::zero_(x_grad);
+    return {x_grad, weight_grad};
+  }
 
   Device device(x);
   Tensor gradients = empty(x, {rows, device->row_gradient_bytes(p.type)}, ScalarType::Byte);

@@ -16,10 +16,20 @@ struct LinearForward {
 LinearForward linear_forward(const Tensor& x, const Tensor& weight, const Tensor& target, const Options& options,
                              bool normalize, int64_t chunk);
 
-// Gradients of x and weight; one that is not needed is empty.
+// What a block of the classes adds to the statistics of each row; a row whose label is of another block is read as one
+// without a target here. `sums` is empty without label smoothing.
+struct LinearStatistics {
+  Tensor stats, sums, row_scale, col_scale;
+};
+
+LinearStatistics linear_statistics(const Tensor& x, const Tensor& weight, const Tensor& target, const Options& options,
+                                   int64_t classes, bool normalize, int64_t chunk);
+
+// Gradients of x and weight; one that is not needed is empty. Of `classes` the weights may hold a block alone: the
+// statistics are then those of all, and the gradient of x is the block's part of it.
 std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                           const Tensor& target, const Options& options, const Tensor& stats,
-                                           const Tensor& count, const Tensor& row_scale, const Tensor& col_scale,
-                                           int64_t chunk, bool need_x, bool need_weight);
+                                           const Tensor& target, const Options& options, int64_t classes,
+                                           const Tensor& stats, const Tensor& count, const Tensor& row_scale,
+                                           const Tensor& col_scale, int64_t chunk, bool need_x, bool need_weight);
 
 }  // namespace facefast

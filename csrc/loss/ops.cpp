@@ -289,7 +289,52 @@ std::tuple<Tensor, Tensor> linear_focal_backward(const Tensor& grad, const Tenso
                                                  int64_t reduction, bool, int64_t chunk, bool need_x,
                                                  bool need_weight) {
   const Options options{alphas, margins, gamma, smoothing, scale, alpha, ignore_index, m1, m2, m3, detached, reduction};
-  return linear_backward(grad, x, weight, target, options, stats, count, row_scale, col_scale, chunk, need_x,
+  return linear_backward(grad, x, weight, target, options, weight.size(0), stats, count, row_scale, col_scale, chunk,
+                         need_x, need_weight);
+}
+
+// The loss whose classes lie on several ranks, in the three parts between which these exchange a few numbers a row. A
+// label counts from the first class of the weights at hand, around the end: those of other ranks lie behind them.
+std::tuple<Tensor, Tensor, Tensor, Tensor> block_statistics(const Tensor& x, const Tensor& weight, const Tensor& target,
+                                                            double smoothing, double scale, int64_t ignore_index,
+                                                            int64_t classes, bool normalize, int64_t chunk) {
+  const std::optional<Tensor> none;
+  const Options options{none, none, 0, smoothing, scale, 1, ignore_index, 1, 0, 0, false, 0};
+  LinearStatistics found = linear_statistics(x, weight, target, options, classes, normalize, chunk);
+  return {found.stats, found.sums, found.row_scale, found.col_scale};
+}
+
+std::tuple<Tensor, Tensor> block_losses(const Tensor& stats, const Tensor& sums, const Tensor& target,
+                                        const std::optional<Tensor>& alphas, const std::optional<Tensor>& margins,
+                                        double gamma, double smoothing, double scale, double alpha,
+                                        int64_t ignore_index, double m1, double m2, double m3, bool detached,
+                                        int64_t reduction, int64_t classes) {
+  const Options options{alphas, margins, gamma, smoothing, scale, alpha, ignore_index, m1, m2, m3, detached, reduction};
+  STD_TORCH_CHECK(stats.dim() == 2 && stats.size(1) == 3 && stats.is_contiguous(), "stats must be contiguous [N, 3]");
+  const int64_t rows = stats.size(0);
+  const Problem p = make_problem(stats, rows, classes, target, options);
+  STD_TORCH_CHECK(stats.scalar_type() == acc_of(p.type), "stats must be float32 or float64");
+  STD_TORCH_CHECK(
+      sums.scalar_type() == ScalarType::Double && sums.is_contiguous() && sums.numel() == (smoothing > 0 ? rows : 0),
+      "sums must be contiguous float64 [N], or empty without label smoothing");
+  check_same_device(sums, stats, "sums");
+  Tensor loss = empty_loss(stats, p), count = empty(stats, {}, acc_of(p.type));
+  RowState state{const_cast<void*>(stats.const_data_ptr())};
+  if (smoothing > 0) state.sums = static_cast<double*>(const_cast<void*>(sums.const_data_ptr()));
+  Device(stats)->finish(p, state, loss.mutable_data_ptr(), count.mutable_data_ptr());
+  return {loss, count};
+}
+
+std::tuple<Tensor, Tensor> block_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                          const Tensor& target, const std::optional<Tensor>& alphas,
+                                          const std::optional<Tensor>& margins, const Tensor& stats,
+                                          const Tensor& count, const Tensor& row_scale, const Tensor& col_scale,
+                                          double gamma, double smoothing, double scale, double alpha,
+                                          int64_t ignore_index, double m1, double m2, double m3, bool detached,
+                                          int64_t reduction, int64_t classes, int64_t chunk, bool need_x,
+                                          bool need_weight) {
+  const Options options{alphas, margins, gamma, smoothing, scale, alpha, ignore_index, m1, m2, m3, detached, reduction};
+  return linear_backward(grad, x, weight, target, options, classes, stats, count, row_scale, col_scale, chunk, need_x,
                          need_weight);
 }
 
@@ -315,6 +360,15 @@ STABLE_TORCH_LIBRARY(facefast, m) {
       "Tensor stats, Tensor count, Tensor row_scale, Tensor col_scale, " FACEFAST_NUMBERS
       ", bool normalize, int chunk, bool need_x, bool need_weight) -> (Tensor x_grad, Tensor weight_grad)");
   m.def(
+      "block_statistics(Tensor x, Tensor weight, Tensor target, float smoothing, float scale, int ignore_index, "
+      "int classes, bool normalize, int chunk) -> (Tensor stats, Tensor sums, Tensor row_scale, Tensor col_scale)");
+  m.def("block_losses(Tensor stats, Tensor sums, Tensor target, Tensor? alphas, Tensor? margins, " FACEFAST_NUMBERS
+        ", int classes) -> (Tensor loss, Tensor count)");
+  m.def(
+      "block_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor? alphas, Tensor? margins, "
+      "Tensor stats, Tensor count, Tensor row_scale, Tensor col_scale, " FACEFAST_NUMBERS
+      ", int classes, int chunk, bool need_x, bool need_weight) -> (Tensor x_grad, Tensor weight_grad)");
+  m.def(
       "sigmoid_focal_forward(Tensor logits, Tensor target, Tensor? alphas, float gamma, float "
       "alpha, int reduction) "
       "-> (Tensor loss, Tensor count)");
@@ -329,6 +383,9 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("focal_backward", TORCH_BOX(&focal_backward));
   m.impl("linear_focal_forward", TORCH_BOX(&linear_focal_forward));
   m.impl("linear_focal_backward", TORCH_BOX(&linear_focal_backward));
+  m.impl("block_statistics", TORCH_BOX(&block_statistics));
+  m.impl("block_losses", TORCH_BOX(&block_losses));
+  m.impl("block_backward", TORCH_BOX(&block_backward));
   m.impl("sigmoid_focal_forward", TORCH_BOX(&sigmoid_focal_forward));
   m.impl("sigmoid_focal_backward", TORCH_BOX(&sigmoid_focal_backward));
 }

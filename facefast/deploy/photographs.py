@@ -133,7 +133,9 @@ def find_and_embed(
         faults[int(sound[row])] = FAULTS[NO_FACE] if readable[row] else UNDECODED
     if not len(part):
         return nothing
-    embeddings, seen = embed_rows(model, part, run, precision, reading, batch_size=BATCH_SIZE, mirror=mirror)
+    embeddings, seen = embed_rows(
+        model, part, run, precision, reading, batch_size=BATCH_SIZE, mirror="mean" if mirror else "none"
+    )
     found = Found(part, sound[owners], embeddings, seen, faults)
     for owner in np.setdiff1d(found.owners, found.owners[seen.numpy()]).tolist():
         faults[owner] = UNDECODED

@@ -15,6 +15,7 @@ from facefast.evaluation.baselines import LabelledEmbeddings, baseline_accuracie
 from facefast.evaluation.calibration import expected_calibration_error
 from facefast.evaluation.embed import Embed, embed_rows, single
 from facefast.models import FaceModel
+from facefast.models.heads import CosineHead
 from facefast.models.precision import Precision
 from facefast.recipe import EvalConfig, Reading
 from facefast.runtime.process import Runtime
@@ -82,6 +83,12 @@ def _closed_set(model: FaceModel, embeddings: Tensor, labels: Tensor, device: to
     target, found, sure, loss = labels[seen], [], [], 0.0
     with torch.inference_mode():
         for block, label in zip(embeddings[seen].split(1024), target.split(1024), strict=True):
+            if isinstance(model.head, CosineHead) and model.head.divided:  # no rank has the logits of all classes
+                standing = model.head.standing(block.to(device), label.to(device), model.scale)
+                found.append(standing.before.cpu())
+                sure.append(standing.sure.cpu())
+                loss += float(standing.loss.sum())
+                continue
             logits = model.classify(block.to(device)).float().cpu() * model.scale  # [b, C]
             found.append(metrics.label_ranks(logits, label))
             sure.append(logits.softmax(1).amax(1))

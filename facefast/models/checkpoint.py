@@ -18,13 +18,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from facefast.models import FaceModel, exported, load_source, model_from_source
-from facefast.models.face import require_numbers
+from facefast.models import FaceModel, exported, load_source, model_from_source, spread
+from facefast.models.build import require_numbers
 from facefast.models.precision import Precision
+from facefast.models.spread import Fetch, Named, Spread
 from facefast.models.weights.readers import read_safetensors
 from facefast.recipe import Plan, Recipe, from_json, to_json
 from facefast.runtime import files, manifest
 from facefast.runtime.exits import StorageError
+from facefast.runtime.process import World
 from facefast.runtime.terminal import tell
 
 FOLDER = "checkpoints"
@@ -37,10 +39,11 @@ def save(
     run_folder: Path,
     step: int,
     *,
-    tensors: dict[str, dict[str, Tensor]],
+    tensors: Named,
     documents: dict[str, Any],
     best: bool,
     keep: int,
+    fetch: Fetch | None = None,
 ) -> Path:
     """Writes `checkpoints/step-N`, points `last` (and `best`) at it and removes old ones.
 
@@ -49,6 +52,7 @@ def save(
         documents: file stem -> JSON value, for instance {"state": {...}, "recipe": {...}}.
         best: whether `best` points here from now on.
         keep: step-N folders kept beside those that `last` and `best` point at.
+        fetch: gives other ranks' rows, where tensors are `Spread`.
 
     Raises:
         StorageError: the disk is full or refuses; earlier checkpoints are untouched.
@@ -64,7 +68,7 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
     with _completed(path, step, needed_bytes(tensors)) as aside:
-        _write_all(aside, tensors, documents)
+        _write_all(aside, tensors, documents, fetch)
     with files.storing(path, advice=UNTOUCHED):
         files.replace_link(folder / "last", path.name)
         if best:
@@ -95,13 +99,13 @@ def of_step(run_folder: Path, step: int) -> Path:
     return run_folder / FOLDER / f"step-{step:07d}"
 
 
-def needed_bytes(tensors: dict[str, dict[str, Tensor]]) -> int:
+def needed_bytes(tensors: Named) -> int:
     """What a checkpoint takes on the disk, about: its tensors, and some room for names and documents."""
     numbers = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
     return numbers + DOCUMENTS * (1 + len(tensors))
 
 
-def require_room(run_folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
+def require_room(run_folder: Path, tensors: Named) -> None:
     """Finds out, before any training, that not one checkpoint can be written.
 
     Raises:
@@ -155,9 +159,14 @@ def _link(file: Path, other: Path) -> None:
         shutil.copyfile(file, other)
 
 
-def _write_all(folder: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]) -> None:
+def _write_all(folder: Path, tensors: Named, documents: dict[str, Any], fetch: Fetch | None = None) -> None:
     for stem, named in tensors.items():
-        write_tensors(folder / f"{stem}.safetensors", named)
+        path, spread_out = folder / f"{stem}.safetensors", any(isinstance(each, Spread) for each in named.values())
+        if fetch is not None and spread_out:
+            spread.write(path, stem, named, fetch)
+            files.follow_umask(path)
+        else:  # one process has all of every tensor
+            write_tensors(path, {name: spread.here(tensor) for name, tensor in named.items()})
     for stem, value in documents.items():
         files.write_json(folder / f"{stem}.json", value)
 
@@ -238,8 +247,10 @@ def check_same_run(path: Path, recipe: Recipe, plan: Plan) -> None:
     # By way of a Recipe: a field that is newer than the checkpoint has its default there.
     theirs, ours = to_json(from_json(Recipe, files.read_json(path / "recipe.json"))), to_json(recipe)
     # These may change in the middle of a run: they have no part in its weights.
-    caches = ("data.cache", "data.cache_gib")
-    free = (*caches, "threads", "log_every", "keep", "save_every", "projector", "rank_timeout", "source_licence")
+    # A checkpoint is the same file by however many ranks it was written.
+    caches, shared = ("data.cache", "data.cache_gib"), "model.shard_head"
+    habits = ("threads", "log_every", "keep", "save_every", "projector", "rank_timeout")
+    free = (*caches, *habits, shared, "source_licence")
     differs = [
         f"{name}: {old!r} there, {new!r} now" for name, old, new in files.differences(theirs, ours) if name not in free
     ]
@@ -351,9 +362,22 @@ def precision_of(path: Path, model: FaceModel) -> Precision:
     )
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> FaceModel:
+def read_weights(path: Path, model: FaceModel, stem: str = "model") -> dict[str, Tensor]:
+    """The weights of `model` in one file of a checkpoint: of its head, those of this process's classes."""
+    named = read_tensors(path, stem)
+    if model.head is not None and "head.weight" in named:
+        named["head.weight"] = spread.own_rows(named["head.weight"], model.head.block, model.num_classes)
+    return named
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu", world: World | None = None) -> FaceModel:
     """A model in evaluation mode from a run folder, a checkpoint folder, a package (in float or int8), an ONNX file
     that facefast wrote, or a source model's weights file.
+
+    Args:
+        path: which of them.
+        device: where it goes.
+        world: the processes that share the classes of a cosine head; None has them all here.
 
     Raises:
         ValueError: there is no model there, or it is of an unknown kind or of a newer format.
@@ -373,7 +397,9 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> FaceMode
     weights = read_tensors(folder, "ema") or read_tensors(folder, "model")
     held = sum(tensor.numel() for tensor in weights.values())
     require_numbers(lambda: FaceModel.from_config(document), held, str(folder / "model.json"))
-    model = FaceModel.from_config(document)
+    model = FaceModel.from_config(document, world=world)
+    if world is not None:
+        weights = read_weights(folder, model, "ema") or read_weights(folder, model)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

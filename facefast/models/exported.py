@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from facefast.models.backbones import Backbone
-from facefast.models.face import FINDINGS, FaceModel, require_format, require_numbers
+from facefast.models.build import require_numbers
+from facefast.models.face import FINDINGS, FaceModel, require_format
 from facefast.models.weights.source import INT8
 from facefast.recipe import ImageSpec
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from facefast.ops import ShardedLoss, gather, sharded_focal_loss
+from facefast.ops.sharded import ranks_of
 from facefast.recipe import AttributeSpec
 
 # Logits per unit of cosine in a linear head that starts from class means. Measured on held-out pictures of 239
@@ -30,6 +34,7 @@ class LinearHead(nn.Linear):
 
     def __init__(self, embedding: int, num_classes: int) -> None:
         super().__init__(embedding, num_classes)
+        self.block = range(num_classes)
 
     def reset_parameters(self) -> None:
         """Random weights small enough that every class starts equally likely."""
@@ -48,31 +53,185 @@ class LinearHead(nn.Linear):
         self.bias.zero_()
 
 
+class Standing(NamedTuple):
+    """How labelled embeddings stand among all classes, without a margin."""
+
+    before: Tensor
+    """[N] int64, classes that score as high as the right one or higher; 0 is right."""
+    sure: Tensor
+    """[N] probability of the most probable class."""
+    loss: Tensor
+    """[N] cross entropy in nats."""
+
+
+class Drawn(NamedTuple):
+    """Classes that an update is about, numbered anew over all ranks."""
+
+    first: int
+    """Number of the first one here."""
+    classes: int
+    """How many there are on all ranks."""
+    labels: Tensor
+    """[U] int64, the classes of the update's pictures, rising."""
+    numbers: Tensor
+    """[U] their new numbers."""
+
+
 class CosineHead(nn.Module):
     """cos(angle) to each class's direction, [B, D] to [B, C]; the loss applies scale and margin.
 
     Runs in float32 under autocast: a loss scaled by 64 turns bfloat16's rounding of a cosine into an eighth of a logit.
+
+    Args:
+        embedding: D.
+        num_classes: C.
+        block: the classes of this process, where several ranks share them; None holds them all.
     """
 
-    def __init__(self, embedding: int, num_classes: int) -> None:
+    def __init__(self, embedding: int, num_classes: int, block: range | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding))
-        nn.init.normal_(self.weight, std=embedding**-0.5)  # length about 1, as after `start_from`
+        self.num_classes, self.divided = num_classes, block is not None
+        self.block = range(num_classes) if block is None else block
+        self.drawn: Drawn | None = None
+        """Which classes `weight` holds meanwhile, where it does not hold those of `block`."""
+        self.weight = nn.Parameter(torch.empty(len(self.block), embedding))
+        normal_rows(self.weight, self.block, num_classes, embedding**-0.5)  # length about 1, as after `start_from`
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Embeddings [B, D] of any length to cosines [B, C], float32 or wider."""
+        """Embeddings [B, D] of any length to cosines [B, C], float32 or wider.
+
+        Raises:
+            ValueError: other ranks hold some of the classes.
+        """
+        if len(self.block) < self.num_classes:
+            raise ValueError(
+                f"this process holds the classes {self.block.start} to {self.block.stop} of {self.num_classes}, "
+                "which give no logits of all; load the checkpoint in one process"
+            )
+        return self._cosines(embeddings)
+
+    def _cosines(self, embeddings: Tensor) -> Tensor:
         with torch.autocast(embeddings.device.type, enabled=False):
             return F.linear(unit(embeddings), unit(self.weight))
+
+    def loss(self, embeddings: Tensor, labels: Tensor, **options: Any) -> ShardedLoss:
+        """`facefast.ops.sharded_focal_loss` over the classes of all ranks, whose gradients DistributedDataParallel's
+        other parameters may stand beside; every rank must call it with as many rows."""
+        first, count = self.block.start, self.num_classes
+        if self.drawn is not None:
+            alpha = options.get("alpha")
+            if isinstance(alpha, Tensor) and alpha.dim() == 1:  # by class, of which the drawn have other numbers
+                options["alpha"] = alpha[labels.clamp(min=0)][:, None]
+            first, count, known, numbers = self.drawn
+            if len(known):
+                place = torch.searchsorted(known, labels.clamp(min=0)).clamp(max=len(known) - 1)
+                labels = torch.where(labels >= 0, numbers[place], labels)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return sharded_focal_loss(
+                unit(embeddings),
+                self.weight,
+                labels,
+                first=first,
+                num_classes=count,
+                average=True,
+                normalize=True,
+                **options,
+            )
+
+    @torch.no_grad()
+    def draw(self, labels: Tensor, part: float, key: int) -> Tensor:
+        """Draws classes for an update, which `loss` takes from now on, until `drawn` is None again: `weight` must then
+        hold their rows alone. Waits for the device.
+
+        Args:
+            labels: [M] of the update's rows on all ranks; their classes are always drawn, negative ones are none.
+            part: of the other classes.
+            key: with a class's number what the draw follows from: it does not depend on the number of ranks.
+
+        Returns:
+            [S] int64, places in `block`, rising.
+        """
+        known = labels[labels >= 0].unique()
+        place = known - self.block.start
+        mine = (place >= 0) & (place < len(self.block))
+        classes = torch.arange(self.block.start, self.block.stop, device=labels.device)
+        keep = uniform(classes, key) < part
+        keep[place[mine]] = True
+        chosen = keep.nonzero()[:, 0]
+        counts = gather(torch.tensor([len(chosen)], device=labels.device)).tolist()
+        rank = dist.get_rank() if len(counts) > 1 else 0
+        numbers = torch.zeros_like(known)
+        numbers[mine] = sum(counts[:rank]) + torch.searchsorted(chosen, place[mine])
+        _over_ranks(numbers, dist.ReduceOp.SUM)
+        self.drawn = Drawn(sum(counts[:rank]), sum(counts), known, numbers)
+        return chosen
+
+    @torch.no_grad()
+    def standing(self, embeddings: Tensor, labels: Tensor, scale: float) -> Standing:
+        """The same on every rank, each of which has the same embeddings [N, D] and labels [N], none of them below 0."""
+        cosines = self._cosines(embeddings)  # [N, K]
+        place = labels - self.block.start
+        mine = ((place >= 0) & (place < len(self.block))).nonzero()[:, 0]
+        own = cosines.new_zeros(len(labels))
+        own[mine] = cosines[mine, place[mine]]
+        peak = cosines.amax(1) if len(self.block) else torch.full_like(own, -math.inf)
+        _over_ranks(own, dist.ReduceOp.SUM)
+        _over_ranks(peak, dist.ReduceOp.MAX)
+        before = (~(cosines < own[:, None])).sum(1)  # "not less" also holds for NaN
+        mass = (scale * (cosines - peak[:, None])).exp().sum(1)
+        _over_ranks(before, dist.ReduceOp.SUM)
+        _over_ranks(mass, dist.ReduceOp.SUM)
+        return Standing(before - 1, 1 / mass, scale * (peak - own) + mass.log())
 
     @torch.no_grad()
     def start_from(self, means: Tensor, norm: float) -> None:
         """Points each class's direction at its mean.
 
         Args:
-            means: [C, D] class means of length 1.
+            means: [K, D] means of length 1, of the classes in `block`.
             norm: usual length of an embedding; without effect on cosines, taken so that heads are interchangeable.
         """
         self.weight.copy_(means)
+
+
+def uniform(numbers: Tensor, key: int) -> Tensor:
+    """[N] float64 in [0, 1), a hash of each int64 number and the key (Steele et al. 2014, SplitMix64's finaliser)."""
+    x = numbers * _signed(0x9E3779B97F4A7C15) + _signed(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
+    x = x ^ (x >> 31 & (1 << 33) - 1)
+    return (x >> 11 & (1 << 53) - 1).double() / (1 << 53)
+
+
+def _signed(number: int) -> int:
+    """The int64 with the bits of a number below 2^64."""
+    number &= (1 << 64) - 1
+    return number - (1 << 64) if number >> 63 else number
+
+
+ROWS = 4096
+"""Of random weights drawn at a time: as many as torch's generator fills in the same way whatever follows."""
+
+
+@torch.no_grad()
+def normal_rows(weight: Tensor, block: range, rows: int, std: float) -> None:
+    """Fills [K, D] with some rows of what `nn.init.normal_` puts into [rows, D], the whole of which is never held."""
+    if len(block) == rows or weight.is_meta:
+        nn.init.normal_(weight, std=std)
+        return
+    cuts = [*range(0, rows, ROWS), rows]
+    if len(cuts) > 2 and cuts[-1] - cuts[-2] < 16:  # fewer numbers than 16 would be drawn in another way
+        del cuts[-2]
+    for first, last in zip(cuts, cuts[1:], strict=False):
+        drawn = nn.init.normal_(weight.new_empty(last - first, weight.shape[1]), std=std)
+        begin, end = max(first, block.start), min(last, block.stop)
+        if begin < end:
+            weight[begin - block.start : end - block.start] = drawn[begin - first : end - first]
+
+
+def _over_ranks(values: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+    if ranks_of(None) > 1:
+        dist.all_reduce(values, operation)
 
 
 HEADS: dict[str, type[LinearHead] | type[CosineHead]] = {"linear": LinearHead, "cosine": CosineHead}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KERNEL_VERSION = 3
+KERNEL_VERSION = 4
 """The same number as in csrc/loss/tensors.h; raised with every change of a schema."""
 
 _REBUILD = "rebuild with: python setup.py build_ext --inplace"
@@ -190,6 +190,29 @@ def _register(library: torch.library.Library) -> None:
         )
 
     @torch.library.register_fake("facefast::linear_focal_backward", lib=library)
+    def _(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Any:
+        need_x, need_weight = rest[-2:]
+        return (
+            x.new_empty((x.shape[0] if need_x else 0, x.shape[1])),
+            x.new_empty((weight.shape[0] if need_weight else 0, x.shape[1])),
+        )
+
+    # The three parts of `sharded_focal_loss`, which is their autograd.
+    @torch.library.register_fake("facefast::block_statistics", lib=library)
+    def _(x: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> Any:
+        smoothing, normalize = rest[0], rest[-2]
+        return (
+            x.new_empty((x.shape[0], 3), dtype=acc(x)),
+            x.new_empty((x.shape[0] if smoothing > 0 else 0,), dtype=torch.float64),
+            x.new_empty((x.shape[0] if normalize else 0,), dtype=acc(x)),
+            x.new_empty((weight.shape[0] if normalize else 0,), dtype=acc(x)),
+        )
+
+    @torch.library.register_fake("facefast::block_losses", lib=library)
+    def _(stats: Tensor, sums: Tensor, target: Tensor, *rest: Any) -> Any:
+        return reduced(stats, (stats.shape[0],), rest[-2]), stats.new_empty(())
+
+    @torch.library.register_fake("facefast::block_backward", lib=library)
     def _(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Any:
         need_x, need_weight = rest[-2:]
         return (

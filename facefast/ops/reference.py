@@ -9,6 +9,7 @@ form.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,16 +50,41 @@ def focal_loss(
     # Ignored rows may hold anything: 0 keeps NaN out of the gradient, which a mask on the loss alone would not.
     x = x.masked_fill(~counts[:, None], 0.0)
 
-    # d = the label's logit - log of the sum over the others. The label is left out of the sum, so no probability near
-    # 1 is ever taken from 1.
+    # The label is left out of the sum, so no probability near 1 is ever taken from 1.
     own = x.gather(1, label[:, None])[:, 0].double()
-    z = scale * own if margin is None else scale * with_margin(own, margin)
     others = x.scatter(1, label[:, None], -math.inf)
     peak = others.detach().amax(1, keepdim=True)  # any shift gives the same value: it needs no gradient
     peak = peak.masked_fill(peak == -math.inf, 0.0)
     mass = (scale * (others - peak)).exp().sum(1).double()
+    total = x.double().sum(1) - own if label_smoothing > 0 else None
+    loss = _row_losses(own, peak[:, 0], mass, total, num_classes, gamma, label_smoothing, margin, scale)
+    loss = torch.where(counts, loss * row_alpha(alpha, label, loss), 0.0)
+    return _reduce(loss, counts, reduction).to(x.dtype)
+
+
+def _row_losses(
+    own: Tensor,
+    peak: Tensor,
+    mass: Tensor,
+    total: Tensor | None,
+    num_classes: int,
+    gamma: float,
+    label_smoothing: float,
+    margin: Margin | None,
+    scale: float,
+) -> Tensor:
+    """Losses [N], float64, from what a row's softmax comes down to.
+
+    Args:
+        own: [N] the label's value, before margin and scale, float64.
+        peak: [N] the greatest of the others' values, 0 where there is none.
+        mass: [N] sum over the others of exp(scale * (value - peak)), float64.
+        total: [N] sum of the others' values, float64; read for label smoothing only.
+    """
+    # d = the label's logit - log of the sum over the others.
+    z = scale * own if margin is None else scale * with_margin(own, margin)
     alone = mass == 0  # one class, or all others at -inf: d is infinite, the loss 0
-    lse_others = scale * peak[:, 0].double() + mass.masked_fill(alone, 1.0).log()
+    lse_others = scale * peak.double() + mass.masked_fill(alone, 1.0).log()
     d = torch.where(alone, z + math.inf, z - lse_others)
     d = torch.where(z == math.inf, z - z, d)  # an infinite logit is a fault, not a perfect score
 
@@ -70,11 +96,11 @@ def focal_loss(
         loss = (gamma * F.logsigmoid(-d.clamp(min=-50.0))).exp() * cross_entropy
     # The mean of -log p over all classes is the log-sum over all of them, label included, minus the mean logit.
     if label_smoothing > 0:
+        assert total is not None
         lse = torch.where(d > 0, z + cross_entropy, lse_others - F.logsigmoid(-d))
-        mean = (scale * (x.double().sum(1) - own) + z) / num_classes
+        mean = (scale * total + z) / num_classes
         loss = (1 - label_smoothing) * loss + label_smoothing * (lse - mean)
-    loss = torch.where(counts, loss * row_alpha(alpha, label, loss), 0.0)
-    return _reduce(loss, counts, reduction).to(x.dtype)
+    return loss
 
 
 def with_margin(cosine: Tensor, margin: Margin) -> Tensor:
@@ -160,6 +186,126 @@ def linear_focal_loss(
         scale=scale,
         reduction=reduction,
     )
+
+
+class BlockStatistics(NamedTuple):
+    """What a block of the classes adds to the softmax of each row."""
+
+    stats: Tensor
+    """[N, 3]: the greatest value of the classes but the label's, the sum of exp(scale * (value - the greatest)) over
+    them, and the label's own value; each 0 where the block has none."""
+    sums: Tensor
+    """[N] float64, the sum of the values but the label's; empty without label smoothing."""
+    row_scale: Tensor
+    """1 / norm of each row of x; empty where nothing is normalised, and in plain PyTorch, which needs none later."""
+    col_scale: Tensor
+    """The same of each row of weight."""
+
+
+def block_statistics(
+    x: Tensor,  # [N, D]
+    weight: Tensor,  # [K, D]
+    target: Tensor,  # [N]
+    label_smoothing: float,
+    scale: float,
+    ignore_index: int,
+    num_classes: int,
+    normalize: bool,
+) -> BlockStatistics:
+    """The first part of `facefast.ops.sharded_focal_loss`, on one rank: all rows, its block of the classes.
+
+    Args:
+        target: labels counted from the block's first class; one of K or more is of another block.
+        num_classes: C of all blocks.
+    """
+    logits = _block_logits(x, weight, normalize)
+    counts = target != ignore_index
+    own, others = _own_and_others(logits, target, counts)
+    peak = others.amax(1) if len(weight) else own.new_full(own.shape, -math.inf)
+    peak = peak.masked_fill(peak == -math.inf, 0.0)
+    mass = (scale * (others - peak[:, None])).exp().sum(1)
+    found = torch.stack((peak, mass, own), dim=1).masked_fill(~counts[:, None], 0.0)
+    sums = others.masked_fill(others == -math.inf, 0.0).double().sum(1) if label_smoothing > 0 else found.new_empty(0)
+    none = found.new_empty(0)
+    return BlockStatistics(found, sums.double(), none, none)
+
+
+def block_losses(
+    stats: Tensor,
+    sums: Tensor,
+    target: Tensor,
+    num_classes: int,
+    *,
+    gamma: float,
+    alpha: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    margin: Margin | None,
+    scale: float,
+) -> Tensor:
+    """The second part, on every rank alike: losses [N] from the statistics of all blocks together."""
+    peak, mass, own = stats.unbind(1)
+    loss = _row_losses(own.double(), peak, mass.double(), sums, num_classes, gamma, label_smoothing, margin, scale)
+    return torch.where(target != ignore_index, loss * row_alpha(alpha, target, loss), 0.0).to(stats.dtype)
+
+
+@torch.enable_grad()
+def block_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    stats: Tensor,
+    num_classes: int,
+    *,
+    gamma: float,
+    alpha: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    margin: Margin | None,
+    scale: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """The last part, on one rank: its part of the gradient of x [N, D], and that of its weights [K, D].
+
+    Args:
+        grad: [N] with respect to the losses.
+        stats: of all blocks together.
+    """
+    counts = target != ignore_index
+    peak = stats[:, 0]
+    own, mass = (stats[:, k].double().detach().requires_grad_() for k in (2, 1))
+    total = torch.zeros_like(own).requires_grad_()  # the loss is linear in it: any value gives its gradient
+    loss = _row_losses(own, peak, mass, total, num_classes, gamma, label_smoothing, margin, scale)
+    loss = torch.where(counts, loss * row_alpha(alpha, target, loss), 0.0)
+    by_own, by_mass, by_total = torch.autograd.grad(loss, (own, mass, total), grad.double(), materialize_grads=True)
+    x, weight = (t.detach().requires_grad_() for t in (x, weight))
+    logits = _block_logits(x, weight, normalize)
+    with torch.no_grad():
+        _, others = _own_and_others(logits, target, counts)
+        by_logit = by_mass[:, None] * scale * (scale * (others - peak[:, None])).exp() + by_total[:, None]
+        here = counts & (target < len(weight))
+        by_logit[here, target[here]] = by_own[here]
+        by_logit[~counts] = 0.0
+    x_grad, weight_grad = torch.autograd.grad(logits, (x, weight), by_logit.to(logits.dtype))
+    return x_grad, weight_grad
+
+
+def _block_logits(x: Tensor, weight: Tensor, normalize: bool) -> Tensor:
+    if normalize:
+        x, weight = F.normalize(x, eps=1e-12), F.normalize(weight, eps=1e-12)
+    logits = F.linear(x, weight)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _own_and_others(logits: Tensor, target: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The label's value [N], 0 where the block does not hold it; and the logits [N, K] with -inf in its place."""
+    here = counts & (target < logits.shape[1])
+    rows, places = here.nonzero()[:, 0], target[here]
+    own, others = logits.new_zeros(len(logits)), logits.clone()
+    own[rows] = logits[rows, places]
+    others[rows, places] = -math.inf
+    return own, others
 
 
 def _reduce(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:

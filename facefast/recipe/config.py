@@ -145,6 +145,9 @@ class ModelConfig:
     """Numbers in an embedding; 0 is the source's, or the backbone's usual."""
     head: Literal["linear", "cosine"] = "linear"
     """linear gives logits; cosine gives cos(angle), scaled and given a margin by the loss."""
+    shard_head: Literal["none", "ranks"] = "none"
+    """ranks divides the classes of a cosine head, and their optimiser's state, among the processes (An et al. 2022),
+    for more people than one GPU has room for; the loss stays exact over all of them."""
     dropout: float = 0.0
     """Dropout before the heads, in training."""
     drop_path: float = 0.0

@@ -27,6 +27,9 @@ class LossConfig:
     """Cosine units for cos, radians for arc, AdaFace's m for ada."""
     scale: float = 1.0
     """Logits are multiplied by this; margin losses use 16 to 64."""
+    negatives: float = 1.0
+    """Part of the classes that an update's softmax is taken over, drawn anew for each, beside those in its batch (An et
+    al. 2022); below 1 needs model.shard_head ranks, and only the classes drawn move."""
     class_weights: Literal["none", "effective"] = "none"
     """effective: each class weighs the inverse of its effective number of pictures (Cui et al. 2019), 1 on average."""
     effective_beta: float = 0.99
@@ -53,6 +56,13 @@ class LossConfig:
         for name in ("weight", "triplet", "contrastive"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}; it must be at least 0")
+        if not 0 < self.negatives <= 1:
+            raise ValueError(f"loss.negatives is {self.negatives}; it must lie in (0, 1]")
+        if self.negatives < 1 and self.label_smoothing:
+            raise ValueError(
+                f"loss.label_smoothing {self.label_smoothing} is over all classes and loss.negatives {self.negatives} "
+                "draws some; leave one out"
+            )
         if not 0 <= self.effective_beta < 1 or self.triplet_margin <= 0 or self.temperature <= 0:
             raise ValueError(
                 f"loss.effective_beta {self.effective_beta} must lie in [0, 1), loss.triplet_margin "
@@ -71,7 +81,13 @@ class LossConfig:
         return self.triplet > 0 or self.contrastive > 0
 
 
-SOFTMAX_FIELDS = {"gamma": 0.0, "label_smoothing": 0.0, "margin": "none", "class_weights": "none"}
+SOFTMAX_FIELDS = {
+    "gamma": 0.0,
+    "label_smoothing": 0.0,
+    "margin": "none",
+    "negatives": 1.0,
+    "class_weights": "none",
+}
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ class Recipe:
             raise ValueError("model.batchnorm sync has no effect: every phase has batchnorm frozen")
         self._check_source_and_teacher()
         self._check_tasks()
+        self._check_shards()
 
     def _check_source_and_teacher(self) -> None:
         names = ", ".join(phase.name for phase in self.phases)
@@ -135,6 +136,36 @@ class Recipe:
             raise ValueError(
                 f"data.more {', '.join(self.data.more)} has no effect: nothing learns from pictures without a name; "
                 "set tasks.attributes, phases.K.labels pseudo, phases.K.distill or phases.K.align"
+            )
+
+    def _check_shards(self) -> None:
+        """What a head that lies on several processes cannot do, none of which holds it whole."""
+        if self.model.shard_head == "none":
+            for phase in self.phases:
+                if phase.loss.negatives < 1:
+                    raise ValueError(
+                        f"phase {phase.name}: loss.negatives {phase.loss.negatives} needs model.shard_head ranks"
+                    )
+            return
+        if self.model.head != "cosine":
+            raise ValueError(f"model.shard_head ranks needs model.head cosine, it is {self.model.head}")
+        if all(phase.loss.weight == 0 for phase in self.phases):
+            raise ValueError("model.shard_head ranks has no effect: no phase has a head (loss.weight is 0)")
+        for phase in self.phases:
+            if phase.optimizer == "lamb":
+                raise ValueError(
+                    f"phase {phase.name}: optimizer lamb goes by the length of a whole tensor, of which "
+                    "model.shard_head ranks leaves a process a part; take sgd, adam or adamw"
+                )
+            if phase.distill.logits:
+                raise ValueError(
+                    f"phase {phase.name}: distill.logits compares the logits of all classes, which model.shard_head "
+                    "ranks gives to no process; use distill.embeddings"
+                )
+        if self.eval.baselines and any(phase.start == "source" for phase in self.phases):
+            raise ValueError(
+                "eval.baselines compares with class means of all people, which model.shard_head ranks gives to no "
+                "process; set eval.baselines False"
             )
 
     @property

@@ -18,7 +18,7 @@ from facefast.evaluation.embed import Mirror, embed_rows
 from facefast.labels.clustering import assign
 from facefast.models import STUDENTS, FaceModel, Source, build_model, checkpoint, inherit, load_source
 from facefast.models.batchnorm import takes_statistics
-from facefast.models.face import DEFAULT_BACKBONE
+from facefast.models.build import DEFAULT_BACKBONE
 from facefast.models.provenance import of_run
 from facefast.recipe import ImageSpec, Phase, Recipe
 from facefast.runtime.log import RunLog
@@ -104,6 +104,7 @@ def starting_model(
             data.train.class_names if phase.loss.weight else (),
             source if phase.start == "source" else None,
             data.attributes,
+            state.sharing,
         )
     model.scale, model.faces = phase.loss.scale, state.faces
     model.provenance = of_run(source, recipe.model.source_licence, teacher)  # of every phase, whatever it starts from
@@ -176,7 +177,7 @@ def begin(
         log.say(str(model.report))
     # Ahead of `state.load`: a feature cache made below must be of the weights that the run stopped with.
     if saved:
-        model.load_state_dict(checkpoint.read_tensors(saved, "model"))
+        model.load_state_dict(checkpoint.read_weights(saved, model))
     model.to(state.run.device)
     if state.precision.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -202,7 +203,9 @@ def begin(
     if wants_means and fresh is not None and model.head is not None:
         embeddings, seen = fresh
         # A cosine head takes the directions; a linear one also needs the usual length of an embedding.
-        means = class_means(embeddings, labels.where(seen, -1), plan.num_classes)
+        block = model.head.block
+        mine = seen & (labels >= block.start) & (labels < block.stop)
+        means = class_means(embeddings, (labels - block.start).where(mine, -1), len(block))
         model.head.start_from(means, float(embeddings[seen].norm(dim=1).mean()))
     state.enter(number, model, side_inputs(state, number, model, data, source, teacher, counts))
     if saved:

@@ -180,7 +180,7 @@ def report_phase(folder: Path, state: TrainState, data: PhaseData, log: RunLog) 
     model = state.evaluated
     state.run.barrier()  # rank 0 may still be writing it
     if state.chosen[0] == state.phase_number and state.chosen[1] > 0:
-        model = checkpoint.load_model(_chosen(folder, state), state.run.device)
+        model = checkpoint.load_model(_chosen(folder, state), state.run.device, state.sharing)
     state.run.broadcast_buffers(model)
     results = _evaluate(state, model, data.evaluation)
     state.set_modes()
@@ -248,7 +248,7 @@ def hand_on(folder: Path, state: TrainState, source: Source | None, data: PhaseD
     row = handed_on(state)
     if row != CLASS_MEANS:
         best = _chosen(folder, state)
-        model = checkpoint.load_model(best, state.run.device)
+        model = checkpoint.load_model(best, state.run.device, state.sharing)
         embed: Embed = functools.partial(_embedded, state, model)
         before = model.to_config()
         if model.thresholds is None:
@@ -326,6 +326,12 @@ def decide_for(
         known: of the training pictures, where all of them were taken already.
     """
     if model.head is None or model.num_classes < 2:
+        return False
+    if len(model.head.block) < model.num_classes:
+        log.say(
+            "note: no threshold and no temperature are found while the head lies on several processes "
+            "(model.shard_head ranks): resume the finished run in one process for them"
+        )
         return False
     train = data.train.select(data.train.labels >= 0)
     if len(train) > MOST_DECIDING:  # evenly over the people

@@ -91,7 +91,9 @@ def finish(folder: Path, state: TrainState, source: Source | None, datasets: tup
     with run.together():  # a folder that is gone is told before the slow part
         pass
     hand_on(folder, state, source, datasets[-1], log)
-    trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    # What travels in an update: a head that ranks share stays where it is.
+    moving = (p for p in state.model.parameters() if p.requires_grad and p is not state.shared_weight)
+    trained = sum(p.numel() for p in moving)
     train, test = datasets[-1].train, datasets[-1].evaluation.test
     decoded = int(3 * np.mean(train.widths.astype(np.float64) * train.heights))  # bytes: at most what travels
     # All-reduce and embedding need every rank, so none returns earlier.

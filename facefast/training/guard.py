@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from facefast.data import Batch
 from facefast.models import FaceModel
+from facefast.models.spread import Named, here
 from facefast.ops import AdaFace
 
 SHOWN = 5
@@ -82,13 +83,13 @@ def _copy(to: list[Tensor], values: list[Tensor]) -> None:
         torch._foreach_copy_(to, values)
 
 
-def not_finite(tensors: dict[str, dict[str, Tensor]]) -> list[str]:
-    """ "FILE NAME" of every tensor that holds a number which is not finite. Waits for the device."""
+def not_finite(tensors: Named) -> list[str]:
+    """ "FILE NAME" of every tensor that holds a number which is not finite, here. Waits for the device."""
     return [
         f"{file} {name}"
         for file, named in tensors.items()
         for name, tensor in named.items()
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+        if here(tensor).is_floating_point() and not bool(here(tensor).isfinite().all())
     ]
 
 

@@ -6,7 +6,7 @@ What it learns beside the model (projections, log-variances) and remembers (AdaF
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from facefast import ops
 from facefast.data import Batch
 from facefast.models import FaceModel
+from facefast.models.heads import CosineHead
 from facefast.recipe import LossConfig, Phase, TaskConfig
 from facefast.training.distill import Distillation, Teacher, stage_outputs
 from facefast.training.losses import (
@@ -140,7 +141,9 @@ class Objective(nn.Module):
         images = mixture.images if mixture else batch.images
         with self._autocast:
             embeddings, stages = self._embed(images)
-            logits = self.model.classify(embeddings) if self.model.head is not None else None
+            shared = self.shared_head
+            headed = self.model.dropout(embeddings) if shared is not None else None
+            logits = self.model.classify(embeddings) if self.model.head is not None and shared is None else None
             attribute_logits = self.model.attribute_logits(embeddings)
         embeddings = embeddings.float()
         # Every term is this micro-batch's share of the update's mean: a sum divided by the count over all ranks and
@@ -152,6 +155,11 @@ class Objective(nn.Module):
                 self._identity(logits, embeddings, batch.labels, mixture) * world / max(1, row_counts.labelled)
             )
             correct = ((logits.argmax(1) == batch.labels) & (batch.labels >= 0)).sum()
+        elif shared is not None:
+            assert headed is not None
+            value, leads = self._identity_shared(shared, headed, embeddings, batch.labels, mixture)
+            parts["identity"] = value * world / max(1, row_counts.labelled)
+            correct = leads.sum()
         if attribute_logits is not None:
             parts |= self._attributes(attribute_logits, values, batch.rows, row_counts, world)
         readable = batch.rows >= 0
@@ -188,6 +196,24 @@ class Objective(nn.Module):
             return own
         other = focal_sum(logits, labels[mixture.partner], loss, margin, self.class_weights)
         return mixture.weight * own + (1 - mixture.weight) * other
+
+    @property
+    def shared_head(self) -> CosineHead | None:
+        """The head, where its classes lie on several ranks."""
+        head = self.model.head
+        return head if isinstance(head, CosineHead) and head.divided else None
+
+    def _identity_shared(
+        self, head: CosineHead, headed: Tensor, embeddings: Tensor, labels: Tensor, mixture: Mixture | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same by a head that no rank has whole, and [B] which rows it names rightly."""
+        margin = None if self.margin is None else self.margin(embeddings.detach().norm(dim=1))
+        options = focal_options(self.phase.loss, margin, self.class_weights)
+        own = head.loss(headed, labels, **options)
+        if mixture is None:
+            return own.loss, own.leads
+        other = head.loss(headed, labels[mixture.partner], **options)
+        return mixture.weight * own.loss + (1 - mixture.weight) * other.loss, own.leads
 
     def _attributes(
         self, logits: Tensor, values: Tensor, rows: Tensor, row_counts: RowCounts, world: int
@@ -271,15 +297,18 @@ def focal_sum(
 ) -> Tensor:
     """Sum of the focal losses of the rows that count, float32 or wider; `margin` is the rows' own where a recipe's
     depends on them."""
+    return ops.focal_loss(logits, labels, **focal_options(loss, margin, class_weights))
+
+
+def focal_options(loss: LossConfig, margin: ops.Combined | None, class_weights: Tensor | None) -> dict[str, Any]:
+    """What a softmax loss takes beside logits and labels, for the sum over the rows that count."""
     margins = {"none": None, "cos": ops.Cos(loss.margin_size), "arc": ops.Arc(loss.margin_size), "ada": margin}
-    return ops.focal_loss(
-        logits,
-        labels,
-        gamma=loss.gamma,
-        alpha=class_weights,
-        label_smoothing=loss.label_smoothing,
-        ignore_index=IGNORED,
-        margin=margins[loss.margin],
-        scale=loss.scale,
-        reduction="sum",
-    )
+    return {
+        "gamma": loss.gamma,
+        "alpha": class_weights,
+        "label_smoothing": loss.label_smoothing,
+        "ignore_index": IGNORED,
+        "margin": margins[loss.margin],
+        "scale": loss.scale,
+        "reduction": "sum",
+    }

@@ -24,13 +24,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from facefast.data import Batch
 from facefast.models import FaceModel
 from facefast.models.batchnorm import synchronise
-from facefast.models.checkpoint import pack_optimizer, read_tensors, unpack_optimizer
+from facefast.models.checkpoint import pack_optimizer, read_tensors, read_weights, unpack_optimizer
 from facefast.models.precision import Precision
+from facefast.models.spread import Spread, own_rows
 from facefast.recipe import Phase, PhasePlan, Plan, Recipe, to_json
 from facefast.runtime import files
 from facefast.runtime.log import STATS, Position
-from facefast.runtime.process import Runtime, decode_threads
+from facefast.runtime.process import Runtime, World, decode_threads
 from facefast.training.distill import Teacher
+from facefast.training.drawn import DrawnRows
 from facefast.training.guard import StatisticsGuard
 from facefast.training.objective import Objective, RowCounts
 from facefast.training.optim import build_optimizer, rate_factor
@@ -43,6 +45,9 @@ from facefast.training.transfer import (
     parameter_groups,
     require_statistics,
 )
+
+HEAD = "head.weight"
+"""The name of the weights whose rows ranks may share, in a model."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,11 @@ class TrainState:
         self.pruner = Pruner(model, phase.prune) if phase.prune else None
         # DDP last: it hooks the parameters that require a gradient when it is made, and spreads rank 0's tensors.
         self.network = self.objective
-        if self.run.world.size > 1:
+        # Not the weights of which every rank has others: nothing of them is to be spread or averaged.
+        own_names = {f"model.{HEAD}"} if self.shared_weight is not None else set()
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.objective, own_names)
+        learns = any(p.requires_grad for name, p in self.objective.named_parameters() if name not in own_names)
+        if self.run.world.size > 1 and learns:
             self.network = DistributedDataParallel(
                 self.objective,
                 device_ids=[device] if device.type == "cuda" else None,
@@ -155,6 +164,17 @@ class TrainState:
     def values_of(self, rows: Tensor) -> Tensor:
         """[B, A] attributes of training rows [B]; those of a row below 0 are another row's, and count for nothing."""
         return self.values[rows.clamp(min=0)] if len(self.values) else self.values.new_zeros(len(rows), 0)
+
+    @property
+    def sharing(self) -> World | None:
+        """The processes that share the classes of the head, where the recipe divides them."""
+        return self.run.world if self.recipe.model.shard_head == "ranks" else None
+
+    @property
+    def shared_weight(self) -> nn.Parameter | None:
+        """The head's weights, where each rank has those of other classes."""
+        head = self.objective.shared_head
+        return None if head is None else head.weight
 
     @property
     def phase(self) -> Phase:
@@ -191,14 +211,35 @@ class TrainState:
         assert isinstance(self.average.module, FaceModel)
         return self.average.module
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
+    def tensors(self) -> dict[str, dict[str, Tensor | Spread]]:
         """Named tensors by file."""
-        found = {"model": self.model.state_dict(), "optimizer": pack_optimizer(self.optimizer)[0]}
+        found: dict[str, dict[str, Tensor | Spread]] = {
+            "model": dict(self.model.state_dict()),
+            "optimizer": dict(pack_optimizer(self.optimizer)[0]),
+        }
         if own := self.objective.own_state():
-            found["objective"] = own
+            found["objective"] = dict(own)
         if self.average is not None:
-            found["ema"] = self.evaluated.state_dict()
+            found["ema"] = dict(self.evaluated.state_dict())
+        if (weight := self.shared_weight) is not None:
+            for file, name in self._of_shared_weight(found):
+                tensor = found[file][name]
+                assert isinstance(tensor, Tensor)
+                if tensor.shape == weight.shape:
+                    found[file][name] = Spread(tensor, self.model.num_classes)
         return found
+
+    def _of_shared_weight(self, named: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+        """File and name of what has a row for each class: the head's weights, and what their optimiser keeps of
+        them."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        places = [f"{k}." for k, parameter in enumerate(parameters) if parameter is self.shared_weight]
+        return [
+            (file, name)
+            for file, tensors in named.items()
+            for name in tensors
+            if (name == HEAD if file in ("model", "ema") else file == "optimizer" and name.startswith(tuple(places)))
+        ]
 
     def documents(self) -> dict[str, Any]:
         """JSON values by file. Generators need none: every update seeds them from (seed, step, rank)."""
@@ -224,14 +265,18 @@ class TrainState:
         """Takes over a checkpoint of this phase; call after `enter`."""
         document = files.read_json(path / "state.json")
         # In place, tensor by tensor: the optimiser, DDP and a compiled graph hold these very parameters.
-        self.model.load_state_dict(read_tensors(path, "model"))
+        self.model.load_state_dict(read_weights(path, self.model))
         self.objective.load_state_dict(read_tensors(path, "objective"), strict=False)  # its own part alone
         if self.pruner is not None:
             self.pruner.adopt()
-        unpack_optimizer(self.optimizer, read_tensors(path, "optimizer"), document["optimizer"])
+        slots = read_tensors(path, "optimizer")
+        if self.shared_weight is not None and self.model.head is not None:
+            for _, name in self._of_shared_weight({"optimizer": slots}):
+                slots[name] = own_rows(slots[name], self.model.head.block, self.model.num_classes)
+        unpack_optimizer(self.optimizer, slots, document["optimizer"])
         self.scaler.load_state_dict(document["scaler"])
         if self.average is not None:
-            self.evaluated.load_state_dict(read_tensors(path, "ema"))
+            self.evaluated.load_state_dict(read_weights(path, self.evaluated, "ema"))
             self.average.n_averaged.fill_(document["averaged"])
         for name in ("step", "phase_step", "best"):
             setattr(self, name, document[name])
@@ -267,6 +312,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
     first, terms_end = len(STATS), len(STATS) + len(state.objective.names)
     stats = torch.zeros(terms_end + len(state.objective.names), device=state.run.device)
     state.guard.remember()
+    drawn = _draw_classes(state, batches)
     for batch, is_last in _in_turn(state, batches):
         # DDP averages gradients over the ranks once per update, in the last backward pass.
         with _no_sync(state.network, not is_last):
@@ -283,6 +329,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
             stats[first:terms_end] += terms.parts * per_row
     if world.size > 1:
         dist.all_reduce(stats)
+    shared = _shared_square(state)
     # First out of fp16's scale, so that `clip_grad` means the same in every precision. This also notes on the device,
     # for `step` below, whether a gradient is not finite.
     state.scaler.unscale_(state.optimizer)
@@ -292,7 +339,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
     factor = row_counts.rows / stats[2].clamp(min=1)
     # One number for clipping and for the log's finite check. It is taken now, because clipping changes the gradients
     # in place, and it is not finite as soon as one of them is not.
-    norm = nn.utils.get_total_norm(gradients) * factor
+    norm = _total_norm(state, gradients, shared) * factor
     if phase.clip_grad:
         factor = factor * (phase.clip_grad / norm.clamp(min=phase.clip_grad))
     torch._foreach_mul_(gradients, factor)
@@ -310,6 +357,8 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
         state.scaler.update(1.0)
     # None, not zeros: the next backward pass writes gradients instead of adding to them.
     state.optimizer.zero_grad(set_to_none=True)
+    if drawn is not None:
+        drawn.put_back()
     # A skipped update counts: the host does not know of it, and schedule and sampler must go on alike on every rank.
     state.step += 1
     state.phase_step += 1
@@ -353,13 +402,54 @@ def _in_turn(state: TrainState, batches: Sequence[Batch]) -> Iterator[tuple[Batc
                 yield batch, turn == passes - 1 and number == len(own) - 1
 
 
+def _draw_classes(state: TrainState, batches: Sequence[Batch]) -> DrawnRows | None:
+    """The classes of this update, where it is not about all of them."""
+    head, part = state.objective.shared_head, state.phase.loss.negatives
+    if head is None or part == 1:
+        return None
+    return DrawnRows(head, state.optimizer, batches, part, _seed(state.recipe.seed, state.step, "classes"))
+
+
+def _shared_square(state: TrainState) -> Tensor | None:
+    """The squared norm, float64, of the gradient of the head's weights over the ranks that share them, in the scaler's
+    unit; None where each rank has all gradients.
+
+    Where one rank's is not finite, every rank's gradients become so: all must leave out the same update.
+    """
+    weight = state.shared_weight
+    if weight is None or not weight.requires_grad:
+        return None
+    square = torch.zeros((), dtype=torch.float64, device=weight.device)
+    if weight.grad is not None and weight.grad.numel():
+        square += torch.linalg.vector_norm(weight.grad).double() ** 2
+    if state.run.world.size > 1:
+        dist.all_reduce(square)
+        gradients = (p.grad for group in state.optimizer.param_groups for p in group["params"])
+        for grad in gradients:
+            if grad is not None and grad.numel():
+                grad[(0,) * grad.ndim] += square * 0  # 0, or NaN
+                break  # one is enough for the scaler to see
+    return square
+
+
+def _total_norm(state: TrainState, gradients: Sequence[Tensor], shared: Tensor | None) -> Tensor:
+    """The norm of all gradients, once out of the scaler's unit, the same on every rank."""
+    if shared is None:
+        return nn.utils.get_total_norm(gradients)
+    weight = state.shared_weight
+    others = [grad for grad in gradients if weight is None or grad is not weight.grad]
+    own = nn.utils.get_total_norm(others).double() if others else torch.zeros_like(shared)
+    unit = state.scaler.scale(torch.ones_like(shared))
+    return (own**2 + shared / unit**2).sqrt().float()
+
+
 def _no_sync(network: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:
     if skip and isinstance(network, DistributedDataParallel):
         return network.no_sync()
     return contextlib.nullcontext()
 
 
-def _seed(seed: int, step: int, rank: int) -> int:
+def _seed(seed: int, step: int, rank: int | str) -> int:
     """63 bits of a hash: with a sum, rank 1 would draw what rank 0 draws one step later."""
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -24,6 +24,7 @@ CHOSEN = {
     "focal_peers": "not compiled",
     "cross_entropy_peers": "every_width or first_and_the_last",
     "sigmoid_focal": "exact or half or mask or infinite",
+    "sharded_focal": "any_sizes and kernels or close_to_the_float64_truth or held_by_one_rank",
     "linear_focal": "float32_is_close or floor or own_upstream or chunks_wider or one_class",
 }
 
@@ -78,3 +79,5 @@ def test_the_operators_are_registered_for_cuda_as_well() -> None:
     for name in ("focal", "sigmoid_focal", "linear_focal"):
         for way in ("forward", "backward"):
             assert "\nCUDA: registered" in torch._C._dispatch_dump(f"facefast::{name}_{way}")
+    for part in ("statistics", "losses", "backward"):
+        assert "\nCUDA: registered" in torch._C._dispatch_dump(f"facefast::block_{part}")
