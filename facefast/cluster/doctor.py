@@ -75,9 +75,7 @@ def consult(root: str, out: Path | None, rate: float, quick: bool) -> list[Findi
         with process.start(rank_timeout=PATIENCE) as run:
             return _judged(run, mine[0], out, rate, effort)
     except (ValueError, RankError) as error:
-        if isinstance(error, exits.DataError):
-            raise
-        return [*_not_met(error), *(judge(mine, rate) if mine else [])]
+        return _not_met(error, judge(mine, rate) if mine else [])
 
 
 def examine(run: Runtime, root: str, out: Path) -> list[Finding]:
@@ -135,14 +133,16 @@ def _judged(run: Runtime, mine: Facts, out: Path | None, rate: float, effort: me
     return run.broadcast(judge(found, rate) if run.is_main else [])
 
 
-def _not_met(error: Exception) -> list[Finding]:
-    """Why the ranks have not met; a port says so itself."""
-    text = str(error)
-    code = exits.exit_code(error) or exits.EXIT_BUG
+def _not_met(error: Exception, found: list[Finding]) -> list[Finding]:
+    """What one rank found, and why it has not met the others."""
+    text, code = str(error), exits.exit_code(error) or exits.EXIT_BUG
     if text.startswith("cannot listen"):
-        return []
-    check = "versions" if "version" in text or "digest" in text else "ranks"
-    return [Finding(check, FAULT, text.partition("; start every")[0], "alike on all ranks", _ADVICE[check], code)]
+        return found  # the port's line says so
+    if "version" in text or "digest" in text:
+        text = text.partition("; start every")[0]
+        return [Finding("versions", FAULT, text, "alike on all ranks", _ADVICE["versions"], code), *found[1:]]
+    # Last: where there is another fault, that is why.
+    return [*found, Finding("ranks", FAULT, text, "all answer", _ADVICE["ranks"], code)]
 
 
 _ADVICE = {
@@ -241,7 +241,9 @@ def _is_loopback(address: str) -> bool:
 
 
 def _interface(facts: Sequence[Facts]) -> Finding:
-    several = len({fact["host"] for fact in facts}) > 1
+    # Where nobody was met, the number of processes tells that there are others elsewhere.
+    unmet = len(facts) == 1 and facts[0]["size"] > facts[0]["local_size"]
+    several = unmet or len({fact["host"] for fact in facts}) > 1
     for fact in facts if several else ():
         if _is_loopback(fact["address"]) and "GLOO_SOCKET_IFNAME" not in fact["interface"]:
             advice = (

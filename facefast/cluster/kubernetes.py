@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import posixpath
 import re
 import shutil
 import subprocess
@@ -170,7 +171,7 @@ def _require_kept(given: KubernetesArguments, recipe: Recipe, out: Path, resume:
 def _holds(volume: str, path: str, writes: bool) -> bool:
     found = VOLUME.fullmatch(volume)
     assert found
-    return PurePosixPath(path).is_relative_to(found[2]) and not (writes and found[3])
+    return PurePosixPath(posixpath.normpath(path)).is_relative_to(found[2]) and not (writes and found[3])
 
 
 def _name_of(out: Path) -> str:
@@ -217,6 +218,7 @@ def _values(given: KubernetesArguments, train: list[str], name: str) -> dict[str
         # A container sees all cores of its machine, whatever its share of them.
         "OMP_NUM_THREADS": str(max(1, given.cpus // processes)),
         "HOME": "/tmp",  # the image itself cannot be written
+        "USER": "facefast",  # libraries ask, and not every image knows the number
         "PYTHONUNBUFFERED": "1",
     }
     labels = {"app.kubernetes.io/name": "facefast", "app.kubernetes.io/instance": name}

@@ -29,6 +29,8 @@ BLOCK = 16 << 10
 """Bytes of a read from a file that holds many photographs."""
 READERS = 8
 """Threads that read at once, as decoders do."""
+PATIENCE = 3.0
+"""Seconds until a file system shows a file that another machine has made."""
 ROUNDS = 8
 """Questions for the time; the quickest answer counts."""
 
@@ -45,7 +47,7 @@ class Effort(NamedTuple):
     """Numbers in an all-reduce."""
 
 
-FULL, QUICK = Effort(600, 2.0, 16 << 20, 4 << 20), Effort(150, 0.5, 2 << 20, 1 << 18)
+FULL, QUICK = Effort(600, 2.0, 16 << 20, 4 << 20), Effort(150, 0.5, 8 << 20, 1 << 18)
 
 
 def machine(world: World, root: str, out: Path | None, effort: Effort, met: bool = False) -> dict[str, Any]:
@@ -59,6 +61,7 @@ def machine(world: World, root: str, out: Path | None, effort: Effort, met: bool
     return {
         "rank": world.rank,
         "host": socket.gethostname(),
+        "size": world.size,
         "local_size": world.local_size,
         "port": port(world, met),
         "versions": versions(),
@@ -302,7 +305,9 @@ def sees(run: Runtime, out: Path | None) -> bool:
         with contextlib.suppress(OSError):
             mark = tempfile.NamedTemporaryFile(prefix=".doctor-", dir=place)  # noqa: SIM115 -- closed below
     name = run.broadcast("" if mark is None else mark.name)
-    seen = not name or os.path.exists(name)
+    deadline = time.monotonic() + PATIENCE
+    while not (seen := not name or os.path.exists(name)) and time.monotonic() < deadline:
+        time.sleep(0.1)
     run.barrier()
     if mark is not None:
         mark.close()

@@ -179,6 +179,7 @@ def test_ranks_read_other_files(tmp_path: Path) -> None:
 FACTS: dict[str, Any] = {
     "rank": 0,
     "host": "n0",
+    "size": 16,
     "local_size": 8,
     "port": {"number": 29500, "problem": "", "asked": True, "kept": False},
     "versions": {"version of torch": "2.11.0", "version of CUDA": "13.0"},
@@ -270,6 +271,16 @@ def test_loopback_is_right_on_one_machine_and_where_an_interface_is_named() -> N
     far = facts()
     far[0]["master"] = "localhost"
     assert [f.value for f in doctor.judge(far, 300) if f.state == "fault"] == ["MASTER_ADDR localhost"]
+
+
+def test_a_rank_that_has_met_nobody_tells_of_its_own_loopback() -> None:
+    (one, _) = facts()
+    one["address"] = "127.0.1.1"
+    found = doctor._not_met(exits.RankError("rank 1 of 2 has not arrived within 60 s"), doctor.judge([one], 300))
+    assert [(f.check, f.code) for f in found if f.state == "fault"] == [("interface", 64), ("ranks", 75)]
+    assert doctor.exit_code(found) == 64
+    one["size"] = one["local_size"]
+    assert doctor.exit_code(doctor.judge([one], 300)) == 0
 
 
 def test_a_port_that_one_process_does_not_need_is_a_warning() -> None:

@@ -237,6 +237,7 @@ def test_words_that_yaml_and_kubernetes_would_change_arrive_as_they_were_typed()
             "--out is runs/finetune, which lies on no",
         ),
         ((), (*TRAIN[:-1], "/data/run"), "--out is /data/run, which lies on no volume that can be written"),
+        ((), (*TRAIN[:-1], "/runs/../tmp/run"), "which lies on no volume that can be written"),
         ((), (*TRAIN, "--data.root", "/elsewhere"), "--data.root is /elsewhere, which lies on no volume and so"),
         ((), (*TRAIN, "--resume", "never"), "--resume never would begin anew each time"),
         ((), (*TRAIN, "--help"), "facefast train --help"),
