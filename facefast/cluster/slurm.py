@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from facefast.cluster import follow
+from facefast.cluster import follow, split
 from facefast.recipe import flags
 from facefast.recipe.options import parse
 from facefast.recipe.ranges import MOST, require
@@ -43,7 +43,7 @@ class SlurmArguments:
     gpus_per_node: int = 1
     """GPUs of each, one process a GPU; 0 is one process on the CPU."""
     cpus_per_task: int = 8
-    """Cores of each machine, which is one task with all its processes: for decoding and, without a GPU, for everything."""
+    """Cores of each machine, which is one task with all its processes: for decoding and, without a GPU, for all."""
     memory: str = ""
     """Memory of each machine, such as 64G; by default what the cluster gives."""
     partition: str = ""
@@ -114,7 +114,9 @@ class SlurmArguments:
         for mount in self.mounts:
             _require_one_line("mounts", mount)
             if not re.fullmatch(r"/[^:,]*(:/[^:,]*)?(:ro)?", mount):
-                raise ValueError(f"mounts has {mount!r}; each must be /FOLDER or /OUTSIDE:/INSIDE, with :ro to only read")
+                raise ValueError(
+                    f"mounts has {mount!r}; each must be /FOLDER or /OUTSIDE:/INSIDE, with :ro to only read"
+                )
         if self.venv is not None and not (self.venv / "bin" / "activate").exists():
             raise ValueError(f"venv is {self.venv}, where there is no bin/activate; name the folder that `venv` made")
 
@@ -173,7 +175,9 @@ class Job:
             ValueError: the logs are in a folder that sbatch cannot name.
         """
         if "\\" in str(self.logs):
-            raise ValueError(f"the logs would be in {self.logs}, and Slurm reads a backslash otherwise; add --logs FOLDER")
+            raise ValueError(
+                f"the logs would be in {self.logs}, and Slurm reads a backslash otherwise; add --logs FOLDER"
+            )
         _require_one_line("--logs", str(self.logs))
         text = importlib.resources.files("facefast.cluster").joinpath("jobs/slurm.sh").read_text()
         lines = {"directives": self._directives(), "settings": self._settings()}
@@ -288,7 +292,7 @@ def submit(arguments: list[str]) -> int:
     Raises:
         ValueError: an option of either, or a run that could not go on after a requeue.
     """
-    ours, train = split(arguments)
+    ours, train = split(arguments, "slurm")
     given = parse(SlurmArguments, ours, "submit slurm")
     made = job(given, train)
     text = made.script()
@@ -299,16 +303,6 @@ def submit(arguments: list[str]) -> int:
     where = f"{made.logs}/{number}" + ("_TASK.log" if made.sweep else ".log")
     say(f"job {number}; {where} has what it says, {made.runs[0]}/status.json how the run gets on")
     return follow.follow(number, made.runs) if given.follow else exits.EXIT_DONE
-
-
-def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Words before and behind --."""
-    if "--" in arguments:
-        cut = arguments.index("--")
-        return arguments[:cut], arguments[cut + 1 :]
-    if {"-h", "--help"} & set(arguments):
-        return arguments, []
-    raise ValueError("the words of facefast train stand behind a -- of their own: submit slurm ... -- --out RUN")
 
 
 def job(given: SlurmArguments, train: list[str]) -> Job:
@@ -346,7 +340,8 @@ def _checked(given: SlurmArguments, train: list[str]) -> Path:
     _, out, resume = flags.train_arguments(train)
     if resume != "auto" and given.restarts:
         raise ValueError(
-            f"--resume {resume} would begin there again each time the job is requeued; add --restarts 0, or leave it out"
+            f"--resume {resume} would begin there again each time the job is requeued; leave it out, or add "
+            "--restarts 0"
         )
     return out
 
@@ -372,7 +367,9 @@ def read_sweep(path: Path) -> list[tuple[int, tuple[str, ...]]]:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"sweep is {path}, which cannot be read: {error}; give a text file with a run a line") from None
+        raise ValueError(
+            f"sweep is {path}, which cannot be read: {error}; give a text file with a run a line"
+        ) from None
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         try:

@@ -70,7 +70,7 @@ class World:
         else:
             return cls()
         world = cls(_number(names[0]), _number(names[1]), local_rank, local_size)
-        if not 0 <= world.rank < world.size or not 0 <= world.local_rank < world.local_size <= world.size:
+        if not 0 <= world.rank < world.size or not 0 <= world.local_rank < world.local_size:
             raise ValueError(
                 f"{names[0]}={world.rank} of {names[1]}={world.size}, {names[2]}={world.local_rank} of "
                 f"{names[3]}={world.local_size} contradict each other; start with torchrun"

@@ -20,7 +20,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, str]]]:
     """What Slurm says each time it is asked; nothing when that has run out."""
     given: list[list[dict[str, str]]] = []
     monkeypatch.setattr(follow, "ask", lambda number: given.pop(0) if given else [])
-    monkeypatch.setattr(follow.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     return given
 
 
@@ -77,6 +77,7 @@ def test_a_controller_that_never_answers_is_given_up(answers: list[list[dict[str
 def test_tasks_of_a_sweep_are_told_apart_and_those_that_wait_together_have_no_run(
     answers: list[list[dict[str, str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "0").mkdir()
     files.write_json(tmp_path / "0" / "status.json", {"state": "failed", "exit_code": 65, "error": "no photographs"})
     first = record("FAILED", ArrayTaskId="0", ExitCode="65:0")
     done = [first, record("COMPLETED", ArrayTaskId="1")]

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from facefast import submit
-from facefast.cluster import slurm
-from facefast.recipe.named import RECIPES
+from facefast.cluster import slurm, split
+from facefast.recipe.options import parse
 from facefast.runtime import exits
 
 HOSTILE = (
@@ -26,7 +26,8 @@ HOSTILE = (
 SRUN = """#!{python}
 import json, os, sys
 words = sys.argv[1:]
-json.dump([words, {{k: v for k, v in os.environ.items() if "PREFIX" in k}}], open(os.environ["NOTES"] + "/srun.json", "w"))
+seen = {{name: value for name, value in os.environ.items() if "PREFIX" in name}}
+json.dump([words, seen], open(os.environ["NOTES"] + "/srun.json", "w"))
 sys.exit(int(os.environ["CODE"]))
 """
 SCONTROL = """#!/bin/sh
@@ -50,8 +51,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def written(*words: str) -> str:
     """The script of a command line."""
-    ours, train = slurm.split(list(words))
-    return slurm.job(slurm.parse(slurm.SlurmArguments, ours, "submit slurm"), train).script()
+    ours, train = split(list(words), "slurm")
+    return slurm.job(parse(slurm.SlurmArguments, ours, "submit slurm"), train).script()
 
 
 def execute(script: str, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
@@ -179,8 +180,8 @@ def test_a_container_is_pyxis_or_apptainers_with_the_working_folder_in_it(folder
     assert execute(written(*words)).returncode == 0
     step, _, _ = started(folder)
     inside = step[step.index("apptainer") :]
-    assert inside == ["apptainer", "exec", "--nv", "--bind", f"{folder}:{folder}", "--bind", "/a:/b", "--pwd", f"{folder}",
-                      "i.sif"]  # fmt: skip
+    binds = ["--bind", f"{folder}:{folder}", "--bind", "/a:/b"]
+    assert inside == ["apptainer", "exec", "--nv", *binds, "--pwd", f"{folder}", "i.sif"]
 
 
 def test_modules_and_a_virtual_environment_are_there_when_the_launcher_starts(folder: Path) -> None:
@@ -211,7 +212,16 @@ def test_a_sweep_is_an_array_whose_tasks_have_folders_of_their_own(folder: Path)
     asked = directives(script)
     assert asked["--array"] == "0-1%1" and asked["--output"] == "runs/s/slurm/%A_%a.log"
     assert execute(script, SLURM_ARRAY_TASK_ID="1").returncode == 0
-    assert started(folder)[2] == ["scratch", "--data.root=x", "--seed", "2", "--data.root", "two words", "--out", "runs/s/1"]
+    assert started(folder)[2] == [
+        "scratch",
+        "--data.root=x",
+        "--seed",
+        "2",
+        "--data.root",
+        "two words",
+        "--out",
+        "runs/s/1",
+    ]
     assert execute(script, SLURM_ARRAY_TASK_ID="2").returncode == 64
 
 
@@ -263,7 +273,7 @@ def test_what_cannot_be_is_refused_before_anything_is_handed_in(
 ) -> None:
     assert submit.main(["slurm", *words]) == exits.EXIT_USAGE
     out, err = capsys.readouterr()
-    assert said in err and not out
+    assert said in re.sub(r"[\s│]+", " ", err) and not out  # the parser frames what it says
 
 
 @pytest.mark.parametrize(
@@ -274,14 +284,20 @@ def test_a_time_limit_is_read_as_sbatch_reads_it(text: str, seconds: int) -> Non
     assert slurm.seconds_of(text) == seconds
 
 
-def test_every_recipe_can_be_submitted_and_a_dry_run_writes_nothing(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("recipe", "given"),
+    [
+        ("drawn", ()),
+        ("finetune", ("--data.root=x", "--model.source=y")),
+        ("binary", ("--data.root=x", "--model.source=y", "--binary.people=z")),
+        ("multitask", ("--data.root=x", "--model.source=y", "--tasks.attributes=Smiling")),
+    ],
+)
+def test_a_dry_run_prints_the_whole_command_of_a_recipe_and_writes_nothing(
+    recipe: str, given: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--data.root=x", "--model.source=y", "--binary.people=z", "--model.teacher=t", "--tasks.attributes=a"]
-    for recipe in RECIPES:
-        assert submit.main(["slurm", "--", recipe, *given]) == 0, recipe
-        script = capsys.readouterr().out
-        assert f"train=({recipe} " in script and f"--out runs/{recipe})" in script
+    assert submit.main(["slurm", "--", recipe, *given]) == 0
+    assert f"\ntrain=({' '.join((recipe, *given))} --out runs/{recipe})\n" in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == {"programs"}
 
 

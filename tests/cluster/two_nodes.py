@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge", "iproute2")
 CONTROL, NODES = "10.77.0.1", {"n1": "10.77.0.11", "n2": "10.77.0.12"}
@@ -47,6 +46,7 @@ AccountingStorageType=accounting_storage/none
 JobRequeue=1
 ReturnToService=2
 SlurmdTimeout={dead_after}
+SchedulerParameters=sched_interval=3,bf_interval=3,batch_sched_delay=0
 KillWait=15
 SlurmdParameters=config_overrides
 StateSaveLocation={work}/state
@@ -74,7 +74,7 @@ def require_namespaces() -> None:
         raise CannotRun(f"network namespaces need root on Linux, and this is user {os.geteuid()} on {sys.platform}")
     if len(os.sched_getaffinity(0)) < len(NODES):
         raise CannotRun(f"each node needs a core, and there are {len(os.sched_getaffinity(0))}")
-    for tool in ("unshare", "apt-get", "dpkg", "mount"):
+    for tool in ("unshare", "nsenter", "setpriv", "taskset", "apt-get", "dpkg", "mount", "bash"):
         if not shutil.which(tool):
             raise CannotRun(f"there is no {tool}")
     done = run(["unshare", *NAMESPACES, "--fork", "--mount-proc", "true"])
@@ -127,7 +127,10 @@ def inside_namespaces(command: Sequence[str]) -> int:
     """Runs a command in namespaces of its own; returns its exit code once every process in them is gone."""
     # bash, as the first process, gathers the dead whom nobody else waits for: Slurm takes a zombie for a living task.
     shell = ["bash", "-c", '"$@"; exit $?', "first", *command]
-    process = subprocess.Popen(["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", *shell])
+    ends_with_us = ["setpriv", "--pdeathsig", "KILL"]
+    process = subprocess.Popen(
+        [*ends_with_us, "unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", *shell]
+    )
     try:
         return process.wait()
     finally:
@@ -169,8 +172,7 @@ class Cluster:
 
     def start(self, *command: str | Path, log: str) -> subprocess.Popen[bytes]:
         """A process that goes on; what it says is in the file `log`."""
-        file: IO[bytes] = open(self.work / log, "ab")
-        with file:
+        with open(self.work / log, "ab") as file:
             return subprocess.Popen(
                 list(map(str, command)), env=self.environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL
             )
@@ -178,7 +180,9 @@ class Cluster:
     def start_node(self, name: str) -> None:
         """slurmd in the node's network, under the node's name, on one core, as everything that it starts."""
         core = sorted(os.sched_getaffinity(0))[list(NODES).index(name)]
-        boot = f"hostname {name} && exec taskset -c {core} {self.tool('slurmd')} -D -N {name} -d {self.tool('slurmstepd')}"
+        boot = (
+            f"hostname {name} && exec taskset -c {core} {self.tool('slurmd')} -D -N {name} -d {self.tool('slurmstepd')}"
+        )
         self.start("nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "sh", "-c", boot, log=f"{name}.out")
 
     def kill_node(self, name: str) -> None:
@@ -217,7 +221,10 @@ def cluster(root: Path, work: Path) -> Iterator[Cluster]:
     network(made)
     for folder in ("state", *(f"{name}/spool" for name in NODES)):
         (work / folder).mkdir(parents=True)
-    nodes = "\n".join(f"NodeName={name} NodeAddr={address} CPUs=1 Sockets=1 CoresPerSocket=1 ThreadsPerCore=1" for name, address in NODES.items())
+    nodes = "\n".join(
+        f"NodeName={name} NodeAddr={address} CPUs=1 Sockets=1 CoresPerSocket=1 ThreadsPerCore=1"
+        for name, address in NODES.items()
+    )
     (work / "slurm.conf").write_text(
         CONFIGURATION.format(
             control=CONTROL,
