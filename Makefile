@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 EXTRAS := $(shell if [ "$(FACEFAST_CUDA)" = 1 ] || { [ "$(FACEFAST_CUDA)" != 0 ] && command -v nvidia-smi >/dev/null && ! nvcc --version 2>/dev/null | grep -q 'release 13'; }; then echo dev,cuda; else echo dev; fi)
 NATIVE := setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' -o -name '*.json')
 
-.PHONY: help setup train test faults faults-of-processes faults-of-files lint format bench clean
+.PHONY: help setup train test faults faults-of-processes faults-of-files cluster-test lint format bench clean
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
 $(VENV)/python: ; $(PYTHON) -c 'import sys; sys.exit("facefast needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,9 @@ PROCESSES := tests/faults/test_kills.py tests/faults/test_ranks.py tests/faults/
 FULL := FACEFAST_FAULTS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rP
 faults-of-processes: ; $(FULL) $(PROCESSES) $(ARGS)
 faults-of-files: ; $(FULL) $(filter-out $(PROCESSES),$(wildcard tests/faults/test_*.py)) $(ARGS)
+
+cluster-test: setup  ## a real two-node Slurm on this machine (as root), on which runs are submitted, stopped and lost
+	$(BIN)/python tests/cluster/slurm_check.py
 
 lint: setup  ## ruff, mypy, clang-format: checks only
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""A run handed to a scheduler: `facefast submit kubernetes [OPTIONS] -- [RECIPE] [options of facefast train]`."""
+"""A run handed to a scheduler: `facefast submit slurm|kubernetes [OPTIONS] -- [RECIPE] [options of facefast train]`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Literal
 
 import tyro
 
-from facefast.cluster import kubernetes
+from facefast.cluster import kubernetes, slurm
 from facefast.recipe.options import parse
 from facefast.runtime import exits
 
-SCHEDULERS = {"kubernetes": (kubernetes.KubernetesArguments, kubernetes.submit)}
+SCHEDULERS = {
+    "slurm": (slurm.SlurmArguments, slurm.submit),
+    "kubernetes": (kubernetes.KubernetesArguments, kubernetes.submit),
+}
 """The options of each, and what takes the rest of the line."""
 
 
@@ -20,7 +23,7 @@ SCHEDULERS = {"kubernetes": (kubernetes.KubernetesArguments, kubernetes.submit)}
 class SubmitArguments:
     """`facefast submit SCHEDULER ...`; `facefast submit SCHEDULER --help` tells of its options."""
 
-    scheduler: tyro.conf.Positional[Literal["kubernetes"]]
+    scheduler: tyro.conf.Positional[Literal["slurm", "kubernetes"]]
     """Who is to run it."""
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
+from facefast.cluster import split
 from facefast.recipe import Recipe, flags
 from facefast.recipe.options import parse
 from facefast.recipe.ranges import MOST, require
@@ -117,7 +118,7 @@ def submit(arguments: list[str]) -> int:
     Raises:
         ValueError: an option, a recipe, or a run that would be lost with its pod.
     """
-    ours, train = split(arguments)
+    ours, train = split(arguments, "kubernetes")
     given = parse(KubernetesArguments, ours, "submit kubernetes")
     if "-h" in train or "--help" in train:
         raise ValueError("facefast train --help tells of the words behind --")
@@ -131,16 +132,6 @@ def submit(arguments: list[str]) -> int:
         say(text.rstrip())
         return exits.EXIT_DONE
     return _apply(text)
-
-
-def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Words before and behind --."""
-    if "--" in arguments:
-        cut = arguments.index("--")
-        return arguments[:cut], arguments[cut + 1 :]
-    if {"-h", "--help"} & set(arguments):
-        return arguments, []
-    raise ValueError("the words of facefast train stand behind a -- of their own: submit kubernetes ... -- --out RUN")
 
 
 def manifests(given: KubernetesArguments, train: list[str]) -> str:

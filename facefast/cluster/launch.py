@@ -100,7 +100,11 @@ def launch(torchrun: list[str], train: list[str], stop: Stop) -> int:
 
     # SIGQUIT alone stays torchrun's.
     asked = run.parse_args([*torchrun, "--signals-to-handle", "SIGQUIT", "-m", MODULE, *train])
-    asked.rdzv_conf = _with_host(asked, os.environ.get("JOB_COMPLETION_INDEX"))
+    # Where this node stands among those of the job: Kubernetes' word for it, or that of a step of Slurm's.
+    index = os.environ.get("JOB_COMPLETION_INDEX", os.environ.get("SLURM_NODEID"))
+    asked.rdzv_conf = _with_host(asked, index)
+    if asked.log_dir and index is not None:
+        asked.log_dir = os.path.join(asked.log_dir, f"node-{index}")  # torchrun numbers ranks by node
     try:
         run.run(asked)
     except ChildFailedError as error:
@@ -119,7 +123,7 @@ def _codes(error: Any) -> list[int]:
 
 
 def _with_host(asked: Any, index: str | None) -> str:
-    """torchrun's rendezvous settings, in which the first pod of an Indexed Job keeps the store.
+    """torchrun's rendezvous settings, in which the first node of a job keeps the store.
 
     torchrun would look its own name up to find that out, which the cluster may not know yet.
     """

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from facefast.runtime import ranks
+from facefast.runtime import ranks, slurm
 from facefast.runtime.cores import usable_cores
 from facefast.runtime.exits import EXIT_PREEMPTED, StorageError
 from facefast.runtime.files import Held
@@ -53,22 +53,23 @@ class World:
     def from_environment(cls) -> World:
         """Reads torchrun's variables, else those of a plain `srun`, else one process.
 
-        A batch script of Slurm runs once, whatever the tasks of its allocation: only what `srun` starts, a step, is
-        one of several.
+        A batch script of Slurm runs once, whatever the tasks of its allocation, and so does the shell of `salloc`: only
+        what `srun` starts, a step, is one of several.
 
         Raises:
             ValueError: a variable is missing or no number, or they contradict each other.
         """
-        env = os.environ
-        in_step = "SLURM_STEP_ID" in env or "SLURM_STEPID" in env
-        if "RANK" in env:
+        if "RANK" in os.environ:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        elif in_step and "SLURM_PROCID" in env and _number("SLURM_NTASKS", "1") > 1:
-            names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+            local_rank = _number(names[2], "0")
+            local_size = _number(names[3], str(local_rank + 1))
+        elif slurm.in_step() and "SLURM_PROCID" in os.environ and _number("SLURM_NTASKS", "1") > 1:
+            local_rank = _number("SLURM_LOCALID", "0")
+            source, local_size = slurm.tasks_here(local_rank)
+            names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", source)
         else:
             return cls()
-        local_rank = _number(names[2], "0")
-        world = cls(_number(names[0]), _number(names[1]), local_rank, _number(names[3], str(local_rank + 1)))
+        world = cls(_number(names[0]), _number(names[1]), local_rank, local_size)
         if not 0 <= world.rank < world.size or not 0 <= world.local_rank < world.local_size:
             raise ValueError(
                 f"{names[0]}={world.rank} of {names[1]}={world.size}, {names[2]}={world.local_rank} of "
@@ -253,7 +254,7 @@ def start(
 
 def _meet(world: World, patience: float) -> ranks.Ranks:
     """Finds the other ranks, at the address that torchrun sets or a plain `srun` implies."""
-    host = os.environ.setdefault("MASTER_ADDR", socket.gethostname())
+    host = os.environ.setdefault("MASTER_ADDR", slurm.first_host() or socket.gethostname())
     port = store_port()
     os.environ["MASTER_PORT"] = str(port)
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -125,7 +125,7 @@ def test_every_command_and_recipe_that_a_document_shows_exists(path: Path) -> No
             assert command in cli.COMMANDS, line
             if command == "train" and word and not word.startswith("--") and not PLACEHOLDER.fullmatch(word):
                 assert word in RECIPES, line
-        for target in re.findall(r"(?:^|`)make (\w+)", line):
+        for target in re.findall(r"(?:^|`)make ([\w-]+)", line):
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), line
 
 

@@ -29,7 +29,7 @@ SLURM = {
 
 
 def world_of(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> World:
-    for name in (*TORCHRUN, *SLURM):
+    for name in [*TORCHRUN, *(name for name in os.environ if name.startswith("SLURM_"))]:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
