@@ -94,5 +94,6 @@ def _resolve_phase(phase: Phase, facts: IndexFacts, world_size: int, seed: int, 
         batchnorm_batch=phase.batch_size // (phase.accumulate if synchronised else passes),
         seed=seed,
         steps_per_epoch=steps_per_epoch,
-        steps=phase.steps or max(1, round(phase.epochs * steps_per_epoch)),  # a phase makes one update at least
+        # A phase makes one update at least, unless it is to make none.
+        steps=phase.steps or (max(1, round(phase.epochs * steps_per_epoch)) if phase.epochs else 0),
     )
