@@ -55,7 +55,7 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
             start = begin(folder, state, number, datasets[number], source, teacher, saved, log)
             data = start.data
             require_room(folder, state)
-            if measure_untrained(state, data, log, start.known) if saved is None else not has_best(folder, state):
+            if measure_untrained(state, data, log, start) if saved is None else not has_best(folder, state):
                 save(folder, state, improved=True)
             saved = None  # it belongs to the phase it was saved in: the next one begins by its own rules
             with open_loader(state, data) as loader:  #             sampler -> rows -> augment -> dali -> Batch

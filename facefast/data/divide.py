@@ -51,6 +51,8 @@ class PhaseData:
     """What is reported: the test part, which nothing is chosen by."""
     attributes: tuple[AttributeSpec, ...] = ()
     """What is learnt beside identities: columns of `train.attributes`."""
+    unnamed: FaceIndex | None = None
+    """Pictures without a name, for what needs none; those that are trained on are in `train`."""
 
     def facts(self) -> IndexFacts:
         """What the plan needs."""
@@ -113,6 +115,7 @@ def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> PhaseData:
         validation=_evaluation_set(validation, choosing, choosing_held_out, recipe),
         evaluation=_evaluation_set(test, verification, held_out, recipe),
         attributes=specs,
+        unnamed=unlabelled if phase.adapt.active and len(unlabelled) and not phase.uses_unnamed else None,
     )
 
 

@@ -18,7 +18,7 @@ from facefast.ops import class_block
 from facefast.recipe import AttributeSpec, ImageSpec, ModelConfig, from_json, to_json
 from facefast.runtime.process import World
 
-FINDINGS = ("faces", "thresholds", "calibration", "metrics", "provenance")
+FINDINGS = ("faces", "adaptation", "thresholds", "calibration", "metrics", "provenance")
 """What model.json says beside the architecture, of how the model was made and what it may say."""
 MOST_CLASSES = 100_000_000
 
@@ -75,6 +75,8 @@ class FaceModel(nn.Module):
         """What the source gave, where there was one."""
         self.faces: dict[str, Any] | None = None
         """How the faces that it was trained on were found and aligned; None where that is not known."""
+        self.adaptation: dict[str, Any] | None = None
+        """What was done to the source model in closed form, and what that gained, as JSON; None where nothing was."""
         self.thresholds: dict[str, Any] | None = None
         """`facefast.evaluation.thresholds.Thresholds` as JSON: from which score on a face is somebody, and two are one
         person; None where nothing was found out."""
@@ -95,6 +97,8 @@ class FaceModel(nn.Module):
                 nn.BatchNorm1d(config.embedding),
             )
             self.embedding_size = config.embedding
+        self.linear_map: nn.Linear | None = None
+        """Follows the embedding of a network that ends in no layer which could take such a map in."""
         self._backbone_stages = network.stages
         self.dropout = nn.Dropout(config.dropout)
         self.head: LinearHead | CosineHead | None = None
@@ -104,6 +108,15 @@ class FaceModel(nn.Module):
         # Not in the state dict: the ImageSpec, which is saved with the model, is their one source.
         self.register_buffer("pixel_mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", std.view(1, 3, 1, 1), persistent=False)
+
+    def add_linear_map(self) -> None:
+        """Lets a linear layer follow the embedding, which changes nothing as yet."""
+        if self.linear_map is None:
+            like = next(self.backbone.parameters())
+            self.linear_map = nn.Linear(self.embedding_size, self.embedding_size).to(like)
+            with torch.no_grad():
+                nn.init.eye_(self.linear_map.weight)
+                nn.init.zeros_(self.linear_map.bias)
 
     def set_classes(self, num_classes: int, class_names: Sequence[str] = ()) -> None:
         """Gives the model a new head with random weights, on the device of the rest.
@@ -132,7 +145,7 @@ class FaceModel(nn.Module):
         """
         self._check_shape(images)
         embeddings: Tensor = self.embedding(self.backbone(images))
-        return embeddings
+        return embeddings if self.linear_map is None else self.linear_map(embeddings)
 
     def classify(self, embeddings: Tensor) -> Tensor:
         """Embeddings [B, D] of `encode` to logits [B, C], or cosines with the cosine head.
@@ -213,8 +226,13 @@ class FaceModel(nn.Module):
             stage: _holders(self.backbone, [n for n in named if _belongs(n, members)])
             for stage, members in self._backbone_stages.items()
         }
-        if next(self.embedding.parameters(), None) is not None:
-            stages["embedding"] = [self.embedding]
+        ending = [
+            part
+            for part in (self.embedding, self.linear_map)
+            if part is not None and any(True for _ in part.parameters())
+        ]
+        if ending:
+            stages["embedding"] = ending
         heads: list[nn.Module] = [head for head in (self.head, self.attribute_heads) if head is not None]
         if heads:
             stages["head"] = heads
@@ -269,6 +287,7 @@ class FaceModel(nn.Module):
             "num_classes": self.num_classes,
             "class_names": list(self.class_names),
             "attributes": to_json(self.attribute_heads.specs if self.attribute_heads else ()),
+            **({} if self.linear_map is None else {"linear_map": True}),
             **{name: getattr(self, name) for name in FINDINGS},
         }
 
@@ -288,7 +307,7 @@ class FaceModel(nn.Module):
         require_format(document)
         fields = ("backbone", "embedding", "head", "dropout")
         wanted = {*fields, "format", "scale", "image", "num_classes", "class_names"}
-        present = set(document) - {"attributes", *FINDINGS}  # older files have none
+        present = set(document) - {"attributes", "linear_map", *FINDINGS}  # older files have none
         if present != wanted:
             differing = ", ".join(sorted(present ^ wanted))
             raise ValueError(f"model.json has wrong or missing entries: {differing}")
@@ -312,6 +331,10 @@ class FaceModel(nn.Module):
             backbone,
             world,
         )
+        if document.get("linear_map", False) is not False:
+            if document["linear_map"] is not True:
+                raise ValueError(f"model.json: linear_map is {document['linear_map']!r:.80}; it must be true or false")
+            model.add_linear_map()
         for name in FINDINGS:
             value = document.get(name)
             if not isinstance(value, dict | None):

@@ -17,11 +17,12 @@ from facefast.recipe.config import (
 )
 from facefast.recipe.image import AugmentSpec, ImageSpec
 from facefast.recipe.jsonable import from_json, to_json
-from facefast.recipe.phase import DistillConfig, LossConfig, Phase
+from facefast.recipe.phase import AdaptConfig, DistillConfig, LossConfig, Phase
 from facefast.recipe.plan import IndexFacts, PhasePlan, Plan, resolve, within
 from facefast.recipe.whole import Recipe
 
 __all__ = [
+    "AdaptConfig",
     "AttributeSpec",
     "AugmentSpec",
     "BinaryConfig",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from facefast.recipe import (
+    AdaptConfig,
     AugmentSpec,
     BinaryConfig,
     DataConfig,
@@ -109,6 +110,7 @@ LAST = Phase(
     augment=FLIP,
 )
 """From a source model: the last stages, from the class means."""
+ADAPT = AdaptConfig(choose="auto")
 ALL = dataclasses.replace(
     LAST,
     name="all",
@@ -127,13 +129,21 @@ FIXED = dataclasses.replace(
 
 
 def finetune(given: Given) -> Recipe:
-    """Staged fine-tuning: class-mean head, then the last stages, then all, ever slower.
+    """Staged fine-tuning: adaptation, class-mean head, then the last stages, then all, ever slower.
 
-    The default where there is a source model.
+    The default where there is a source model. Each stage has to win on pictures kept out of training.
 
     Command: `torchrun --standalone --nproc-per-node 2 -m facefast.train --data.root DIR --model.source FILE`.
     """
-    return _from_source(given, LAST, ALL)
+    return _from_source(given, dataclasses.replace(LAST, adapt=ADAPT), ALL)
+
+
+def adapt(given: Given) -> Recipe:
+    """Adaptation alone, in seconds: BatchNorm statistics and whitening, then class means.
+
+    Command: `facefast train adapt --data.root DIR --model.source FILE`.
+    """
+    return _from_source(given, _varied("adapt", adapt=ADAPT, epochs=0))
 
 
 def fixed(given: Given) -> Recipe:
@@ -377,6 +387,7 @@ RECIPES: dict[str, Callable[[Given], Recipe]] = {
     for recipe in (
         drawn,
         finetune,
+        adapt,
         scratch,
         fixed,
         share,

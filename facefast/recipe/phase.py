@@ -121,6 +121,42 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class AdaptConfig:
+    """What the source model is told of the pictures in closed form, before any training: BatchNorm statistics and how
+    the embeddings of one person scatter."""
+
+    choose: Literal["none", "auto", "given"] = "none"
+    """auto tries several amounts on people left out and takes none that gains nothing there; given is what the two
+    below say; none leaves the source as it is."""
+    batchnorm: float = 0.0
+    """Weight of these pictures' BatchNorm statistics in place of the source's (AdaBN, Li et al. 2016), 0 to 1."""
+    shrinkage: float = 1.0
+    """Of the within-person covariance that embeddings are whitened by (WCCN, Hatch et al. 2006), towards a multiple of
+    the identity: 1 whitens nothing, 0.1 nearly everything."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.batchnorm <= 1 or not LEAST_SHRINKAGE <= self.shrinkage <= 1:
+            raise ValueError(
+                f"adapt.batchnorm {self.batchnorm} must lie in [0, 1], adapt.shrinkage {self.shrinkage} in "
+                f"[{LEAST_SHRINKAGE}, 1]"
+            )
+        neutral = self.batchnorm == 0 and self.shrinkage == 1
+        if (self.choose == "given") == neutral:
+            raise ValueError(
+                f"adapt.choose {self.choose} with adapt.batchnorm {self.batchnorm:g} and adapt.shrinkage "
+                f"{self.shrinkage:g}: give an amount of one of them together with choose given, and only then"
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether anything may be done."""
+        return self.choose != "none"
+
+
+LEAST_SHRINKAGE = 0.01
+
+
+@dataclass(frozen=True)
 class Phase:
     """A stretch of training: which identities, what moves, how fast, for how long."""
 
@@ -135,7 +171,7 @@ class Phase:
     """Head: random, each class's mean embedding (the loss then starts low instead of exploding), by the teacher where
     the phase starts from it, or that of the phase before."""
     epochs: float = 1.0
-    """Passes over the training pictures; give this or `steps`."""
+    """Passes over the training pictures; give this or `steps`. 0 only adapts."""
     steps: int = 0
     """Optimiser updates; 0 counts in epochs."""
     batch_size: int = 64
@@ -195,14 +231,23 @@ class Phase:
     """Part of the convolutions' weights that is 0 in the end, the smallest ones (Zhu & Gupta 2017)."""
     loss: LossConfig = field(default_factory=LossConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
     augment: AugmentSpec = field(default_factory=AugmentSpec)
 
     def __post_init__(self) -> None:
         # It is a part of options, of file names and of TensorBoard's tags.
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", self.name):
             raise ValueError(f"a phase is named {self.name!r}; give it letters, digits, - and _, a letter first")
-        if self.steps < 0 or (self.steps == 0 and self.epochs <= 0):
-            raise ValueError(f"phase {self.name}: epochs {self.epochs} or steps {self.steps} must be above 0")
+        if self.steps < 0 or self.epochs < 0 or (self.steps == 0 and self.epochs == 0 and not self.adapt.active):
+            raise ValueError(
+                f"phase {self.name}: epochs {self.epochs} or steps {self.steps} must be above 0; only a phase that "
+                "adapts (adapt.choose) may do without updates"
+            )
+        if self.adapt.active and self.start != "source":
+            raise ValueError(
+                f"phase {self.name}: adapt.choose {self.adapt.choose} adapts the source model, but the phase starts "
+                f"from {self.start}; set phases.{self.name}.start source"
+            )
         if self.batch_size < 1 or self.accumulate < 1 or self.batch_size % self.accumulate:
             raise ValueError(
                 f"phase {self.name}: batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}"

@@ -124,7 +124,8 @@ def _resolve_phase(phase: Phase, facts: IndexFacts, world_size: int, seed: int, 
         batchnorm_batch=most,
         seed=seed,
         steps_per_epoch=steps_per_epoch,
-        steps=phase.steps or max(1, round(phase.epochs * steps_per_epoch)),  # a phase makes one update at least
+        # A phase makes one update at least, unless it is to make none.
+        steps=phase.steps or (max(1, round(phase.epochs * steps_per_epoch)) if phase.epochs else 0),
     )
     return _divided(plan, world_size, most, phase.accumulate, synchronised)
 

@@ -3,6 +3,7 @@ and the source model's embeddings for what it does untrained."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +21,13 @@ from facefast.models import STUDENTS, FaceModel, Source, build_model, checkpoint
 from facefast.models.batchnorm import takes_statistics
 from facefast.models.build import DEFAULT_BACKBONE
 from facefast.models.provenance import of_run
-from facefast.recipe import ImageSpec, Phase, Recipe
+from facefast.recipe import ImageSpec, Phase, Recipe, to_json
+from facefast.runtime import files
 from facefast.runtime.log import RunLog
+from facefast.training.adapt import adapt
 from facefast.training.distill import Teacher, caches_teacher
 from facefast.training.losses import best_probability
+from facefast.training.restate import statistics_of
 from facefast.training.step import SideInputs, TrainState
 from facefast.training.transfer import caches_features
 
@@ -121,6 +125,9 @@ def starting_model(
 
 def _take_over(model: FaceModel, before: FaceModel, head_start: str) -> None:
     """The weights of the phase before; its heads too where they stand for the same and are wanted."""
+    model.adaptation = before.adaptation
+    if before.linear_map is not None:
+        model.add_linear_map()
     kept = dict(before.state_dict())
     # By name and in order: row k of a head's weight stands for class k.
     same_classes = model.class_names == before.class_names and type(model.head) is type(before.head)
@@ -154,6 +161,8 @@ class Start:
     """The phase's data, with the names that were given to pictures without one."""
     known: LabelledEmbeddings | None
     """The source model's embeddings of it, where the model is measured before any training."""
+    untouched: FaceModel | None = None
+    """The source model as it was before it was adapted, where it was."""
 
 
 def begin(
@@ -177,20 +186,28 @@ def begin(
         log.say(str(model.report))
     # Ahead of `state.load`: a feature cache made below must be of the weights that the run stopped with.
     if saved:
+        document = files.read_json(saved / "model.json")
+        model.adaptation = document.get("adaptation")
+        if document.get("linear_map"):
+            model.add_linear_map()
         model.load_state_dict(checkpoint.read_weights(saved, model))
     model.to(state.run.device)
     if state.precision.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     from_source = phase.start == "source" and state.recipe.eval.baselines and bool((data.labels() >= 0).any())
     wants_means = phase.head_start == "class_mean"
-    # One pass over the pictures serves all three. A run that goes on needs none: its head is in the checkpoint, the
+    # One pass over the pictures serves all four. A run that goes on needs none: its head is in the checkpoint, the
     # names are in a file, and what the source did untrained is in the log.
     fresh: tuple[Tensor, Tensor] | None = None
-    if not saved and (from_source or wants_means or phase.labels == "pseudo"):
+    if not saved and (from_source or wants_means or phase.labels == "pseudo" or phase.adapt.active):
         network = model
         if phase.start == "teacher" and teacher is not None and teacher.embedding_size == model.embedding_size:
             network = teacher  # the layers that a student took over do not fit each other yet
         fresh = embed_training_rows(state, network, data, mirror="mean")
+    before, untouched = fresh, None
+    if phase.adapt.active and fresh is not None:
+        untouched = copy.deepcopy(model)
+        fresh = _adapted(state, phase, model, data, fresh, log)
     if phase.labels == "pseudo":
         data = with_pseudo_labels(
             folder / f"pseudo-labels-{phase.name}.csv", state, data, phase.pseudo_confidence, fresh, log
@@ -212,9 +229,41 @@ def begin(
         state.load(saved)
     for warning in batchnorm_advice(state):
         log.say(f"note: {warning}")
-    if fresh is None or not from_source:
+    if before is None or not from_source:
         return Start(data, None)
-    return Start(data, LabelledEmbeddings(fresh[0], labels.where(fresh[1], -1), plan.num_classes))
+    untouched = untouched if state.model.adaptation is not None else None
+    return Start(data, LabelledEmbeddings(before[0], labels.where(before[1], -1), plan.num_classes), untouched)
+
+
+def _adapted(
+    state: TrainState,
+    phase: Phase,
+    model: FaceModel,
+    data: PhaseData,
+    known: tuple[Tensor, Tensor],
+    log: RunLog,
+) -> tuple[Tensor, Tensor]:
+    """Adapts the model in place as the phase wants it; returns its embeddings of the training pictures."""
+    model.eval()
+    run, precision, reading, seed = state.run, state.precision, state.reading, state.recipe.seed
+    size = state.recipe.eval.batch_size
+    done, known = adapt(
+        model,
+        data.train,
+        data.unnamed,
+        phase.adapt,
+        known,
+        embed=lambda network, index, mirror: embed_rows(
+            network, index, run, precision, reading, batch_size=size, mirror="mean" if mirror else "none"
+        ),
+        measure=lambda network, index: statistics_of(network, index, run, precision, reading, seed),
+        seed=seed,
+    )
+    for text in done.told():
+        log.say(text)
+    if done.changes:
+        model.adaptation = to_json(done)
+    return known
 
 
 FEW_FOR_BATCHNORM = 32

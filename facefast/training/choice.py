@@ -27,8 +27,11 @@ from facefast.models.heads import START_SCALE
 from facefast.recipe import EvalConfig, to_json
 from facefast.runtime import files
 from facefast.runtime.log import RunLog
+from facefast.training.begin import Start
 from facefast.training.step import TrainState
 
+ADAPTED = "adapted class means"
+"""The row of the final table for the adapted source model before any update."""
 MEANS = "class-means"
 """The folder beside the other checkpoints in which class means are handed on."""
 ROUNDING = 1e-6
@@ -61,20 +64,27 @@ def named_metric(config: EvalConfig, results: dict[str, float]) -> tuple[float, 
     )
 
 
-def measure_untrained(state: TrainState, data: PhaseData, log: RunLog, known: LabelledEmbeddings | None) -> bool:
+def measure_untrained(state: TrainState, data: PhaseData, log: RunLog, start: Start) -> bool:
     """Measures the model before any training, the floor to beat, where it knows anything; returns whether it is the
     best so far.
 
-    Args:
-        known: embeddings of the training pictures; with them the table gets rows for what the source does untrained.
+    With embeddings of the training pictures by the source, the table gets rows for what that does untrained.
     """
+    known, untouched = start.known, start.untouched
     if known is None and state.phase.head_start != "class_mean":
         return False
     # Both need the validation pictures: they are embedded once.
     embed = remembering(functools.partial(_embedded, state, state.evaluated))
-    improved = measure(state, data, log, known, embed)
+    improved = measure(state, data, log, known if untouched is None else None, embed)
+    if untouched is not None and state.phase_plan.steps:
+        state.validated[ADAPTED] = _evaluate(state, state.evaluated, data.validation, embed=embed)
+        _report(state, ADAPTED, _evaluate(state, state.evaluated, data.evaluation, embed=embed), log)
     if known is not None:
+        if untouched is not None:
+            embed = remembering(functools.partial(_embedded, state, untouched))
+            state.validated |= with_baselines(_evaluate(state, untouched, data.validation, known, embed))
         _report_baselines(state, data, known, embed, log)
+    state.set_modes()
     return improved
 
 
@@ -140,7 +150,6 @@ def _report_baselines(state: TrainState, data: PhaseData, known: LabelledEmbeddi
     if data.validation.test is not None:
         known = known.joined(_labelled(data.validation.test, embed))
     rows = with_baselines(_evaluate(state, state.evaluated, data.evaluation, known, embed))
-    state.set_modes()
     for row, results in rows.items():
         _report(state, row, results, log)
 
@@ -196,15 +205,17 @@ def _report(state: TrainState, row: str, results: dict[str, float], log: RunLog)
 
 
 def handed_on(state: TrainState) -> str:
-    """The row of the final table whose model `best` is: a phase's, or the class means, which fine-tuning has to
-    beat."""
+    """The row of the final table whose model `best` is: a phase's, the adapted source's before any update, or the class
+    means, which all of them have to beat."""
     phase = state.recipe.phases[state.chosen[0]]
     if state.recipe.learns_attributes:  # whose heads the class means would lack
         return phase.name
     means = state.validated.get(CLASS_MEANS, {}).get("top1", -1.0)
     chooses = state.best is not None and named_metric(state.recipe.eval, state.validated[phase.name])[1] == "top1"
     # Fine-tuning has to name one picture more, not to be ahead by a rounding.
-    return CLASS_MEANS if chooses and means >= (state.best or 0.0) - ROUNDING else phase.name
+    if chooses and means >= (state.best or 0.0) - ROUNDING:
+        return CLASS_MEANS
+    return ADAPTED if state.chosen[1] == 0 and ADAPTED in state.validated else phase.name
 
 
 def best_of(state: TrainState) -> dict[str, Any] | None:

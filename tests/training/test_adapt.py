@@ -1,0 +1,294 @@
+"""A source model is adapted by as much as people left out gain, and stays as it is where they gain nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from facefast import train
+from facefast.data import FaceIndex, read_index
+from facefast.data.drawn import synthetic
+from facefast.evaluation.embed import embed_rows
+from facefast.models import FaceModel, checkpoint
+from facefast.models.precision import Precision
+from facefast.recipe import AdaptConfig, Phase, Reading
+from facefast.runtime import files, process
+from facefast.runtime.log import read_lines
+from facefast.training import adapt as adapting
+from facefast.training import restate as restating
+from facefast.training.adapt import (
+    LEAST_PEOPLE,
+    adapt,
+    choose,
+    choose_shrinkage,
+    groups_of_people,
+    rows_to_ask,
+    tar_of_people,
+)
+from facefast.training.restate import layers, restate, statistics_of
+from tests.support import small
+from tests.support.ranks import run_ranks
+
+PEOPLE, PICTURES = 12, 6
+Known = tuple[Tensor, Tensor]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = synthetic.DrawnSpec(identities=(PEOPLE, 0, 0), pictures=PICTURES, seed=5)
+    return synthetic.write(tmp_path_factory.mktemp("data") / "drawn", spec, processes=1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def source(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.save_run(tmp_path_factory.mktemp("source") / "run", small.make_model(), drawn)
+
+
+def embeddings_of(
+    within: float, *, size: int = 24, people: int = 60, seed: int = 0
+) -> tuple[Tensor, NDArray[np.int64]]:
+    """People who differ in all numbers alike, their pictures by `within` in the first quarter of them and by little
+    elsewhere."""
+    generator = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(people), 6)
+    spread = np.full(size, 0.5)
+    spread[: size // 4] = within
+    vectors = generator.normal(size=(people, size))[labels] + spread * generator.normal(size=(len(labels), size))
+    return torch.tensor(vectors).float(), labels
+
+
+# What is measured.
+
+
+def test_tar_of_people_is_that_of_the_definition() -> None:
+    embeddings, labels = embeddings_of(1.0, people=12)
+    labels[-5:] = 100  # the last person has one picture left
+    directions = torch.nn.functional.normalize(embeddings, dim=1)
+    scores = (directions @ directions.T).numpy()
+    left, right = np.triu_indices(len(labels), 1)
+    different = np.sort(scores[left, right][labels[left] != labels[right]])[::-1]
+    threshold = different[int(np.ceil(len(different) * adapting.FAR)) - 1]
+    expected = []
+    for person in np.unique(labels):
+        own = np.flatnonzero(labels == person)
+        pairs = [scores[a, b] >= threshold for a in own for b in own if a < b]
+        expected += [np.mean(pairs)] if pairs else []
+    np.testing.assert_allclose(tar_of_people(embeddings, labels).numpy(), expected)
+
+
+def test_setting_is_taken_only_where_its_gain_is_above_chance() -> None:
+    before = torch.linspace(0.2, 0.8, 20).double()
+    noise = torch.tensor([0.1, -0.1] * 10).double()
+    best, trials = choose([("noise", before + noise), ("small", before + 0.05), ("large", before + 0.1)], before)
+    assert best == 2 and [trial.name for trial in trials] == ["noise", "small", "large"]
+    assert trials[0].low < 0 < trials[0].high and trials[2].gain == pytest.approx(0.1)
+    assert choose([("noise", before + noise), ("worse", before - 0.1)], before)[0] == -1
+
+
+def test_whitening_is_chosen_where_people_scatter_unevenly_and_left_where_they_do_not() -> None:
+    chosen, trials = choose_shrinkage(*embeddings_of(4.0), seed=0)
+    assert chosen < 1
+    assert max(trial.gain for trial in trials) > 0.2
+    assert choose_shrinkage(*embeddings_of(0.5), seed=0)[0] == 1.0
+
+
+def test_groups_divide_people_evenly_and_rows_are_whole_people_up_to_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.concatenate([np.repeat(np.arange(10), 4), np.arange(10, 15), [-1]])
+    groups = groups_of_people(labels, 5, seed=1)
+    assert len(groups) == 15 and np.bincount(groups[:10]).tolist() == [2] * 5
+    assert not np.array_equal(groups, groups_of_people(labels, 5, seed=2))
+    rows = rows_to_ask(labels, np.ones(15, bool))
+    assert sorted(rows) == list(range(40))
+    monkeypatch.setattr(adapting, "MOST_ASKED", 7)
+    monkeypatch.setattr(adapting, "MOST_EACH", 3)
+    assert np.bincount(labels[rows_to_ask(labels, np.ones(15, bool))]).tolist() == [3, 3]
+
+
+# BatchNorm's statistics.
+
+
+def run_of(rank: int = 0, world: int = 1) -> Any:
+    return process.Runtime(process.World(rank, world, rank, world), torch.device("cpu"))
+
+
+def statistics(model: FaceModel, index: FaceIndex) -> restating.Statistics:
+    precision = Precision.choose("fp32", model.config.backbone, False, torch.device("cpu"))
+    return statistics_of(model, index, run_of(), precision, Reading(threads=1), seed=3)
+
+
+def test_statistics_are_those_of_what_reaches_each_layer(drawn: Path) -> None:
+    model, index = small.make_model(), read_index(drawn)
+    found = statistics(model, index)
+    assert set(found) == set(layers(model))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    restate(model, found, 1.0)
+    # The pictures that the statistics are of leave every layer with mean 0 and variance 1 before its own factors.
+    reached: dict[str, Tensor] = {}
+    for name, layer in layers(model).items():
+        layer.register_forward_hook(lambda layer, given, _, name=name: reached.__setitem__(name, given[0]))
+    precision = Precision.choose("fp32", model.config.backbone, False, torch.device("cpu"))
+    embed_rows(model, index, run_of(), precision, Reading(threads=1), batch_size=len(index), mirror="none")
+    for name, given in reached.items():
+        axes = [0, *range(2, given.ndim)]
+        torch.testing.assert_close(given.mean(axes).double(), found[name][0], rtol=3e-2, atol=3e-2)
+        torch.testing.assert_close(given.var(axes).double(), found[name][1], rtol=5e-2, atol=3e-2)
+    assert not torch.equal(
+        state["backbone.conv1.bn.running_mean"], model.state_dict()["backbone.conv1.bn.running_mean"]
+    )
+
+
+def test_statistics_of_several_batches_are_those_of_all_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(8, 3, generator=generator).double() + shift for shift in (0.0, 2.0)]
+    total = torch.zeros(4, 3, dtype=torch.float64)
+    for batch in batches:
+        mean = batch.mean(0)
+        total += 8 * torch.stack([torch.ones(3).double(), mean, mean.square(), batch.var(0, correction=0)])
+    mean, variance = restating._moments(total)
+    torch.testing.assert_close(mean, torch.cat(batches).mean(0))
+    torch.testing.assert_close(variance, torch.cat(batches).var(0, correction=0))
+
+
+def test_weight_mixes_the_statistics_with_those_of_the_source() -> None:
+    model = small.make_model()
+    name, layer = next(iter(layers(model).items()))
+    assert layer.running_mean is not None
+    before = layer.running_mean.clone()
+    theirs = {name: (before.double() + 1, torch.ones(len(before)).double())}
+    restate(model, theirs, 0.25)
+    torch.testing.assert_close(layer.running_mean, before + 0.25)
+
+
+def _statistics_on_ranks(rank: int, root: str, out: str) -> int:
+    with process.start(rank_timeout=60) as run:
+        model = small.make_model()
+        precision = Precision.choose("fp32", model.config.backbone, False, torch.device("cpu"))
+        restating.BATCH = 16  # several batches, not as many for each rank
+        found = statistics_of(model, read_index(root), run, precision, Reading(threads=1), seed=3)
+        torch.save(found, f"{out}/{run.world.size}-{run.world.rank}.pt")
+    return 0
+
+
+def test_statistics_do_not_depend_on_the_number_of_ranks(drawn: Path, tmp_path: Path) -> None:
+    for world in (1, 2):
+        assert run_ranks(_statistics_on_ranks, world, str(drawn), str(tmp_path)) == [0] * world
+    alone, *both = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for found in both:
+        for name, moments in alone.items():
+            for one, other in zip(moments, found[name], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+# The whole.
+
+
+def adapted(
+    index: FaceIndex, config: AdaptConfig, model: FaceModel | None = None
+) -> tuple[adapting.Adaptation, Known, FaceModel]:
+    model = model or small.make_model()
+    precision = Precision.choose("fp32", model.config.backbone, False, torch.device("cpu"))
+
+    def embed(network: FaceModel, of: FaceIndex, mirror: bool) -> Known:
+        return embed_rows(
+            network, of, run_of(), precision, Reading(threads=1), batch_size=64, mirror="mean" if mirror else "none"
+        )
+
+    done, known = adapt(model, index, None, config, embed(model, index, True), embed, statistics, seed=1)
+    torch.testing.assert_close(known[0], embed(model, index, True)[0], rtol=1e-3, atol=1e-3)  # of the model as it is
+    return done, known, model
+
+
+def test_given_amounts_are_done_as_they_are(drawn: Path) -> None:
+    done, known, model = adapted(read_index(drawn), AdaptConfig("given", batchnorm=0.5, shrinkage=0.4))
+    assert (done.batchnorm, done.shrinkage, done.changes, done.trials) == (0.5, 0.4, True, ())
+    untouched = small.make_model().state_dict()
+    assert not torch.equal(
+        model.state_dict()["backbone.linear1.conv.weight"], untouched["backbone.linear1.conv.weight"]
+    )
+
+
+@pytest.mark.parametrize("people", [1, LEAST_PEOPLE - 1])
+def test_too_few_people_to_choose_by_leave_the_model_as_it_is_and_are_counted(drawn: Path, people: int) -> None:
+    index = read_index(drawn)
+    done, _, model = adapted(index.select(index.labels < people), AdaptConfig("auto"))
+    assert not done.changes and f"{people} people have two pictures or more" in done.why
+    untouched = small.make_model().state_dict()
+    assert all(torch.equal(tensor, untouched[name]) for name, tensor in model.state_dict().items())
+
+
+def test_one_picture_a_person_is_too_few_and_a_given_whitening_of_them_is_refused(drawn: Path) -> None:
+    index = read_index(drawn)
+    single = index.select(np.unique(index.labels, return_index=True)[1])
+    assert "0 people have two pictures" in adapted(single, AdaptConfig("auto"))[0].why
+    with pytest.raises(ValueError, match=r"no person has two pictures that differ; set 1"):
+        adapted(single, AdaptConfig("given", shrinkage=0.5))
+
+
+def test_statistics_for_a_network_without_batchnorm_are_refused_when_given(drawn: Path) -> None:
+    model = small.make_model()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, nn.Identity())
+    with pytest.raises(ValueError, match="has no BatchNorm"):
+        adapted(read_index(drawn), AdaptConfig("given", batchnorm=1.0), model)
+
+
+def test_config_refuses_amounts_without_effect_and_phases_without_a_source() -> None:
+    for wrong in ({"choose": "auto", "batchnorm": 0.5}, {"shrinkage": 0.5}, {"choose": "given"}):
+        with pytest.raises(ValueError, match="only then"):
+            AdaptConfig(**wrong)
+    with pytest.raises(ValueError, match="must lie in"):
+        AdaptConfig("given", batchnorm=2)
+    with pytest.raises(ValueError, match="adapts the source model, but the phase starts from scratch"):
+        Phase(start="scratch", adapt=AdaptConfig("auto"))
+    with pytest.raises(ValueError, match="must be above 0"):
+        Phase(start="source", epochs=0)
+    assert dataclasses.replace(Phase(start="source"), epochs=0, adapt=AdaptConfig("auto")).epochs == 0
+
+
+WORDS = ("--data.format=celeba", "--eval.pairs=20", "--eval.folds=2", "--precision=fp32", "--pictures=0", "--threads=1",
+         "--data.validation-fraction=0.4")  # fmt: skip
+
+
+def test_recipe_that_only_adapts_hands_on_a_model_that_says_so(drawn: Path, source: Path, tmp_path: Path) -> None:
+    given = ("--phases.adapt.adapt.choose=given", "--phases.adapt.adapt.shrinkage=0.2", "--eval.no-baselines")
+    out = tmp_path / "run"
+    assert (
+        train.main(["adapt", f"--data.root={drawn}", f"--model.source={source}", f"--out={out}", *WORDS, *given]) == 0
+    )
+    status = files.read_json(out / "status.json")
+    assert status["state"] == "done" and status["step"] == 0 and status["best"]["phase"] == "adapt"
+    model = checkpoint.load_model(out)
+    assert model.adaptation is not None and model.adaptation["shrinkage"] == 0.2
+
+
+def test_fine_tuning_goes_on_from_the_adapted_model_and_resumes_with_it(
+    drawn: Path, source: Path, tmp_path: Path
+) -> None:
+    words = [
+        "finetune", f"--data.root={drawn}", f"--model.source={source}", *WORDS, "--phases.last.adapt.choose=given",
+        "--phases.last.adapt.shrinkage=0.2", "--phases.last.adapt.batchnorm=1", "--phases.last.steps=3",
+        "--phases.all.steps=2", "--phases.last.batch-size=8", "--phases.all.batch-size=8", "--save-every=2", "--keep=9",
+    ]  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train.main([*words, f"--out={whole}"]) == 0
+    rows = [line["phase"] for line in lines(whole) if line["split"] == "test"]
+    assert rows[:2] == ["adapted class means", "class means"]
+    last = checkpoint.load_model(checkpoint.of_step(whole, 5))
+    assert last.adaptation is not None and last.adaptation["batchnorm"] == 1
+    # From a checkpoint in the middle of the phase that adapted, to the same bits.
+    assert train.main([*words, f"--out={cut}", f"--resume={checkpoint.of_step(whole, 2)}"]) == 0
+    again = checkpoint.load_model(checkpoint.of_step(cut, 5)).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in last.state_dict().items())
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return list(read_lines(run / "metrics.jsonl"))
