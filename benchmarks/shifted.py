@@ -22,7 +22,9 @@ from PIL import Image
 
 Picture = NDArray[np.uint8]
 SMALL = 28
-"""Height in pixels of the whole picture, of which the face is about a half."""
+"""Height in pixels of what a model is shown of the picture, from above the eyes to below the chin."""
+SHOWN = 122 / 218
+"""Part of a picture's height that this is."""
 BLUR, NOISE = 2.5, 16.0
 """Standard deviations: of the blur in pixels of the 218 high pictures, of the noise in levels of 255."""
 QUALITY = 6
@@ -35,9 +37,10 @@ def grey(picture: Picture, seed: int) -> Picture:
 
 
 def small(picture: Picture, seed: int) -> Picture:
-    """As from a camera for which the whole picture is 28 pixels high, made large again."""
+    """As from a camera for which the face is 28 pixels high, made large again."""
     height, width = picture.shape[:2]
-    size = (round(width * SMALL / height), SMALL)
+    factor = SMALL / (SHOWN * height)
+    size = (round(width * factor), round(height * factor))
     tiny = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
     return np.asarray(cv2.resize(tiny, (width, height), interpolation=cv2.INTER_CUBIC), np.uint8)
 
