@@ -248,9 +248,18 @@ def check_same_run(path: Path, recipe: Recipe, plan: Plan) -> None:
     theirs, ours = to_json(from_json(Recipe, files.read_json(path / "recipe.json"))), to_json(recipe)
     # These may change in the middle of a run: they have no part in its weights.
     # A checkpoint is the same file by however many ranks it was written.
-    caches, shared = ("data.cache", "data.cache_gib"), "model.shard_head"
-    habits = ("threads", "log_every", "keep", "save_every", "projector", "rank_timeout")
-    free = (*caches, *habits, shared, "source_licence")
+    free = (
+        "data.cache",
+        "data.cache_gib",
+        "model.shard_head",
+        "threads",
+        "log_every",
+        "keep",
+        "save_every",
+        "projector",
+        "rank_timeout",
+        "model.source_licence",
+    )
     differs = [
         f"{name}: {old!r} there, {new!r} now" for name, old, new in files.differences(theirs, ours) if name not in free
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -234,6 +235,11 @@ def test_going_on_with_another_recipe_or_other_photographs_is_refused_by_name(tm
     )
     checkpoint.check_same_run(path, recipe, plan)
     checkpoint.check_same_run(path, recipe, resolve(recipe, (facts,), 2))  # another world size is no other run
+    told = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, source="w.pth", source_licence="MIT"))
+    again = dataclasses.replace(told, model=dataclasses.replace(told.model, source_licence="BSD"))
+    said = {"recipe": to_json(told), "plan": to_json(plan)}
+    named = checkpoint.save(tmp_path / "told", 1, tensors={}, documents=said, best=True, keep=1)
+    checkpoint.check_same_run(named, again, plan)  # nor is what somebody learnt of a licence later
     other = Recipe(phases=(Phase(start="scratch", lr=0.5),))
     with pytest.raises(ValueError, match=r"phases.0.lr: 0.1 there, 0.5 now"):
         checkpoint.check_same_run(path, other, plan)
