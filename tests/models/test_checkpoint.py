@@ -235,7 +235,8 @@ def test_going_on_with_another_recipe_or_other_photographs_is_refused_by_name(tm
     )
     checkpoint.check_same_run(path, recipe, plan)
     checkpoint.check_same_run(path, recipe, resolve(recipe, (facts,), 2))  # another world size is no other run
-    told = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, source="w.pth", source_licence="MIT"))
+    phases = (Phase(start="source"),)
+    told = Recipe(model=ModelConfig(source="w.pth", source_licence="MIT"), phases=phases)
     again = dataclasses.replace(told, model=dataclasses.replace(told.model, source_licence="BSD"))
     said = {"recipe": to_json(told), "plan": to_json(plan)}
     named = checkpoint.save(tmp_path / "told", 1, tensors={}, documents=said, best=True, keep=1)
