@@ -143,8 +143,8 @@ def strictest(find: Callable[[float], NamingThreshold]) -> NamingThreshold:
     """The threshold for `DEFAULT_FPIR`, or else for the lowest rate above it that there is one for: at the upper end of
     its interval, because a stranger who is named is worse than a friend who is not.
 
-    Of two sets of 40 strangers, 902 pictures, the threshold itself names 2.5 %, that end 1.9 %, and with it 92 % of 635
-    pictures of known people still get their name instead of 93 %.
+    On 159 people of CelebA the threshold itself names 2.7 % of 1803 pictures of 80 strangers, that end 1.7 %, and with
+    it 92 % of 635 pictures of known people still get their name instead of 93 %.
 
     Args:
         find: the threshold for a rate.
