@@ -354,7 +354,8 @@ def decide_for(
     if validation is not None:  # the head's own: a linear one has lengths and a bias beside directions
         with torch.inference_mode():
             logits = model.classify(validation.embeddings.to(state.run.device)).float().cpu() * model.scale
-    decisions = decide(model.head.weight.detach().float().cpu(), train_known, validation, logits)
+    trained = known is None and state.chosen[1] > 0  # otherwise the head holds means, which nobody was moved away from
+    decisions = decide(model.head.weight.detach().float().cpu(), train_known, validation, logits, trained=trained)
     model.thresholds = decisions.thresholds.to_json()
     if decisions.calibration is not None:
         model.scale /= decisions.calibration.temperature

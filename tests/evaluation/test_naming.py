@@ -39,7 +39,9 @@ def thresholds(decisions: naming.Decisions) -> dict[float, float | None]:
 
 @pytest.mark.parametrize(("planted", "expected"), [(6, 0.1), (7, 0.5)])
 def test_the_threshold_lies_above_all_strangers_but_the_part_that_may_pass(planted: int, expected: float) -> None:
-    found = naming.decide(WEIGHT, pictures(10, planted={row: 0.5 for row in range(planted)}))  # 1 % of 600 are 6
+    found = naming.decide(
+        WEIGHT, pictures(10, planted={row: 0.5 for row in range(planted)}), trained=False
+    )  # 1 % of 600 are 6
     assert thresholds(found)[0.01] == pytest.approx(expected, abs=1e-6)
     assert (thresholds(found)[0.01] or 0) > expected - 1e-6
     threshold = found.thresholds.name(0.01)
@@ -63,12 +65,27 @@ def test_one_person_under_two_names_is_found_and_counts_for_no_threshold() -> No
     assert found.thresholds.name(0.01).people == PEOPLE - 2
 
 
-def test_pictures_kept_out_of_training_raise_a_threshold_that_training_pictures_fit_too_well() -> None:
-    train, fair = pictures(25), pictures(8, planted={row: 0.5 for row in range(5)})  # 5 of 480, and of 1980
-    assert thresholds(naming.decide(WEIGHT, train, fair))[0.01] == pytest.approx(0.5, abs=1e-6)
-    assert thresholds(naming.decide(WEIGHT, train))[0.01] == pytest.approx(0.1, abs=1e-6)
-    few = pictures(1, likeness=0.3)  # which alone show no rate of 1 %, but count among the others
-    found = naming.decide(WEIGHT, train, few)
+def test_people_trained_on_pass_for_strangers_half_as_often_as_strangers_do() -> None:
+    known = pictures(10, planted={row: 0.5 for row in range(5)})  # 5 of 600 are below 1 %, and above half of it
+    means, trained = (naming.decide(WEIGHT, known, trained=trained).thresholds for trained in (False, True))
+    assert means.name(0.01).value == pytest.approx(0.1, abs=1e-6)
+    assert trained.name(0.01).value == pytest.approx(0.5, abs=1e-6)
+    interval = trained.name(0.01).rate_interval
+    assert interval is not None and interval.high <= 10 * 0.01 * naming.TRAINED_SPREAD
+    assert [threshold.rate for threshold in trained.naming] == [threshold.rate for threshold in means.naming]
+
+
+def test_rate_whose_half_cannot_be_shown_gets_the_careful_end_of_its_own_threshold() -> None:
+    known = pictures(6)  # 360 pictures of strangers show 1 %, and no half of it
+    means, trained = (naming.decide(WEIGHT, known, trained=trained).thresholds for trained in (False, True))
+    plain = means.name(0.01)
+    assert plain.interval is not None and trained.name(0.01).value == plain.interval.high
+
+
+def test_pictures_kept_out_of_training_count_among_the_others() -> None:
+    few = pictures(1, likeness=0.3)
+    found = naming.decide(WEIGHT, pictures(25), few, trained=False)
+    assert thresholds(found)[0.05] == pytest.approx(0.1, abs=1e-6)
     assert thresholds(found)[0.01] == pytest.approx(0.3, abs=1e-6)
     assert found.thresholds.measured_on.startswith("1500 training pictures and 60 kept out of it, ")
 
