@@ -77,6 +77,7 @@ class Photographs:
     """GiB that it may take: what no run reads makes room, the longest unused first; 0 is what the disk has."""
 
     def __post_init__(self) -> None:
+        require(self, "data.", max_bad_fraction=(0, 1), max_pixels=(1, MOST), cache_gib=(0, MOST))
         roots = (self.root, *getattr(self, "more", ()))
         if (self.cache or self.cache_gib) and not any("://" in root for root in roots):
             raise ValueError(
@@ -85,7 +86,6 @@ class Photographs:
             )
         if not self.detect:
             raise ValueError("data.detect is empty; it must be auto, mtcnn, none, or a file of YuNet")
-        require(self, "data.", max_bad_fraction=(0, 1), max_pixels=(1, MOST), cache_gib=(0, MOST))
 
     def reading(self, threads: int) -> Reading:
         """How these files are read by so many threads."""

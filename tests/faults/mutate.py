@@ -139,15 +139,15 @@ MUTATIONS: dict[str, Mutation] = {
         TRAIN, "if state.run.agree(bool(broken)):", "if False:", "tests/faults/test_numerics.py -k of_a_state"
     ),
     "seeds of an update": Mutation(
-        STEP, "    torch.manual_seed(_seed(state.recipe.seed, state.step, world.rank))\n", "", KILLED
+        STEP, "        torch.manual_seed(_seed(state.recipe.seed, state.step, turn * world.size + world.rank))\n", "", KILLED
     ),
     "state of the optimiser": Mutation(
         STEP,
-        'unpack_optimizer(self.optimizer, read_tensors(path, "optimizer"), document["optimizer"])',
+        'unpack_optimizer(self.optimizer, slots, document["optimizer"])',
         "...",
         KILLED,
     ),
-    "averaged weights": Mutation(STEP, 'self.evaluated.load_state_dict(read_tensors(path, "ema"))', "...", KILLED),
+    "averaged weights": Mutation(STEP, 'self.evaluated.load_state_dict(read_weights(path, self.evaluated, "ema"))', "...", KILLED),
 }
 
 

@@ -159,12 +159,14 @@ def test_a_published_file_is_recognised_with_its_pictures_and_every_name_has_a_p
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FaceModel]:
-    """A model in evaluation mode from a file's tensors, every one of which is used, without the file."""
+def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., FaceModel]:
+    """A model in evaluation mode from a file's tensors, every one of which is used; the file is empty."""
+    file = tmp_path / "published.file"
+    file.touch()
 
     def from_state(state: State, size: int = 0) -> FaceModel:
         monkeypatch.setattr(source_module, "read", lambda path: state)
-        model = build_model(ModelConfig(source="published.file"), 2, ImageSpec(size=size))
+        model = build_model(ModelConfig(source=str(file)), 2, ImageSpec(size=size))
         assert model.report is not None
         assert not model.report.missing and not model.report.unused
         return model.eval()
