@@ -232,7 +232,11 @@ def smallest_gap(embeddings: torch.Tensor, labels: torch.Tensor, margin: float) 
         far = distances[row][labels == label].sort(descending=True).values.tolist()
         near = distances[row][(labels != label) & (labels >= 0)].sort().values.tolist()
         if label >= 0 and len(far) > 1 and near:  # one of the same is itself
-            found += [abs(margin + far[0] - near[0]), far[0] - far[1], *(b - a for a, b in itertools.pairwise(near[:2]))]
+            found += [
+                abs(margin + far[0] - near[0]),
+                far[0] - far[1],
+                *(b - a for a, b in itertools.pairwise(near[:2])),
+            ]
     return min(found)
 
 
