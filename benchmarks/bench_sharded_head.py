@@ -9,9 +9,10 @@ gloo. Contenders:
              all-reduces of greatest, sum and own probability (InsightFace's partial_fc_v2)
   facefast   the classes divided, sharded_focal_loss: no cosines in memory
   tenth      the same with a tenth of the classes drawn in each update
-Each contender has its own processes. Memory is of the rank with most, in two ways: the greatest resident set beyond that
-of the same process after an update of 64 classes, which loads what the first one needs (some 120 MiB of libraries); and
-the bytes of tensors, those of the weights, their gradient and momenta, and what else an update allocates at most.
+Each contender has its own processes. Memory is of the rank with most, in two ways: the greatest resident set beyond
+that of the same process after an update of 64 classes, which brings into memory what a first one does at any number of
+classes (some 120 MiB); and the bytes of tensors: weights, their gradient and momenta, and what else an update allocates
+at most.
 """
 
 from __future__ import annotations

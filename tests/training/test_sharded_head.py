@@ -138,6 +138,14 @@ def test_a_run_that_shares_its_head_ends_as_one_that_does_not_and_goes_on_at_any
         if before == after:
             assert all(torch.equal(value, tensors(shared[before])[name]) for name, value in tensors(run).items())
         assert_close(run, whole)
+    # Of 3 ranks each takes its part of 16 pictures in 2 passes of 3, and 2 places of all are padding.
+    pair = [stopped(shared[4], tmp_path / f"4-to-3-{how}") for how in ("none", "ranks")]
+    for how, run in zip(("none", "ranks"), pair, strict=True):
+        trained(3, drawn, run, f"--model.shard-head={how}")
+        plan = files.read_json(checkpoint.of_step(run, 4) / "plan.json")["phases"][0]
+        assert (plan["passes"], plan["batch_per_rank"], plan["batch_size"]) == (2, 3, 16)
+    torch.testing.assert_close(losses(pair[1]), losses(pair[0]), rtol=1e-4, atol=0)
+    assert_close(pair[1], pair[0])
     # One process has the whole head, and finds what several could not.
     done = tmp_path / "on-2"
     assert files.read_json(done / "checkpoints" / "best" / "model.json")["thresholds"] is None
@@ -195,8 +203,8 @@ def state_of(
 
 
 def update(state: TrainState, seed: int, passes: int = 2, classes: int = CLASSES) -> torch.Tensor:
-    """One, of pictures that do not depend on the number of ranks: 8 for each pass, one of which is not named. Ranks among
-    which they do not divide are filled up as `sampler.Parts` does it."""
+    """One, of pictures that do not depend on the number of ranks: 8 for each pass, one of which is not named. Where
+    they do not divide among the ranks, rows -1 fill up the last one, as they do a sampler's parts."""
     world, batches = state.run.world, []
     for k in range(passes):
         generator = torch.Generator().manual_seed(100 * seed + k)
