@@ -132,20 +132,21 @@ def test_a_run_that_shares_its_head_ends_as_one_that_does_not_and_goes_on_at_any
             assert measured(run)[name] == pytest.approx(value, rel=1e-3), name
         model = checkpoint.load_model(run)  # as evaluate, predict and export do
         assert model.head is not None and model.head.weight.shape == (IDENTITIES, 16)
-    for before, after in ((2, 2), (2, 1), (2, 4), (4, 2)):
-        run = stopped(shared[before], tmp_path / f"{before}-to-{after}")
+    for before, after in ((2, 2), (2, 4), (2, 1), (4, 2), (4, 3)):
+        run, same = stopped(shared[before], tmp_path / f"{before}-to-{after}"), whole
         trained(after, drawn, run, SHARD)
         if before == after:
             assert all(torch.equal(value, tensors(shared[before])[name]) for name, value in tensors(run).items())
-        assert_close(run, whole)
-    # Of 3 ranks each takes its part of 16 pictures in 2 passes of 3, and 2 places of all are padding.
-    pair = [stopped(shared[4], tmp_path / f"4-to-3-{how}") for how in ("none", "ranks")]
-    for how, run in zip(("none", "ranks"), pair, strict=True):
-        trained(3, drawn, run, f"--model.shard-head={how}")
-        plan = files.read_json(checkpoint.of_step(run, 4) / "plan.json")["phases"][0]
-        assert (plan["passes"], plan["batch_per_rank"], plan["batch_size"]) == (2, 3, 16)
-    torch.testing.assert_close(losses(pair[1]), losses(pair[0]), rtol=1e-4, atol=0)
-    assert_close(pair[1], pair[0])
+        if (
+            after < before
+        ):  # in two passes, so that BatchNorm has other pictures: as with a whole head, and no other way
+            same = stopped(shared[before], tmp_path / f"{before}-to-{after}-whole")
+            trained(after, drawn, same, "--model.shard-head=none")
+            plan = files.read_json(checkpoint.of_step(run, 4) / "plan.json")["phases"][0]
+            # Of 3 ranks each takes 3 pictures at a time; 2 of 18 places are padding.
+            assert (plan["passes"], plan["batch_per_rank"]) == (2, {1: 8, 2: 4, 3: 3}[after])
+        torch.testing.assert_close(losses(run), losses(same), rtol=1e-4, atol=0)
+        assert_close(run, same)
     # One process has the whole head, and finds what several could not.
     done = tmp_path / "on-2"
     assert files.read_json(done / "checkpoints" / "best" / "model.json")["thresholds"] is None
@@ -255,7 +256,7 @@ def updates_agree(rank: int) -> int:
         gaps.append(smallest_gap(embeddings, labels, margin))
         return batch_hard_triplet(embeddings, labels, margin)
 
-    objective.batch_hard_triplet = triplet
+    setattr(objective, "batch_hard_triplet", triplet)  # noqa: B010 -- it is not exported
     with process.start("cpu") as run:
         for name, (loss, phase) in VARIANTS.items():
             whole, shared = (state_of(run, loss, phase, shard) for shard in ("none", "ranks"))
