@@ -9,13 +9,16 @@ gloo. Contenders:
              all-reduces of greatest, sum and own probability (InsightFace's partial_fc_v2)
   facefast   the classes divided, sharded_focal_loss: no cosines in memory
   tenth      the same with a tenth of the classes drawn in each update
-Each contender has its own processes. Memory is the greatest resident set of a rank beyond that of the same process
-before it made weights and embeddings.
+Each contender has its own processes. Memory is of the rank with most, in two ways: the greatest resident set beyond
+that of the same process after an update of 64 classes, which brings into memory what a first one does at any number of
+classes (some 120 MiB); and the bytes of tensors: weights, their gradient and momenta, and what else an update allocates
+at most.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -29,6 +32,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from record import record
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from facefast.data import Batch
 from facefast.models.heads import CosineHead
@@ -95,32 +99,65 @@ def rank_main(rank: int, given: argparse.Namespace, contender: str, classes: int
     x = torch.randn(given.rows, given.dim, generator=torch.Generator().manual_seed(rank))
     y = torch.randint(classes, (given.rows,), generator=torch.Generator().manual_seed(rank))
     linear_focal_loss(x, x, torch.zeros_like(y)).item()  # kernels and libraries are loaded before
+    Learner(contender, given, rank, 64).update(x, y % 64, 0)
     before = resident("VmRSS")
-    block = None if contender == "whole" else class_block(classes, given.ranks, rank)
-    head = CosineHead(given.dim, classes, block)
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, fused=True)
-    run: Callable[..., None] = {"whole": whole, "partialfc": partialfc}.get(contender, sharded)
-    seconds = []
+    learner, seconds = Learner(contender, given, rank, classes), []
     for number in range(given.rounds + 1):
         dist.barrier()
         start = time.perf_counter()
-        x = x.detach().requires_grad_()
-        drawn = None
-        if contender == "tenth":
-            drawn = DrawnRows(head, optimizer, [Batch(x, y, y)], 0.1, number)
-        run(head, x, y)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if drawn is not None:
-            drawn.put_back()
+        learner.update(x, y, number)
         dist.barrier()
         seconds.append(time.perf_counter() - start)
-    answers.put((rank, seconds[1:], (resident("VmHWM") - before) / 1024))  # the first makes the momenta
+    grown = (resident("VmHWM") - before) / 2**10
+    answers.put((seconds[1:], {"resident": grown} | learner.tensors(x, y)))  # the first update makes the momenta
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def measure(given: argparse.Namespace, contender: str, classes: int) -> tuple[list[float], float]:
-    """Seconds of each update, and MiB of the rank with most."""
+class Learner:
+    """A contender's weights and their optimiser on one rank."""
+
+    def __init__(self, contender: str, given: argparse.Namespace, rank: int, classes: int) -> None:
+        block = None if contender == "whole" else class_block(classes, given.ranks, rank)
+        self.head = CosineHead(given.dim, classes, block)
+        self.optimizer = torch.optim.SGD(self.head.parameters(), lr=0.1, momentum=0.9, fused=True)
+        self.run: Callable[..., None] = {"whole": whole, "partialfc": partialfc}.get(contender, sharded)
+        self.part = 0.1 if contender == "tenth" else 1.0
+        self.gradient = 0  # bytes
+
+    def update(self, x: Tensor, y: Tensor, number: int) -> None:
+        """One update."""
+        x, drawn = x.detach().requires_grad_(), None
+        if self.part < 1:
+            drawn = DrawnRows(self.head, self.optimizer, [Batch(x, y, y)], self.part, number)
+        self.run(self.head, x, y)
+        assert self.head.weight.grad is not None
+        self.gradient = self.head.weight.grad.nbytes
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if drawn is not None:
+            drawn.put_back()
+
+    def tensors(self, x: Tensor, y: Tensor) -> dict[str, float]:
+        """MiB of tensors in an update, by torch's own account of what it allocates."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
+            self.update(x, y, 1000)
+        assert found.profiler is not None and found.profiler.kineto_results is not None
+        events = [each for each in found.profiler.kineto_results.events() if each.name() == "[memory]"]
+        changes = (each.nbytes() for each in sorted(events, key=lambda each: each.start_ns()))
+        most = max(itertools.accumulate(changes))  # beyond what lies there between updates
+        slots = self.optimizer.state[self.head.weight].values()
+        parts = {
+            "weights": self.head.weight.nbytes,
+            "gradient": self.gradient,
+            "momenta": sum(value.nbytes for value in slots if isinstance(value, Tensor)),
+        }
+        parts["workspace"] = most - parts["gradient"]
+        return {name: value / 2**20 for name, value in parts.items()}
+
+
+def measure(given: argparse.Namespace, contender: str, classes: int) -> tuple[list[float], dict[str, float]]:
+    """Seconds of each update, and MiB of the rank with most: of its resident set, and of its tensors by kind."""
     context = mp.get_context("spawn")
     answers = context.Queue()
     ranks = [
@@ -132,8 +169,15 @@ def measure(given: argparse.Namespace, contender: str, classes: int) -> tuple[li
     found = [answers.get() for _ in ranks]
     for process in ranks:
         process.join()
-    slowest = [max(times) for times in zip(*(seconds for _, seconds, _ in found), strict=True)]
-    return slowest, max(memory for _, _, memory in found)
+    slowest = [max(times) for times in zip(*(seconds for seconds, _ in found), strict=True)]
+    memories = [memory for _, memory in found]
+    largest = max(memories, key=tensor_bytes)
+    return slowest, largest | {"resident": max(memory["resident"] for memory in memories)}
+
+
+def tensor_bytes(memory: dict[str, float]) -> float:
+    """MiB of tensors of all kinds."""
+    return sum(value for name, value in memory.items() if name != "resident")
 
 
 def main() -> None:
@@ -163,10 +207,13 @@ def main() -> None:
                 lowest=round(1e3 * min(seconds), 2),
                 highest=round(1e3 * max(seconds), 2),
                 rounds=given.rounds,
-                mebibytes=round(memory, 1),
-                of_whole=round(memory / rows["whole"][1], 3),
+                mebibytes=round(memory["resident"], 1),
+                of_whole=round(memory["resident"] / rows["whole"][1]["resident"], 3),
+                tensor_mebibytes={name: round(value, 2) for name, value in memory.items() if name != "resident"},
+                tensors_of_whole=round(tensor_bytes(memory) / tensor_bytes(rows["whole"][1]), 3),
             )
-            print({k: line[k] for k in ("contender", "classes", "milliseconds", "mebibytes", "of_whole")}, flush=True)
+            shown = ("contender", "classes", "milliseconds", "mebibytes", "of_whole")
+            print({k: line[k] for k in (*shown, "tensor_mebibytes", "tensors_of_whole")}, flush=True)
 
 
 if __name__ == "__main__":

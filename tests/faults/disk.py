@@ -41,6 +41,13 @@ def dies_at(call: int, death: str, folder: Path, action: Callable[[], object]) -
     return died
 
 
+def die_at(call: int, death: str, folder: Path) -> _Disk:
+    """Lets this very process die at the `call`-th moment from now; `tick` of what is returned is one more."""
+    disk = _Disk(folder, call, death)
+    disk.take_over()
+    return disk
+
+
 class _Disk:
     """What is safe of a folder, as the process has made it so."""
 
@@ -65,17 +72,17 @@ class _Disk:
 
     def _counted(self, function: Callable[..., Any], before: Callable[..., Any] | None = None) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
-            self._tick()
+            self.tick()
             undo = before(function, *arguments) if before else None
             result = function(*arguments, **keywords)
             if undo is not None:
                 self.undo.append(undo)
-            self._tick()
+            self.tick()
             return result
 
         return call
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
         self.moments += 1
         if self.moments != self.call:
             return
