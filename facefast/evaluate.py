@@ -169,12 +169,21 @@ def _of_pictures(
             "--groups and --hardest need pairs, and there are none: give --pairs, or people with 2 pictures"
         )
     parts = [part for part in (asked.test, asked.verification) if part is not None]
-    return results | _shared(given, model, parts[:1] if len({id(p) for p in parts}) == 1 else parts, asked.held_out)
+    parts = parts[:1] if len({id(part) for part in parts}) == 1 else parts
+    # People of the test part are the model's own; only those of pairs can be meant to be new to it.
+    new = [asked.verification] if asked.held_out and asked.verification is not None else []
+    return results | _shared(given, model, parts, held_out=bool(new), new=new)
 
 
-def _shared(given: EvaluateArguments, model: FaceModel, measured: list[FaceIndex], held_out: bool) -> dict[str, Any]:
+def _shared(
+    given: EvaluateArguments,
+    model: FaceModel,
+    measured: list[FaceIndex],
+    held_out: bool,
+    new: list[FaceIndex] | None = None,
+) -> dict[str, Any]:
     """What the measured pictures share with the training pictures."""
-    found = overlap_of(given.model, model, measured, held_out)
+    found = overlap_of(given.model, model, measured, held_out, new=new)
     return {"overlap": found.to_json() if given.json else found.sentence()}
 
 

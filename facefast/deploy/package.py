@@ -52,6 +52,12 @@ def export(
         require_insightface(model)
     if to in ("onnx", "insightface") and out.suffix == ".json":
         raise ValueError(f"{out} is where the description of the export would go; choose another ending than .json")
+    if (
+        to == "onnx" and out.suffix.lower() != exported.SUFFIX and (out.is_file() or not out.exists())
+    ):  # a pipe has none
+        raise ValueError(
+            f"{out} does not end in {exported.SUFFIX}, by which commands know such a file; give {out}.onnx"
+        )
     files.require_writable(out, folder=to == "safetensors", advice=OTHER)
     needed = sum(tensor.nbytes for tensor in model.state_dict().values())
     with onnx_file.quiet():

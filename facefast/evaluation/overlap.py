@@ -35,8 +35,8 @@ class Overlap:
     trained: int
     """Training pictures compared with; 0 where the model does not tell them."""
     measured: int
-    names: int
-    """People of the same name."""
+    names: int | None
+    """People of the same name; None where they are the model's own on purpose and were not compared."""
     files: int
     """Measured pictures whose file was trained on."""
     near: int | None
@@ -52,12 +52,13 @@ class Overlap:
 
     def sentence(self) -> str:
         """In a line, for people."""
+        people = "" if self.names is None else f"{self.names} people by name"
         if not self.trained:
-            return f"shared with training: {self.names} people by name{self._example()}; {self.why}"
+            return f"shared with training: {people or 'not compared'}{self._example()}; {self.why}"
         near = f", {self.near} nearly the same" if self.near is not None else ""
         why = f"; not compared by thumbnails: {self.why}" if self.why else ""
         return (
-            f"shared with the {self.trained} training pictures: {self.names} people by name, {self.files} of "
+            f"shared with the {self.trained} training pictures: {people + ', ' if people else ''}{self.files} of "
             f"{self.measured} files{near}{self._example()}{why}"
         )
 
@@ -93,7 +94,12 @@ def _key(index: FaceIndex, row: int) -> tuple[bytes, int]:
 
 
 def overlap_of(
-    path: Path, model: FaceModel, measured: Sequence[FaceIndex], held_out: bool, threads: int = 0
+    path: Path,
+    model: FaceModel,
+    measured: Sequence[FaceIndex],
+    held_out: bool,
+    threads: int = 0,
+    new: Sequence[FaceIndex] | None = None,
 ) -> Overlap:
     """What is shared.
 
@@ -103,21 +109,25 @@ def overlap_of(
         measured: the evaluation's pictures.
         held_out: whether its people should be new to the model; if not, their names are shared on purpose and not
             counted.
+        new: those of `measured` whose people these are; by default all.
         threads: that thumbnails are made with; 0 is Python's own choice.
     """
     rows = sum(map(len, measured))
-    names = {index.class_names[label] for index in measured for label in np.unique(index.labels).tolist() if label >= 0}
+    names = {
+        index.class_names[label]
+        for index in (measured if new is None else new)
+        for label in np.unique(index.labels).tolist()
+        if label >= 0
+    }
+    done = ": names alone were compared" if held_out else ""
     try:
-        trained, why = (
-            training_rows(path),
-            "the model keeps no list of its training pictures: names alone were compared",
-        )
+        trained, why = training_rows(path), f"the model keeps no list of its training pictures{done}"
     except ValueError as error:
-        trained, why = None, f"its training pictures are not known ({error}): names alone were compared"
+        trained, why = None, f"its training pictures are not known ({error}){done}"
     known = set(model.class_names)
     if trained is None:
         shared = sorted(names & known) if held_out else []
-        return Overlap(0, rows, len(shared), 0, None, shared[0] if shared else "", why)
+        return Overlap(0, rows, len(shared) if held_out else None, 0, None, shared[0] if shared else "", why)
     known |= {trained.class_names[label] for label in np.unique(trained.labels).tolist() if label >= 0}
     shared = sorted(names & known) if held_out else []
     contents = {bytes(line) for line in trained.hashes if line.any()}
@@ -129,7 +139,7 @@ def overlap_of(
     return Overlap(
         len(trained),
         rows,
-        len(shared),
+        len(shared) if held_out else None,
         int(sum(same.sum() for same in files)),
         None if near is None else int(sum((a | b).sum() for a, b in zip(near, files, strict=True))),
         examples[0] if examples else "",

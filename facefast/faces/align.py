@@ -57,14 +57,18 @@ class How:
     missing: tuple[str, ...] = ()
     """Pictures in which no face was found: they are left out."""
     several: int = 0
-    """Pictures with more than one face: the largest central one is taken."""
+    """Pictures with more than one face."""
+    every: bool = False
+    """Whether all of those are taken; otherwise the largest central one."""
     distance: float = 0.0
     """Median distance of the sample's faces from where they are taken to be, in template pixels."""
 
     def __str__(self) -> str:
         by = f" by {self.detector.split('-')[0]}" if self.detector else ""
         text = {
-            "not aligned": "faces: pictures are taken as they are; nothing is aligned",
+            "not aligned": f"faces: none was found{by} in a sample of the photographs"
+            if self.detector
+            else "faces: pictures are taken as they are; nothing is aligned",
             "landmarks": f"faces: the data set's landmarks are aligned to {self.template}",
             "as they are": f"faces: the photographs are aligned to {self.template} (a sample looked at{by} lies within "
             f"{self.distance:.1f} template pixels) and are taken as they are",
@@ -77,7 +81,8 @@ class How:
             f"aligned to {self.template}",
         }[self.way]
         if self.several:
-            text += f"; {self.several} show several faces, of which the largest near the middle is taken"
+            taken = "each of which is taken" if self.every else "of which the largest near the middle is taken"
+            text += f"; {self.several} show several faces, {taken}"
         if self.missing:
             shown = ", ".join(self.missing[:3]) + (", ..." if len(self.missing) > 3 else "")
             text += f"; {len(self.missing)} without a face are left out ({shown})"
@@ -208,7 +213,7 @@ class Locator:
         owners = np.repeat(rows, counts)
         missing = tuple(index.name(row) for row in np.flatnonzero(counts == 0).tolist())
         self._note(
-            How("detected", template, len(index), detector.key, missing=missing, several=int((counts > 1).sum()))
+            How("detected", template, len(index), detector.key, "", missing, int((counts > 1).sum()), every=True)
         )
         faces = [seen[row] for row in rows.tolist()]
         landmarks, boxes = (np.concatenate([getattr(f, name) for f in faces]) for name in ("landmarks", "boxes"))

@@ -159,8 +159,9 @@ def test_an_export_that_gives_no_number_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         next(broken.parameters()).fill_(float("nan"))
     for kind in ("safetensors", "torch", "onnx"):
-        with pytest.raises(ValueError, match=f"{tmp_path / kind} gives other embeddings than the model: cosine nan"):
-            packages.export(broken, kind, tmp_path / kind)
+        out = tmp_path / f"out.{kind}"
+        with pytest.raises(ValueError, match=f"{out} gives other embeddings than the model: cosine nan"):
+            packages.export(broken, kind, out)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -194,6 +195,8 @@ def test_a_torch_program_gives_the_models_embeddings_at_any_batch_size(tmp_path:
     for batch in (1, 2, 5):
         images = pictures(batch)
         torch.testing.assert_close(program(images), model.embed(images, mirror=False), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="it is a torch.export or TorchScript program.*give the run"):
+        facefast.load(out)
 
 
 # InsightFace.
@@ -266,6 +269,11 @@ def test_options_that_a_kind_of_export_does_not_have_are_refused(model: FaceMode
         packages.export(model, "torch", tmp_path / "out", kind="uint8")
     with pytest.raises(ValueError, match="where the description of the export would go"):
         packages.export(model, "onnx", tmp_path / "out.json")
+    with pytest.raises(
+        ValueError, match=r"does not end in \.onnx, by which commands know such a file; give .*out\.onnx"
+    ):
+        packages.export(model, "onnx", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 # What travels.

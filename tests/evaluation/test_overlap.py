@@ -54,10 +54,12 @@ def test_training_rows_are_those_of_the_recipe_and_no_others(run: Path, model: F
 def test_test_pictures_share_nothing_and_training_pictures_everything(run: Path, model: FaceModel, drawn: Path) -> None:
     train, test = train_and_test(run, model, drawn)
     clean = overlap.overlap_of(run, model, [test], held_out=False)
-    assert (clean.trained, clean.measured, clean.names, clean.files, clean.near) == (8, 8, 0, 0, 0)
-    assert clean.sentence().startswith("shared with the 8 training pictures: 0 people by name, 0 of 8 files, 0 nearly")
+    assert (clean.trained, clean.measured, clean.names, clean.files, clean.near) == (8, 8, None, 0, 0)
+    assert clean.sentence().startswith("shared with the 8 training pictures: 0 of 8 files, 0 nearly")
     named = overlap.overlap_of(run, model, [test], held_out=True)  # as if its people should be new
     assert named.names == 4 and named.first == "1"
+    nobody = overlap.overlap_of(run, model, [test], held_out=True, new=[test.select([])])  # the others are its own
+    assert nobody.names == 0 and nobody.files == 0
     leaked = overlap.overlap_of(run, model, [test, train], held_out=False)
     assert (leaked.files, leaked.near, leaked.measured) == (8, 8, 16)
     assert leaked.first == train.name(0)
@@ -87,6 +89,9 @@ def test_what_was_not_compared_is_said(
     assert "keeps no list of its training pictures: names alone" in found.why and found.sentence().startswith(
         "shared with training: 4"
     )
+    mine = overlap.overlap_of(package, model, [test], held_out=False)  # its own people: neither counted nor called 0
+    assert mine.names is None
+    assert mine.sentence() == "shared with training: not compared; the model keeps no list of its training pictures"
     monkeypatch.setattr(overlap, "MOST_PICTURES", 10)
     found = overlap.overlap_of(run, model, [test], held_out=True)
     assert found.near is None and "16 pictures are too many" in found.why

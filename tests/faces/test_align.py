@@ -202,7 +202,9 @@ def test_no_face_anywhere_is_refused_with_what_to_do(tmp_path: Path, detector: C
         made(ARCFACE, detector)(index, READING)
     with pytest.raises(DataError, match="no face was found in any of 3 photographs"):
         made(ARCFACE, detector, detect="mtcnn")(index, READING)
-    assert made(ARCFACE, detector)(index, READING, faceless=True) is index
+    locate = made(ARCFACE, detector)
+    assert locate(index, READING, faceless=True) is index
+    assert locate.said() == ["faces: none was found by mtcnn in a sample of the photographs"]
 
 
 def test_pictures_of_the_models_own_size_are_taken_for_cut_out_faces_where_none_is_found(
@@ -227,8 +229,10 @@ def test_every_face_of_a_group_has_a_row_the_main_one_first(
     Image.fromarray(np.concatenate(pictures, 1)).save(tmp_path / "group.png")
     Image.new("RGB", (80, 90), (10, 90, 30)).save(tmp_path / "wall.png")
     index = read_index(tmp_path, "folder").scanned()
-    found, owners = made(ARCFACE, detector).every_face(index, READING)
+    locate = made(ARCFACE, detector)
+    found, owners = locate.every_face(index, READING)
     assert owners.tolist() == [0, 0, 0]
+    assert "1 show several faces, each of which is taken; 1 without a face" in locate.said()[0]
     assert found.landmarks is not None
     centres = found.landmarks[:, :, 0].mean(1)
     assert 178 < centres[0] < 356 and sorted((centres // 178).tolist()) == [0, 1, 2]

@@ -139,7 +139,10 @@ MUTATIONS: dict[str, Mutation] = {
         TRAIN, "if state.run.agree(bool(broken)):", "if False:", "tests/faults/test_numerics.py -k of_a_state"
     ),
     "seeds of an update": Mutation(
-        STEP, "        torch.manual_seed(_seed(state.recipe.seed, state.step, turn * world.size + world.rank))\n", "", KILLED
+        STEP,
+        "        torch.manual_seed(_seed(state.recipe.seed, state.step, turn * world.size + world.rank))\n",
+        "",
+        KILLED,
     ),
     "state of the optimiser": Mutation(
         STEP,
@@ -147,7 +150,9 @@ MUTATIONS: dict[str, Mutation] = {
         "...",
         KILLED,
     ),
-    "averaged weights": Mutation(STEP, 'self.evaluated.load_state_dict(read_weights(path, self.evaluated, "ema"))', "...", KILLED),
+    "averaged weights": Mutation(
+        STEP, 'self.evaluated.load_state_dict(read_weights(path, self.evaluated, "ema"))', "...", KILLED
+    ),
 }
 
 

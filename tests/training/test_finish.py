@@ -257,6 +257,7 @@ def test_the_summary_compares_with_training_from_scratch_where_both_were_done() 
     text = finish.summary(Path("run"), state, TWO, BOUND)
     assert "transfer against training from scratch on the same budget: +25.6 points top1" in text
     assert "166 images/s, bound by compute (data wait 1.4%); to change that: use bf16" in text
+    assert "images/s" not in finish.summary(Path("run"), state, TWO, BOUND | {"images_per_second": 0.0})
     assert "drawn" not in text
     assert text.endswith("the model: run/checkpoints/best    the report: run/report.html")
 

@@ -104,6 +104,11 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     except MemoryError:
         raise
     except Exception as error:
+        if "failed locating file data.pkl" in str(error):
+            raise ValueError(
+                f"{path} holds no weights that can be loaded: it is a torch.export or TorchScript program, or damaged; "
+                "give the run that it came from, or its export to safetensors or onnx"
+            ) from error
         # torch's own message recommends the unsafe loader; ours must not.
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it asks for {wanted[1]}" if wanted else str(error).partition("\n")[0].partition(". ")[0]
