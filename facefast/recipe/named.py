@@ -129,7 +129,7 @@ FIXED = dataclasses.replace(
 
 
 def finetune(given: Given) -> Recipe:
-    """Staged fine-tuning: adaptation, class-mean head, then the last stages, then all, ever slower.
+    """Staged fine-tuning: adaptation, class means, the last stages, then all, ever slower.
 
     The default where there is a source model. Each stage has to win on pictures kept out of training.
 
@@ -387,8 +387,8 @@ RECIPES: dict[str, Callable[[Given], Recipe]] = {
     for recipe in (
         drawn,
         finetune,
-        adapt,
         scratch,
+        adapt,
         fixed,
         share,
         twophase,
@@ -419,7 +419,8 @@ def with_scratch_baseline(recipe: Recipe) -> Recipe:
         name="scratch",
         start="scratch",
         head_start="random",
-        epochs=sum(phase.epochs for phase in recipe.phases),
+        epochs=sum(phase.epochs for phase in recipe.phases) or 1.0,  # a recipe that only adapts has no budget
+        adapt=AdaptConfig(),
         batchnorm="train",
         lr=0.1,
         layer_decay=1.0,

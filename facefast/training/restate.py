@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -66,9 +67,9 @@ def statistics_of(
     found = layers(network)
     # Per layer: rows, then for every channel the weighted sums of a batch's mean, its square and its variance.
     sums = {name: torch.zeros(4, layer.num_features, dtype=torch.float64) for name, layer in found.items()}
-    for layer in found.values():
-        layer.train()
-        layer.momentum = 1.0  # what it keeps is the last batch's
+    for name, layer in found.items():
+        layer.train()  # each normalises by its batch, and the next one sees what came of that
+        layer.register_forward_pre_hook(functools.partial(_add, sums[name]))
     if sum(map(len, mine)):
         # Only the last batch of all may be short, and it is the last of its rank.
         sampler = EpochSampler(np.concatenate(mine), size, shuffle=False)
@@ -90,7 +91,6 @@ def statistics_of(
                 images = batch.images[whole]
                 if len(images) > 1:
                     network.encode(images)
-                    _add(sums, found, len(images))
     if run.world.size > 1:
         for name in sums:
             on_device = sums[name].to(run.device)
@@ -99,11 +99,12 @@ def statistics_of(
     return {name: _moments(total) for name, total in sums.items() if bool((total[0] > 0).all())}
 
 
-def _add(sums: dict[str, Tensor], found: dict[str, _BatchNorm], rows: int) -> None:
-    for name, layer in found.items():
-        assert layer.running_mean is not None and layer.running_var is not None
-        mean, variance = layer.running_mean.double().cpu(), layer.running_var.double().cpu()
-        sums[name] += rows * torch.stack([torch.ones_like(mean), mean, mean.square(), variance])
+def _add(sums: Tensor, layer: nn.Module, given: tuple[Tensor]) -> None:
+    """Adds the statistics of what reaches a layer, [B, C, ...], to its sums."""
+    x = given[0].float()
+    variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+    mean, variance = mean.double().cpu(), variance.double().cpu()
+    sums += len(x) * torch.stack([torch.ones_like(mean), mean, mean.square(), variance])
 
 
 def _moments(total: Tensor) -> tuple[Tensor, Tensor]:

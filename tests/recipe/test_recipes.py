@@ -33,6 +33,7 @@ TINY = (
 )
 RUNS: dict[str, tuple[str, ...]] = {
     "finetune": (),
+    "adapt": (),
     "fixed": (),
     "share": (),
     "twophase": (),
