@@ -76,7 +76,7 @@ def measure_untrained(state: TrainState, data: PhaseData, log: RunLog, start: St
     # Both need the validation pictures: they are embedded once.
     embed = remembering(functools.partial(_embedded, state, state.evaluated))
     improved = measure(state, data, log, known if untouched is None else None, embed)
-    if untouched is not None and state.phase_plan.steps:
+    if state.phase.adapt.active and state.evaluated.adaptation is not None and state.phase_plan.steps:
         state.validated[ADAPTED] = _evaluate(state, state.evaluated, data.validation, embed=embed)
         _report(state, ADAPTED, _evaluate(state, state.evaluated, data.evaluation, embed=embed), log)
     if known is not None:

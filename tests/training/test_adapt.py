@@ -290,5 +290,20 @@ def test_fine_tuning_goes_on_from_the_adapted_model_and_resumes_with_it(
     assert all(torch.equal(tensor, again[name]) for name, tensor in last.state_dict().items())
 
 
+def test_adapted_model_that_no_update_improves_is_handed_on_by_its_name(
+    drawn: Path, source: Path, tmp_path: Path
+) -> None:
+    words = [
+        "finetune", f"--data.root={drawn}", f"--model.source={source}", f"--out={tmp_path}", *WORDS,
+        "--phases.last.adapt.choose=given", "--phases.last.adapt.shrinkage=0.2", "--eval.no-baselines",
+        "--phases.last.steps=2", "--phases.all.steps=2", "--phases.last.batch-size=8", "--phases.all.batch-size=8",
+        "--phases.last.lr=5", "--phases.all.lr=5", "--phases.last.warmup=0", "--phases.last.clip-grad=0",
+    ]  # fmt: skip
+    assert train.main(words) == 0  # at a rate that ruins what it begins from
+    assert files.read_json(tmp_path / "status.json")["best"]["phase"] == "adapted class means"
+    rows = [line["phase"] for line in lines(tmp_path) if line["split"] == "test"]
+    assert rows == ["adapted class means", "last", "all"]
+
+
 def lines(run: Path) -> list[dict[str, Any]]:
     return list(read_lines(run / "metrics.jsonl"))
