@@ -132,7 +132,9 @@ def stops(rank: int, folder: str, who: int) -> int:
 def test_a_rank_that_was_stopped_is_named_and_the_others_end_with_75(tmp_path: Path, who: int) -> None:
     codes = run_ranks(stops, 2, str(tmp_path), who)
     assert codes[who] == -signal.SIGKILL and codes[1 - who] == 75
-    assert re.match(rf"{ME.format(who)} has not answered for 2 s; the same command goes on", reason(tmp_path, 1 - who))
+    said = reason(tmp_path, 1 - who)
+    # On a busy machine the survivor may notice first that the other's work stands still.
+    assert re.match(rf"{ME.format(who)} (has not answered for 2 s; the same command goes|has not gone) on", said), said
 
 
 def hangs(rank: int, folder: str, who: int) -> int:
