@@ -133,8 +133,9 @@ def test_a_rank_that_was_stopped_is_named_and_the_others_end_with_75(tmp_path: P
     codes = run_ranks(stops, 2, str(tmp_path), who)
     assert codes[who] == -signal.SIGKILL and codes[1 - who] == 75
     said = reason(tmp_path, 1 - who)
-    # On a busy machine the survivor may notice first that the other's work stands still.
-    assert re.match(rf"{ME.format(who)} (has not answered for 2 s; the same command goes|has not gone) on", said), said
+    # The survivor ends it in its last act, and its own wait may notice that before the reason is written.
+    assert re.match(rf"{ME.format(who)} (has not answered for 2 s|has not gone on|is gone)", said), said
+    assert "the same command goes on" in said
 
 
 def hangs(rank: int, folder: str, who: int) -> int:
