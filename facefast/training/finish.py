@@ -129,7 +129,7 @@ def summary(folder: Path, state: TrainState, data: PhaseData, bound: dict[str, A
         value, name = max(named_metric(recipe.eval, reported[phase]) for phase in others)
         gap = 100 * (value - named_metric(recipe.eval, scratch)[0])
         lines.append(f"transfer against training from scratch on the same budget: {gap:+.1f} points {name}")
-    if state.plan.total_steps:
+    if bound["images_per_second"]:  # 0 without a step: nothing bound it
         lines.append(
             f"{bound['images_per_second']:.0f} images/s, bound by {bound['bound_by']} "
             f"(data wait {bound['data_wait_fraction']:.1%}); to change that: {bound['advice']}"
