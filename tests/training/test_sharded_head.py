@@ -337,7 +337,7 @@ def test_drawn_classes_alone_move_and_are_the_same_on_any_number_of_ranks(tmp_pa
         assert 0.1 * MANY < len(moved) < 0.45 * MANY  # weight decay would have moved all
         for ranks in (2, 4):
             assert torch.equal(torch.cat([each[1] for each in found[ranks]]), moved)
-            torch.testing.assert_close(found[ranks][0][0][:2], stats[:2], rtol=1e-5, atol=0)
+            torch.testing.assert_close(found[ranks][0][0][:2], stats[:2], rtol=5e-4, atol=0)
             torch.testing.assert_close(torch.cat([each[2] for each in found[ranks]]), weight, rtol=1e-4, atol=2e-5)
 
 
