@@ -312,8 +312,9 @@ MANY = 300
 def draws(rank: int, out: str) -> int:
     with process.start("cpu") as run:
         loss = {"margin": "cos", "margin_size": 0.2, "scale": 8.0, "negatives": 0.25, "class_weights": "effective"}
-        for kind in ("sgd", "adamw"):
-            state = state_of(run, loss, {"optimizer": kind}, "ranks", MANY, dropout=0.0)
+        # Adam's first step is as long for a gradient of 1e-9 as for any, and its sign is rounding: a short one.
+        for kind, rate in (("sgd", 0.02), ("adamw", 1e-4)):
+            state = state_of(run, loss, {"optimizer": kind, "lr": rate}, "ranks", MANY, dropout=0.0)
             head = state.model.head
             assert isinstance(head, CosineHead)
             for seed in range(2):
@@ -337,7 +338,7 @@ def test_drawn_classes_alone_move_and_are_the_same_on_any_number_of_ranks(tmp_pa
         assert 0.1 * MANY < len(moved) < 0.45 * MANY  # weight decay would have moved all
         for ranks in (2, 4):
             assert torch.equal(torch.cat([each[1] for each in found[ranks]]), moved)
-            torch.testing.assert_close(found[ranks][0][0][:2], stats[:2], rtol=5e-4, atol=0)
+            torch.testing.assert_close(found[ranks][0][0][:2], stats[:2], rtol=1e-5, atol=0)
             torch.testing.assert_close(torch.cat([each[2] for each in found[ranks]]), weight, rtol=1e-4, atol=2e-5)
 
 
