@@ -179,8 +179,8 @@ def audit(given: AuditArguments, index: FaceIndex, embeddings: Floats, out: Path
     write_corrections(out / "suspects.csv", lines)
     found = findings(index, suspects)
     document: dict[str, Any] = files.strict(found | {"suspects": [dataclasses.asdict(line) for line in lines]})
-    with files.replacing(out / "suspects.json") as aside:
-        aside.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", "utf-8")
+    with files.storing(out / "suspects.json"):
+        files.write_json(out / "suspects.json", document)
     shown = {kind: strips(index, unit, suspects, kind, given.pictures) for kind in KINDS}
     for kind in KINDS:
         write_sheets(out, kind, shown[kind], index)

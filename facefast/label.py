@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -87,10 +86,11 @@ class Names:
 
 def pair_threshold(model: FaceModel) -> float | None:
     """From which cosine on two pictures show one person at FMR 1 %; None where the model has no such threshold."""
-    for threshold in Thresholds.from_json(model.thresholds or {}).pairs:
-        if math.isclose(threshold.rate, PAIR_FMR):
-            return threshold.value
-    return None
+    known = Thresholds.from_json(model.thresholds or {})
+    try:
+        return known.pair(PAIR_FMR).value
+    except ValueError:
+        return None
 
 
 def propose_names(

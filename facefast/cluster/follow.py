@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from facefast.runtime import exits, files
 from facefast.runtime.terminal import say
@@ -93,7 +91,7 @@ def told(record: dict[str, str], run: Path | None) -> str:
         parts[0] += f" on {record.get('NodeList', '?')}"
     if record.get("Restarts", "0") != "0":
         parts.append(f"restarts {record['Restarts']}")
-    if run is not None and (status := read_status(run)):
+    if run is not None and (status := files.read_object(run / "status.json")):
         parts.append(f"run {status.get('state')} at step {status.get('step', 0)}")
         best = status.get("best")
         if isinstance(best, dict) and isinstance(best.get("validation"), int | float):
@@ -101,14 +99,6 @@ def told(record: dict[str, str], run: Path | None) -> str:
         if status.get("error"):
             parts.append(str(status["error"]))
     return ", ".join(parts)
-
-
-def read_status(run: Path) -> dict[str, Any]:
-    """status.json; empty where there is none yet."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        status = files.read_json(run / "status.json")
-        return dict(status) if isinstance(status, dict) else {}
-    return {}
 
 
 def code_of(record: dict[str, str]) -> int:

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import yaml
 
-from facefast.cluster import split
-from facefast.recipe import Recipe, flags
+from facefast.cluster.words import read_train, split
+from facefast.recipe import Recipe, is_remote
 from facefast.recipe.options import parse
 from facefast.recipe.ranges import MOST, require
 from facefast.runtime import exits
@@ -120,8 +120,6 @@ def submit(arguments: list[str]) -> int:
     """
     ours, train = split(arguments, "kubernetes")
     given = parse(KubernetesArguments, ours, "submit kubernetes")
-    if "-h" in train or "--help" in train:
-        raise ValueError("facefast train --help tells of the words behind --")
     text = manifests(given, train)
     if given.runtime != OWN:
         complain(
@@ -140,7 +138,7 @@ def manifests(given: KubernetesArguments, train: list[str]) -> str:
     Raises:
         ValueError: the words are none of `facefast train`, or what they name does not outlast a pod.
     """
-    recipe, out, resume = flags.train_arguments(train)
+    recipe, out, resume = read_train(train)
     _require_kept(given, recipe, out, resume)
     values = _values(given, train, given.name or _name_of(out))
     names = ["job"] if given.kind == "job" else ["runtime"] * (given.runtime == OWN) + ["trainjob"]
@@ -152,7 +150,7 @@ def _require_kept(given: KubernetesArguments, recipe: Recipe, out: Path, resume:
     if resume == "never":
         raise ValueError("--resume never would begin anew each time a pod is started again; give another --out instead")
     for option, path, writes in (("--out", str(out), True), ("--data.root", recipe.data.root, False)):
-        if path and not any(_holds(volume, path, writes) for volume in given.volumes):
+        if path and not is_remote(path) and not any(_holds(volume, path, writes) for volume in given.volumes):
             raise ValueError(
                 f"{option} is {path}, which lies on no volume{' that can be written' if writes else ''} and so not "
                 f"outside the pod; add --volumes CLAIM:/FOLDER, and begin {option} with that folder"

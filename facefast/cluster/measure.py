@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from facefast.recipe import is_remote
 from facefast.runtime import files, process, ranks
 from facefast.runtime.cores import usable_cores
 from facefast.runtime.process import Runtime, World
@@ -54,7 +55,7 @@ def machine(world: World, root: str, out: Path | None, effort: Effort, met: bool
     """Facts that need no other rank.
 
     Args:
-        root: of the photographs; "" where they are not to be read.
+        root: of the photographs; "" where they are not to be read, as those of an object store are not.
         out: the run folder, which may not exist yet.
         met: whether the ranks have met already, and so have their port.
     """
@@ -72,7 +73,7 @@ def machine(world: World, root: str, out: Path | None, effort: Effort, met: bool
         "address": address(),
         "interface": {name: os.environ[name] for name in INTERFACES if os.environ.get(name)},
         "master": os.environ.get("MASTER_ADDR", ""),
-        "data": reading(root, world, effort) if root else None,
+        "data": None if not root or is_remote(root) else reading(root, world, effort),
         "out": None if out is None else writing(out, effort.written),
     }
 
@@ -218,7 +219,7 @@ def read(piece: Piece) -> int:
 
 def writing(out: Path, size: int) -> dict[str, Any]:
     """How fast a file goes to the disk where `out` lies or would lie, and what room there is; nothing stays."""
-    place = existing(out)
+    place = files.existing(out)
     found = {"out": str(out), "free": files.free_bytes(place), "problem": "", "rate": 0.0, "free_files": None}
     try:
         stat = os.statvfs(place)
@@ -234,14 +235,6 @@ def writing(out: Path, size: int) -> dict[str, Any]:
     except OSError as error:
         found["problem"] = error.strerror or str(error)
     return found
-
-
-def existing(path: Path) -> Path:
-    """The nearest folder on the way to `path` that there is."""
-    path = path.absolute()
-    while not path.is_dir() and path != path.parent:
-        path = path.parent
-    return path
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,7 +293,7 @@ def sees(run: Runtime, out: Path | None) -> bool:
     """Whether this rank sees what rank 0 writes into the place of the run folder."""
     if out is None or run.control is None:
         return True
-    place, mark = existing(out), None
+    place, mark = files.existing(out), None
     if run.is_main:
         with contextlib.suppress(OSError):
             mark = tempfile.NamedTemporaryFile(prefix=".doctor-", dir=place)  # noqa: SIM115 -- closed below

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from facefast.cluster import follow, split
-from facefast.recipe import flags
+from facefast.cluster import follow
+from facefast.cluster.words import read_train, split
 from facefast.recipe.options import parse
 from facefast.recipe.ranges import MOST, require
 from facefast.runtime import exits
@@ -332,12 +332,7 @@ def job(given: SlurmArguments, train: list[str]) -> Job:
 
 def _checked(given: SlurmArguments, train: list[str]) -> Path:
     """The run folder of a command line of train's."""
-    if {"-h", "--help", flags.HELP_ALL} & set(train):
-        raise ValueError("facefast train --help tells of the words behind --")
-    for word in train:
-        if "\0" in word:
-            raise ValueError(f"{word!r} holds a zero byte, which no command line can")
-    _, out, resume = flags.train_arguments(train)
+    _, out, resume = read_train(train)
     if resume != "auto" and given.restarts:
         raise ValueError(
             f"--resume {resume} would begin there again each time the job is requeued; leave it out, or add "

@@ -23,8 +23,8 @@ from facefast.data.index import FAULTS, FaceIndex, PairSet, printable
 from facefast.data.loader import Batch, Loader, make_loader
 from facefast.data.remote import mirror
 from facefast.data.sampler import Parts, Sampler, make_sampler
-from facefast.data.walk import is_picture, is_remote, require_there, top_entries
-from facefast.recipe import Reading
+from facefast.data.walk import is_picture, require_there, top_entries
+from facefast.recipe import Reading, is_remote
 from facefast.runtime.exits import DataError
 from facefast.runtime.untrusted import open_regular, read_npz
 

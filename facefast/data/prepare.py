@@ -20,8 +20,7 @@ from facefast.data.index import FAULTS, NO_FACE, SPLITS
 from facefast.data.loader import FEWEST_BAD
 from facefast.data.remote import mirror
 from facefast.data.subsets import joined
-from facefast.data.walk import is_remote
-from facefast.recipe import DataConfig, Phase, Photographs, Reading, Recipe
+from facefast.recipe import DataConfig, Phase, Photographs, Reading, Recipe, is_remote
 from facefast.runtime import files
 from facefast.runtime.exits import DataError
 from facefast.runtime.process import Runtime, decode_threads

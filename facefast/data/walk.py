@@ -15,13 +15,13 @@ Every reader and every command asks here, so that none sees other files than the
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from enum import Enum, auto
 from operator import itemgetter
 
 from facefast.data.index import FaceIndex, printable
+from facefast.recipe import is_remote
 from facefast.runtime.exits import DataError
 
 DECODED = frozenset(
@@ -142,11 +142,6 @@ def top_entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[bytes]]:
         raise DataError(
             f"{os.fspath(folder)} cannot be read ({error.strerror}); give its readers permission, or name another one"
         ) from error
-
-
-def is_remote(root: str | os.PathLike[str]) -> bool:
-    """Whether a root is an address such as s3://bucket/folder."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(root)) is not None
 
 
 def require_there(path: str | os.PathLike[str]) -> None:

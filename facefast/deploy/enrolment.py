@@ -17,6 +17,7 @@ from facefast.data.divide import divide
 from facefast.data.index import FAULTS, NO_FACE, advice
 from facefast.data.prepare import Locate, photographs_of
 from facefast.deploy.gallery import Offer
+from facefast.deploy.photographs import BATCH_SIZE, UNDECODED, answering
 from facefast.evaluation.embed import embed_rows
 from facefast.evaluation.thresholds import Thresholds
 from facefast.faces.align import Locator, locator
@@ -25,9 +26,8 @@ from facefast.faces.quality import SEEN_AT, Limits, face_sizes, laplacian_varian
 from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
 from facefast.recipe import Reading, Recipe, from_json
-from facefast.runtime.process import Runtime, decode_threads
+from facefast.runtime.process import Runtime
 
-BATCH_SIZE = 64
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -96,12 +96,12 @@ class Embedder(NamedTuple):
             found, seen = embed_rows(self.model, part, self.run, self.precision, self._reading, batch_size=BATCH_SIZE)
             embeddings[torch.from_numpy(sound)] = found
             for place in torch.nonzero(~seen).flatten().tolist():
-                faults[sound[place]] = "it could not be decoded"
+                faults[sound[place]] = UNDECODED
         return Faces(embeddings, faults, part, sound)
 
     @property
     def _reading(self) -> Reading:
-        return Reading(decode_threads(0, self.run.world), max_bad_fraction=1.0)  # each fault is an answer
+        return answering(self.run)
 
     def objections(self, located: FaceIndex, limits: Limits) -> list[str]:
         """What speaks against faces that can be seen; a pose is not known where nobody looks for faces.

@@ -202,14 +202,17 @@ def _refuse_others(out: Path) -> None:
         raise ValueError(f"{out} holds {others[0]}, which is no part of a model; choose an empty folder")
 
 
+_OWNERS = {"more": [], "corrections": "", "labels": "", "cache": "", "cache_gib": 0.0}
+"""Of a recipe's data, what is of its owner's machine, and what stands for it elsewhere."""
+
+
 def without_paths(recipe: dict[str, Any] | None) -> dict[str, Any] | None:
     """A recipe without the paths of its owner's photographs and weights; None for None."""
     if recipe is None:
         return None
     model, data = recipe["model"], recipe["data"] | {"root": ""}
     cleaned = recipe | {
-        "data": data
-        | {name: empty for name, empty in (("more", []), ("corrections", ""), ("labels", "")) if name in data},
+        "data": data | {name: empty for name, empty in _OWNERS.items() if name in data},
         "model": model | {name: Path(model[name]).name for name in ("source", "teacher") if name in model},
     }
     if "binary" in recipe:

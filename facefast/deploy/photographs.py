@@ -39,6 +39,7 @@ UNDECODED = "it could not be decoded"
 BLOCK = 256
 """Faces named at a time."""
 BATCH_SIZE = 64
+"""Faces embedded at a time."""
 
 Photograph = str | os.PathLike[str] | NDArray[np.uint8]
 """A file, a folder of them, or a decoded picture [H, W, 3] of RGB bytes."""
@@ -111,6 +112,11 @@ class Found:
     """What kept photographs without a face from having one."""
 
 
+def answering(run: Runtime) -> Reading:
+    """How photographs are read that each get an answer: no number of bad ones is too many."""
+    return Reading(decode_threads(0, run.world), max_bad_fraction=1.0)
+
+
 def find_and_embed(
     model: FaceModel, index: FaceIndex, run: Runtime, precision: Precision, faces: Locator, mirror: bool = True
 ) -> Found:
@@ -126,7 +132,7 @@ def find_and_embed(
     nothing = Found(index.select(nobody), nobody, torch.zeros(0, 0), torch.zeros(0, dtype=torch.bool), faults)
     if not len(sound):
         return nothing
-    reading = Reading(decode_threads(0, run.world), max_bad_fraction=1.0)  # each fault is an answer
+    reading = answering(run)
     part, owners = faces.every_face(index.select(sound), reading)
     readable = faces.readable if len(faces.readable) else np.ones(len(sound), bool)
     for row in np.setdiff1d(np.arange(len(sound)), owners).tolist():

@@ -95,10 +95,11 @@ def _rows(known: LabelledEmbeddings) -> int:
 
 def _for_strangers(strangers: OpenSetScores, spread: float) -> tuple[NamingThreshold, ...]:
     """Thresholds for rates of people never seen, by people who pass one `spread` times less often."""
+    of_rates = naming_thresholds(strangers)
+    if spread == 1:
+        return of_rates
     found = []
-    for plain, careful in zip(
-        naming_thresholds(strangers), naming_thresholds(strangers, [rate / spread for rate in FPIRS]), strict=True
-    ):
+    for plain, careful in zip(of_rates, naming_thresholds(strangers, [rate / spread for rate in FPIRS]), strict=True):
         if careful.value is not None and careful.rate_interval is not None:
             low, high = (min(1.0, spread * end) for end in careful.rate_interval)
             careful = dataclasses.replace(careful, rate=plain.rate, rate_interval=Interval(low, high))

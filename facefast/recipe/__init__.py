@@ -14,6 +14,7 @@ from facefast.recipe.config import (
     Photographs,
     Reading,
     TaskConfig,
+    is_remote,
 )
 from facefast.recipe.image import AugmentSpec, ImageSpec
 from facefast.recipe.jsonable import from_json, to_json
@@ -41,6 +42,7 @@ __all__ = [
     "Recipe",
     "TaskConfig",
     "from_json",
+    "is_remote",
     "resolve",
     "to_json",
     "within",

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from facefast.recipe.ranges import MOST, require
+
+
+def is_remote(root: str | os.PathLike[str]) -> bool:
+    """Whether a root is an address such as s3://bucket/folder."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(root)) is not None
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class Photographs:
     def __post_init__(self) -> None:
         require(self, "data.", max_bad_fraction=(0, 1), max_pixels=(1, MOST), cache_gib=(0, MOST))
         roots = (self.root, *getattr(self, "more", ()))
-        if (self.cache or self.cache_gib) and not any("://" in root for root in roots):
+        if (self.cache or self.cache_gib) and not any(map(is_remote, roots)):
             raise ValueError(
                 f"data.cache {self.cache or self.cache_gib!r} has no effect: data.root {self.root or 'empty'} is no "
                 "address of an object store; leave it out"

@@ -62,6 +62,14 @@ def strict(value: Any) -> Any:
     return value
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = read_json(path)
+        return dict(found) if isinstance(found, dict) else {}
+    return {}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON aside, syncs it and renames it into place.
 
@@ -199,13 +207,18 @@ def locked(folder: Path) -> Iterator[Held]:
         os.close(descriptor)
 
 
-def free_bytes(path: Path) -> int | None:
-    """Bytes that this process can still write where a path lies or would lie; None where that is not known."""
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest folder on the way to it that there is."""
     path = path.absolute()
     while not os.path.exists(path) and path != path.parent:  # of a name that is too long it says no
         path = path.parent
+    return path
+
+
+def free_bytes(path: Path) -> int | None:
+    """Bytes that this process can still write where a path lies or would lie; None where that is not known."""
     with contextlib.suppress(OSError):
-        found = os.statvfs(path)
+        found = os.statvfs(existing(path))
         # A file system without a limit, or one behind a network that does not tell, has no blocks.
         if found.f_blocks:
             return (found.f_bfree if os.geteuid() == 0 else found.f_bavail) * found.f_frsize

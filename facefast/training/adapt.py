@@ -20,8 +20,9 @@ from facefast.models import FaceModel
 from facefast.models.fold import fold
 from facefast.models.heads import unit
 from facefast.recipe import AdaptConfig
+from facefast.runtime.process import Runtime
 from facefast.training.restate import Statistics, layers, restate
-from facefast.training.whiten import added, whitening, within_scatter
+from facefast.training.whiten import Scatter, added, whitening, within_scatter
 
 WEIGHTS = (0.5, 1.0)
 """Of the user's BatchNorm statistics, tried beside 0."""
@@ -108,6 +109,7 @@ def adapt(
     known: tuple[Tensor, Tensor],
     embed: Embedding,
     measure: Measuring,
+    run: Runtime,
     seed: int,
 ) -> tuple[Adaptation, tuple[Tensor, Tensor]]:
     """Adapts a model to pictures, in place.
@@ -120,6 +122,7 @@ def adapt(
         known: the model's embeddings of `index`, as `embed` gives them.
         embed: as its type says.
         measure: gives BatchNorm statistics, as `statistics_of` does.
+        run: whose ranks do the same.
         seed: of what is drawn.
 
     Returns:
@@ -134,17 +137,22 @@ def adapt(
     trials: tuple[Trial, ...] = ()
     if config.choose == "auto" and statistical:
         weight, trials = choose_statistics(model, index, unnamed, embed, measure, seed)
+        weight = run.broadcast(weight)  # two kinds of processors may round to either side of chance
     elif weight and not statistical:
         raise ValueError(f"adapt.batchnorm {weight:g} has no effect: {model.config.backbone} has no BatchNorm")
     if weight:
         restate(model, measure(model, _with(index, unnamed)), weight)
         known = embed(model, index, True)
+    if config.choose == "given" and shrinkage == 1:
+        return Adaptation(weight, shrinkage, people), known
     labels = np.where(known[1].numpy(), index.labels, -1)
+    groups = groups_of_people(labels, FOLDS, seed)
+    scatters = within_scatter(known[0], labels, groups, FOLDS)
     if config.choose == "auto":
-        shrinkage, more = choose_shrinkage(known[0], labels, seed)
-        trials += more
+        shrinkage, more = choose_shrinkage(known[0], labels, groups, scatters)
+        shrinkage, trials = run.broadcast(shrinkage), trials + more
     if shrinkage < 1:
-        scatter = within_scatter(known[0], labels, np.zeros(max(1, index.num_classes), np.int64), 1)[0]
+        scatter = added(scatters)
         if not scatter.spreads:
             raise ValueError(
                 f"adapt.shrinkage {shrinkage:g} has no effect: no person has two pictures that differ; set 1"
@@ -235,23 +243,24 @@ def rows_to_ask(labels: Labels, people: NDArray[np.bool_]) -> NDArray[np.int64]:
     return rows[place < MOST_EACH]
 
 
-def choose_shrinkage(embeddings: Tensor, labels: Labels, seed: int) -> tuple[float, tuple[Trial, ...]]:
-    """How far to whiten, by leaving out a fifth of the people at a time.
+def choose_shrinkage(
+    embeddings: Tensor, labels: Labels, groups: NDArray[np.int64], scatters: Sequence[Scatter]
+) -> tuple[float, tuple[Trial, ...]]:
+    """How far to whiten, by leaving out one group of people at a time.
 
     Args:
         embeddings: [N, D] of any length.
         labels: [N], below 0 for rows that do not count; `LEAST_PEOPLE` have two pictures.
-        seed: which people are left out together.
+        groups: [C] the group of each person.
+        scatters: of each group.
 
     Returns:
         The shrinkage, 1 where whitening gains nothing above chance; and what was tried.
     """
-    groups = groups_of_people(labels, FOLDS, seed)
-    scatters = within_scatter(embeddings, labels, groups, FOLDS)
     before: list[Tensor] = []
     after: dict[float, list[Tensor]] = {shrinkage: [] for shrinkage in SHRINKAGES}
-    for group in range(FOLDS):
-        others = added(scatters[:group] + scatters[group + 1 :])
+    for group in range(len(scatters)):
+        others = added([*scatters[:group], *scatters[group + 1 :]])
         if not others.spreads:
             return 1.0, ()
         rows = rows_to_ask(labels, groups == group)

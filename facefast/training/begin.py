@@ -257,6 +257,7 @@ def _adapted(
             network, index, run, precision, reading, batch_size=size, mirror="mean" if mirror else "none"
         ),
         measure=lambda network, index: statistics_of(network, index, run, precision, reading, seed),
+        run=run,
         seed=seed,
     )
     for text in done.told():

@@ -77,7 +77,8 @@ def measure_untrained(state: TrainState, data: PhaseData, log: RunLog, start: St
     embed = remembering(functools.partial(_embedded, state, state.evaluated))
     improved = measure(state, data, log, known if untouched is None else None, embed)
     if state.phase.adapt.active and state.evaluated.adaptation is not None and state.phase_plan.steps:
-        state.validated[ADAPTED] = _evaluate(state, state.evaluated, data.validation, embed=embed)
+        if state.phase.name in state.validated:  # what `measure` has just found
+            state.validated[ADAPTED] = state.validated[state.phase.name]
         _report(state, ADAPTED, _evaluate(state, state.evaluated, data.evaluation, embed=embed), log)
     if known is not None:
         if untouched is not None:

@@ -46,10 +46,7 @@ def write_status(folder: Path, state: str, code: int | None = None, **fields: An
 
 def read_status(folder: Path) -> dict[str, Any]:
     """What status.json says; empty where there is none, or it is damaged."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        status = files.read_json(folder / "status.json")
-        return dict(status) if isinstance(status, dict) else {}
-    return {}
+    return files.read_object(folder / "status.json")
 
 
 def reached(folder: Path) -> dict[str, Any]:

@@ -160,6 +160,11 @@ def test_photographs_that_are_not_there_are_named(
     assert "FAULT  photographs" in capsys.readouterr().out
 
 
+def test_photographs_of_an_object_store_are_not_looked_for_on_a_disk(tmp_path: Path) -> None:
+    assert measure.machine(process.World(), "s3://bucket/people", None, measure.QUICK)["data"] is None
+    assert measure.machine(process.World(), str(tmp_path), None, measure.QUICK)["data"] is not None
+
+
 def test_a_file_of_photographs_is_read_in_parts(tmp_path: Path) -> None:
     (tmp_path / "train.rec").write_bytes(bytes(1 << 20))
     found = measure.reading(str(tmp_path / "train.rec"), process.World(), measure.QUICK)

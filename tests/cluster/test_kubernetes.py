@@ -225,9 +225,16 @@ def test_words_that_yaml_and_kubernetes_would_change_arrive_as_they_were_typed()
     assert container["command"][-1] == odd.replace("$(", "$$(")  # $$( is $( to Kubernetes
 
 
+def test_photographs_of_an_object_store_need_no_volume() -> None:
+    train = ("finetune", "--data.root", "s3://bucket/people", "--model.source", "/w", "--out", "/runs/mine")
+    (container,) = job(train=train)["template"]["spec"]["containers"]
+    assert container["command"][-5:-3] == ["s3://bucket/people", "--model.source"]
+
+
 @pytest.mark.parametrize(
     ("ours", "train", "said"),
     [
+        ((), (*TRAIN, "--help-all"), "facefast train --help tells of the words behind --"),
         ((), (*TRAIN, "--epcohs", "3"), "there is no option --epcohs"),
         ((), ("finetnue", *TRAIN[1:]), "there is no recipe 'finetnue'; did you mean finetune?"),
         ((), (*TRAIN, "--phases.0.lr", "fast"), "lr"),

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from facefast import submit
-from facefast.cluster import slurm, split
+from facefast.cluster import slurm
+from facefast.cluster.words import split
 from facefast.recipe.options import parse
 from facefast.runtime import exits
 

@@ -25,6 +25,7 @@ from facefast.recipe import (
     Phase,
     Recipe,
     TaskConfig,
+    from_json,
     to_json,
 )
 from facefast.runtime import files, manifest
@@ -110,11 +111,14 @@ def test_no_kind_of_recipe_tells_where_its_owners_files_lie(model: FaceModel, tm
         "negatives": scratch
         | {"data": DataConfig(root=HERE), "phases": phases, "binary": BinaryConfig(negatives=f"{HERE}/walls")},
         "people": scratch | {"data": DataConfig(root=HERE), "phases": phases, "binary": BinaryConfig(people=("ann",))},
+        "remote": scratch
+        | {"data": DataConfig(root=f"s3://bucket{HERE}", cache=f"{HERE}/cache", cache_gib=5), "model": plain},
         "tasks": scratch | {"data": DataConfig(root=HERE), "tasks": TaskConfig(attributes=("Male",))},
     }
     for name, fields in kinds.items():
         packages.export(model, "safetensors", tmp_path / name, recipe_of(**fields))
         assert HERE not in (tmp_path / name / "recipe.json").read_text(), name
+        from_json(Recipe, files.read_json(tmp_path / name / "recipe.json"))  # what is left contradicts nothing
     assert files.read_json(tmp_path / "negatives" / "recipe.json")["binary"]["negatives"] == "walls"
     assert files.read_json(tmp_path / "people" / "recipe.json")["binary"]["people"] == ["ann"]
 

@@ -33,6 +33,7 @@ from facefast.training.adapt import (
     tar_of_people,
 )
 from facefast.training.restate import layers, restate, statistics_of
+from facefast.training.whiten import within_scatter
 from tests.support import small
 from tests.support.ranks import run_ranks
 
@@ -93,10 +94,15 @@ def test_setting_is_taken_only_where_its_gain_is_above_chance() -> None:
 
 
 def test_whitening_is_chosen_where_people_scatter_unevenly_and_left_where_they_do_not() -> None:
-    chosen, trials = choose_shrinkage(*embeddings_of(4.0), seed=0)
+    def chosen_for(within: float) -> tuple[float, tuple[adapting.Trial, ...]]:
+        embeddings, labels = embeddings_of(within)
+        groups = groups_of_people(labels, 5, seed=0)
+        return choose_shrinkage(embeddings, labels, groups, within_scatter(embeddings, labels, groups, 5))
+
+    chosen, trials = chosen_for(4.0)
     assert chosen < 1
     assert max(trial.gain for trial in trials) > 0.2
-    assert choose_shrinkage(*embeddings_of(0.5), seed=0)[0] == 1.0
+    assert chosen_for(0.5)[0] == 1.0
 
 
 def test_groups_divide_people_evenly_and_rows_are_whole_people_up_to_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +206,7 @@ def adapted(
             network, of, run_of(), precision, Reading(threads=1), batch_size=64, mirror="mean" if mirror else "none"
         )
 
-    done, known = adapt(model, index, None, config, embed(model, index, True), embed, statistics, seed=1)
+    done, known = adapt(model, index, None, config, embed(model, index, True), embed, statistics, run_of(), seed=1)
     torch.testing.assert_close(known[0], embed(model, index, True)[0], rtol=1e-3, atol=1e-3)  # of the model as it is
     return done, known, model
 
