@@ -74,9 +74,9 @@ def within_scatter(
 
 def _finite(embeddings: Tensor) -> NDArray[np.bool_]:
     """[N] whether a row holds numbers that can be used; rows of zeros have no direction."""
-    parts = [part.square().sum(1) for part in embeddings.split(BLOCK)]
-    squares = torch.cat(parts).numpy() if parts else np.zeros(0)
-    return np.isfinite(squares) & (squares > 0)
+    # A length makes no copy of the embeddings, as a sum of their squares would.
+    lengths: NDArray[np.float32] = torch.linalg.vector_norm(embeddings, dim=1).numpy()
+    return np.asarray(np.isfinite(lengths) & (lengths > 0))
 
 
 def _blocks(people: NDArray[np.int64] | NDArray[np.int32]) -> Iterator[slice]:
