@@ -29,12 +29,13 @@ from facefast.runtime import exits, files, manifest, process
 from facefast.runtime.exits import NumericsError, StorageError
 from facefast.runtime.log import RunLog, environment
 from facefast.runtime.process import Runtime
-from facefast.runtime.terminal import tell
+from facefast.runtime.progress import print_line
+from facefast.runtime.terminal import speaking, tell
 from facefast.training.alike import same_arguments, same_checkpoint, same_start
 from facefast.training.begin import begin, find_source, find_teacher, pictures_of, settle
 from facefast.training.choice import best_of, has_best, measure, measure_untrained, report_phase
 from facefast.training.elastic import division_said, take_division
-from facefast.training.finish import fail, finish, leave, reached, write_status
+from facefast.training.finish import fail, finish, leave, reached, read_status, write_status
 from facefast.training.guard import culprit, not_finite, some
 from facefast.training.objective import RowCounts
 from facefast.training.step import TrainState, train_step
@@ -352,14 +353,16 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     ours: Path | None = None  # the run folder, once no other run can be writing to it
     held: files.Held | None = None
+    as_json = False
 
     def failed(code: int, error: str) -> None:
         if held is None or held.problem() is None:
             fail(ours, code, error)
 
-    with exits.exit_codes(failed) as outcome:
+    with exits.exit_codes(failed) as outcome, contextlib.ExitStack() as spoken:
         asked = flags.command_line(sys.argv[1:] if arguments is None else arguments)
-        recipe, folder = asked.recipe, asked.out
+        recipe, folder, as_json = asked.recipe, asked.out, asked.json
+        spoken.enter_context(speaking("json" if asked.json else "quiet" if asked.quiet else "words"))
         with (
             process.start(rank_timeout=recipe.rank_timeout, on_lost=failed) as run,
             process.stop_on_signals(run),
@@ -370,6 +373,8 @@ def main(arguments: list[str] | None = None) -> int:
             if asked.doctor:
                 doctor.require_sound(run, recipe.data.root, folder, tell)
             outcome.code = train(recipe, folder, asked.resume, run)
+    if ours is not None and held is not None and as_json:
+        print_line(read_status(ours))
     return outcome.code
 
 

@@ -59,6 +59,11 @@ class TrainArguments(Baseline):
     """Go on from the newest sound checkpoint (auto), from PATH, or never."""
     doctor: bool = False
     """Before anything else look for what the machines get wrong, as facefast doctor does, and end at a fault."""
+    quiet: bool = False
+    """Say warnings and the results alone."""
+    json: bool = False
+    """On standard output the lines of metrics.jsonl as they come and status.json at the end; words on standard
+    error."""
 
 
 def train_arguments(arguments: list[str]) -> tuple[Recipe, Path, str]:
@@ -101,6 +106,8 @@ def command_line(arguments: list[str]) -> TrainArguments:
         )
     if unused:
         raise ValueError(names.unknown(unused[0]) if unused[0].startswith("-") else _stray(unused[0]))
+    if chosen.quiet and chosen.json:
+        raise ValueError("--quiet and --json say two things about what is printed; give one of them")
     recipe = chosen.recipe
     if recipe.data.root == "" and recipe.data.format not in ("auto", "synthetic"):
         raise ValueError(f"data.format {recipe.data.format} needs --data.root")

@@ -1,4 +1,4 @@
-"""What a run says while it trains: progress bar, metrics.jsonl, TensorBoard and the verdict on what bounds it.
+"""What a run leaves of its training: lines of metrics.jsonl and of the terminal, TensorBoard, what bounded it.
 
 Written by rank 0 alone. The device is read when a line is due, never in between.
 """
@@ -24,11 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
-from tqdm import tqdm
 
 from facefast.runtime import files
 from facefast.runtime.exits import NumericsError
-from facefast.runtime.terminal import empty_broken, heard, plain, tell
+from facefast.runtime.progress import Progress
+from facefast.runtime.terminal import tell
 
 HEADLINES = ("loss", "top1", "verification_accuracy", "tar@1e-2", "known_verification_accuracy")
 STATS = ("loss_sum", "correct", "rows", "skipped", "labelled", "loss_rows")
@@ -44,6 +44,8 @@ class Position(NamedTuple):
     """Updates done in the whole run."""
     phase: str
     epoch: float
+    epochs: float
+    """Epochs of the phase."""
     lr: float
     last: bool
     """Whether the phase ends here."""
@@ -82,12 +84,12 @@ class RunLog:
         self._loader_waited = 0.0
         self._lines: _Lines | None = None
         self._board: SummaryWriter | None = None
+        self._ended: Position | None = None  # of an epoch that is over and was not told yet
+        self._of_epoch: Tensor | None = None
+        self._rate = math.nan
+        self._progress: Progress | None = None
         if enabled:
-            self._bar = tqdm(disable=True)
-            with heard():
-                self._bar = tqdm(
-                    total=total_steps, initial=first_step or 0, unit="step", dynamic_ncols=True, mininterval=1
-                )
+            self._progress = Progress(total_steps, first_step or 0)
             self._excepthook = _without_tensorboards_thread()
             with self.tolerant("metrics.jsonl"):
                 self._lines = _Lines(folder / "metrics.jsonl", first_step)
@@ -136,11 +138,15 @@ class RunLog:
         Raises:
             NumericsError: `LOST_UPDATES` updates in a row were skipped for a non-finite gradient.
         """
+        self._tell_epoch()
         if loader_waited < self._loader_waited:  # a new phase opened another loader
             self._loader_waited = 0.0
         self._waited += loader_waited - self._loader_waited
         self._loader_waited = loader_waited
         self._sums = stats if self._sums is None else self._sums + stats  # on the device: nothing is waited for
+        self._of_epoch = stats if self._of_epoch is None else self._of_epoch + stats
+        if at.epoch == int(at.epoch):
+            self._ended = at
         self._updates += 1
         self._pictures += pictures
         self._stepped = time.perf_counter()
@@ -170,14 +176,14 @@ class RunLog:
                 for name, total in zip(terms, sums, strict=True)
             }
         self._write(at, "train", fields)
-        if self._enabled:
-            with heard():
-                self._bar.n = at.step
-                self._bar.set_description(at.phase)
-                self._bar.set_postfix_str(
-                    f"loss {fields['loss']:.3f} acc {fields['accuracy']:.3f} lr {at.lr:.2g} "
-                    f"{fields['images_per_second']:.0f} img/s, data wait {fields['data_wait_fraction']:.1%}"
-                )
+        self._rate = fields["images_per_second"]
+        if self._progress is not None:
+            waits = f"  data wait {fields['data_wait_fraction']:.0%}" if fields["data_wait_fraction"] > 0.02 else ""
+            self._progress.update(
+                at.step,
+                f"{at.phase} {_of(at)}",
+                f"{_learnt(fields['loss'], fields['accuracy'])}  {self._rate:.0f} img/s{waits}",
+            )
         self._restart()
         if self._lost >= LOST_UPDATES:
             names = [name for name, count in zip(terms, broken, strict=True) if count]
@@ -189,28 +195,68 @@ class RunLog:
                 "rate or the loss scale, or use precision fp32"
             )
 
-    def evaluation(self, at: Position, results: dict[str, float], metric: str, improved: bool) -> None:
-        """Logs what the validation part gave and prints its headlines, as `_evaluated` does; says whether the deciding
-        `metric` is the best so far."""
-        self._evaluated(at, "validation", results, f"  (best {metric} so far)" if improved else "")
+    def evaluation(
+        self, at: Position, results: Mapping[str, float], metric: str, best: float | None, improved: bool
+    ) -> None:
+        """Logs what the validation part gave and tells of the epoch that it ended.
 
-    def report(self, at: Position, row: str, results: dict[str, float]) -> None:
-        """Logs a row of the final table, which the test part gave, and prints its headlines."""
-        self._evaluated(at._replace(phase=row), "test", results, "")
+        Args:
+            at: where the run stands.
+            results: every number.
+            metric: the one of them that decides.
+            best: the best it was so far; None where it decides nothing.
+            improved: whether it is that now.
+        """
+        self._write(at, "validation", results)
+        told = f"{metric} {_human(metric, results[metric])}"
+        self._tell_epoch(at, told if best is None else f"{told}  best {_human(metric, best)}", improved)
+        self._note_unknown(results)
+        self._let_pass()
 
-    def _evaluated(self, at: Position, split: str, results: dict[str, float], remark: str) -> None:
-        """The time since the last update does not count as training."""
-        self._write(at, split, results)
-        shown = [name for name in results if name in HEADLINES or name.endswith(("/accuracy", "/mae"))]
-        numbers = ", ".join(f"{name} {_human(name, results[name])}" for name in shown)
-        self.say(f"{at.phase} epoch {at.epoch:.3g}, {split}: {numbers}{remark}")
+    def report(self, at: Position, row: str, results: Mapping[str, float]) -> None:
+        """Logs a row of the final table, which the test part gave, and says its headlines."""
+        self._write(at._replace(phase=row), "test", results)
+        known = [name for name, value in results.items() if not math.isnan(value)]
+        shown = [name for name in known if name in HEADLINES or name.endswith(("/accuracy", "/mae"))]
+        self.say(f"{row}, test: {', '.join(f'{name} {_human(name, results[name])}' for name in shown)}")
+        self._note_unknown(results)
+        self._let_pass()
+
+    def _note_unknown(self, results: Mapping[str, float]) -> None:
         unknown = [name for name, value in results.items() if math.isnan(value)]
         if unknown and not self._said_unknown:
             self._said_unknown = True
             self.say(f"note: the evaluation set has too few pairs for {', '.join(unknown)}: they stay empty")
+
+    def _let_pass(self) -> None:
+        """The time since the last update does not count as training."""
         # As if the clock had stood still: the line's time begins later by what the evaluation took.
         self._since += time.perf_counter() - self._stepped
         self._stepped = time.perf_counter()
+
+    def _tell_epoch(self, at: Position | None = None, measured: str = "", improved: bool = False) -> None:
+        """One line about the epoch that is over, if one is: `Epoch 3/10  PHASE  loss ...  acc ...  METRIC ...  best
+        ...`.
+
+        Args:
+            at: where the run stands; a measurement between two epochs has a line, too.
+            measured: what validation gave.
+            improved: whether that is the best so far.
+        """
+        at, self._ended = at or self._ended, None
+        if at is None:
+            return
+        sums, self._of_epoch = self._of_epoch, None
+        if self._progress is None:
+            return
+        learnt = ""
+        if sums is not None:  # waits for the device, which an evaluation has done and a checkpoint will do anyhow
+            loss_sum, correct, _, _, labelled, loss_rows, *_ = sums.tolist()
+            learnt = _learnt(
+                loss_sum / loss_rows if loss_rows else math.nan, correct / labelled if labelled else math.nan
+            )
+        parts = [f"Epoch {_of(at)}", at.phase, learnt, measured]
+        self._progress.say("  ".join(part for part in parts if part), good=improved)
 
     def _write(self, at: Position, split: str, fields: Mapping[str, float]) -> None:
         """One JSON object in metrics.jsonl and its scalars in TensorBoard."""
@@ -218,6 +264,8 @@ class RunLog:
             return
         finite = files.strict(fields)
         record = {"step": at.step, "phase": at.phase, "epoch": round(at.epoch, 4), "split": split}
+        if self._progress is not None:
+            self._progress.record(record | finite)
         with self.tolerant("metrics.jsonl"):
             if self._lines is None:
                 raise OSError("it could not be opened")
@@ -254,13 +302,9 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line on the terminal that does not break the progress bar."""
-        if self._enabled:
-            text = plain(text)
-            try:
-                self._bar.write(text)
-            except (OSError, ValueError):  # of the bar or of the text: they go to two places
-                empty_broken()
-                tell(text)
+        if self._enabled and self._progress is not None:
+            self._tell_epoch()
+            self._progress.say(text)
 
     def all_speeds(self) -> list[Speed]:
         """`speeds`; of a run that had nothing left to do, those that its lines tell of."""
@@ -279,8 +323,9 @@ class RunLog:
                 self._on_board(SummaryWriter.close)
             if self._lines is not None:
                 self._lines.close()
-            with heard():
-                self._bar.close()
+            self._tell_epoch()
+            if self._progress is not None:
+                self._progress.close()
             threading.excepthook = self._excepthook
             self._enabled = False
 
@@ -394,6 +439,14 @@ def _without_tensorboards_thread() -> Callable[[threading.ExceptHookArgs], Any]:
 
     threading.excepthook = show
     return before
+
+
+def _of(at: Position) -> str:
+    return f"{at.epoch:.3g}/{at.epochs:.3g}"
+
+
+def _learnt(loss: float, accuracy: float) -> str:
+    return f"loss {loss:.3f}  acc {accuracy:.2%}"
 
 
 def _human(name: str, value: float) -> str:

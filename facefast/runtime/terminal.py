@@ -12,7 +12,13 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Literal, TextIO
+
+Manner = Literal["words", "quiet", "json"]
+"""How a run speaks: in words; in warnings and its results alone; or standard output has JSON, and words go to standard
+error."""
+GREEN, YELLOW = "32", "33"
+"""Of what is better than before, and of warnings, where a terminal shows colours."""
 
 # Marks that turn the direction of writing, and so let a name pretend to end elsewhere.
 _DIRECTION = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
@@ -70,10 +76,47 @@ def complain(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def tell(text: str) -> None:
-    """`say` for what must not end its caller: lost where nobody listens."""
+def tell(text: str, *, escaped: bool = False) -> None:
+    """`say` for what must not end its caller: lost where nobody listens.
+
+    Args:
+        escaped: the text went through `plain` before, and has colours since.
+    """
     with heard():
-        print(plain(text), flush=True)
+        print(text if escaped else plain(text), file=sys.stderr if _manner == "json" else sys.stdout, flush=True)
+
+
+_manner: Manner = "words"
+
+
+def manner() -> Manner:
+    """How this process speaks."""
+    return _manner
+
+
+@contextlib.contextmanager
+def speaking(how: Manner) -> Iterator[None]:
+    """Within it this process speaks in another manner."""
+    global _manner
+    before, _manner = _manner, how
+    try:
+        yield
+    finally:
+        _manner = before
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether somebody looks at a stream as it is written; a terminal that cannot go back in a line is none."""
+    with contextlib.suppress(AttributeError, ValueError):  # a stream of somebody else's, or a closed one
+        return stream.isatty() and os.environ.get("TERM") != "dumb"
+    return False
+
+
+def coloured(text: str, colour: str, stream: TextIO) -> str:
+    """A text in a colour, if there is one, where the stream is a terminal and NO_COLOR (no-color.org) is not set."""
+    if not colour or os.environ.get("NO_COLOR") or not is_terminal(stream):
+        return text
+    return f"\x1b[{colour}m{text}\x1b[0m"
 
 
 @contextlib.contextmanager

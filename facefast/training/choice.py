@@ -128,7 +128,7 @@ def measure(
     improved = state.best is None or value > state.best or (value == state.best and state.chosen[1] > 0)
     if improved:
         state.best, state.chosen = value, here
-    log.evaluation(state.position, results, name, improved)
+    log.evaluation(state.position, results, name, state.best, improved)
     return improved
 
 

@@ -201,7 +201,8 @@ class TrainState:
     def position(self) -> Position:
         """The update just done, for the log."""
         plan = self.phase_plan
-        return Position(self.step, self.phase.name, self.epoch, self.lr, last=self.phase_step == plan.steps)
+        epochs = plan.steps / plan.steps_per_epoch
+        return Position(self.step, self.phase.name, self.epoch, epochs, self.lr, last=self.phase_step == plan.steps)
 
     @property
     def evaluated(self) -> FaceModel:

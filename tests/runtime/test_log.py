@@ -42,7 +42,7 @@ def open_log(folder: Path, *, first_step: int | None = None, every: int = 1, ena
 
 
 def at(step: int, *, last: bool = False, phase: str = "finetune") -> Position:
-    return Position(step=step, phase=phase, epoch=step / 8, lr=0.5, last=last)
+    return Position(step=step, phase=phase, epoch=step / 8, epochs=10, lr=0.5, last=last)
 
 
 def stats(loss_sum: float = 8.0, correct: int = 4, rows: int = 8, skipped: int = 0, broken: int = 0) -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_an_evaluation_in_the_middle_of_a_window_is_not_taken_for_training_time(
             run_log.step(at(step), stats(), 8, 1.0 * step)
             if step == 3:
                 clock.now += 60
-                run_log.evaluation(at(step), {"top1": 0.5}, "top1", False)
+                run_log.evaluation(at(step), {"top1": 0.5}, "top1", 0.5, False)
     line = lines(tmp_path)[-1]
     assert line["images_per_second"] == pytest.approx(32 / 8)  # not 16: three of the four updates came before it
     assert line["data_wait_fraction"] == pytest.approx(4 / 8)  # not 2, which no fraction is
@@ -98,12 +98,12 @@ def test_an_evaluation_in_the_middle_of_a_window_is_not_taken_for_training_time(
 def test_an_evaluation_after_a_line_is_not_taken_for_training_time_either(tmp_path: Path, clock: Clock) -> None:
     with open_log(tmp_path) as run_log:
         clock.now += 60
-        run_log.evaluation(at(0), {"top1": 0.1}, "top1", True)  # what a class-mean head knows before any training
+        run_log.evaluation(at(0), {"top1": 0.1}, "top1", 0.5, True)  # what a class-mean head knows before any training
         for step in (1, 2):
             clock.now += 2
             run_log.step(at(step), stats(), 8, 0.0)
             clock.now += 60
-            run_log.evaluation(at(step), {"top1": 0.5}, "top1", False)
+            run_log.evaluation(at(step), {"top1": 0.5}, "top1", 0.5, False)
     assert [line["images_per_second"] for line in lines(tmp_path) if line["split"] == "train"] == [4.0, 4.0]
 
 
@@ -118,7 +118,7 @@ def test_waiting_is_counted_anew_with_each_phases_loader(tmp_path: Path, clock: 
 def test_numbers_that_are_none_are_null_in_json_and_absent_in_tensorboard(tmp_path: Path) -> None:
     with open_log(tmp_path) as run_log:
         run_log.step(at(1), stats(loss_sum=0, correct=0, rows=0), 8, 0.0)
-        run_log.evaluation(at(1), {"top1": 0.5, "tar@1e-3": math.nan}, "top1", True)
+        run_log.evaluation(at(1), {"top1": 0.5, "tar@1e-3": math.nan}, "top1", 0.5, True)
     train, evaluation = lines(tmp_path)
     assert train["loss"] is None and train["accuracy"] is None
     assert evaluation["tar@1e-3"] is None
@@ -131,7 +131,7 @@ def test_tensorboard_has_the_numbers_of_the_lines(tmp_path: Path) -> None:
     with open_log(tmp_path) as run_log:
         for step in (1, 2, 3):
             run_log.step(at(step), stats(loss_sum=32 / 2**step), 8, 0.0)
-        run_log.evaluation(at(3), {"top1": 0.75, "auc": 0.5}, "top1", True)
+        run_log.evaluation(at(3), {"top1": 0.75, "auc": 0.5}, "top1", 0.5, True)
     assert scalars(tmp_path, "train/loss") == [(1, 2.0), (2, 1.0), (3, 0.5)]
     assert scalars(tmp_path, "validation/auc") == [(3, 0.5)]
 
@@ -163,7 +163,7 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_no_later_or_torn
     with open_log(tmp_path) as run_log:
         for step in range(1, 7):
             run_log.step(at(step), stats(loss_sum=8 * step), 8, 0.0)
-        run_log.evaluation(at(4), {"top1": 0.5}, "top1", True)
+        run_log.evaluation(at(4), {"top1": 0.5}, "top1", 0.5, True)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "phase": "fine')  # the power went
     with open_log(tmp_path, first_step=4) as run_log:
@@ -271,7 +271,7 @@ def test_whatever_fails_beside_training_is_said_once_and_counted(
 
 def test_a_run_that_was_stopped_before_its_first_update_keeps_what_it_knew_then(tmp_path: Path) -> None:
     with open_log(tmp_path) as run_log:
-        run_log.evaluation(at(0), {"top1": 0.25}, "top1", True)
+        run_log.evaluation(at(0), {"top1": 0.25}, "top1", 0.5, True)
     with open_log(tmp_path, first_step=0) as run_log:
         run_log.step(at(1), stats(loss_sum=8), 8, 0.0)
     assert [line["step"] for line in lines(tmp_path)] == [0, 1]
@@ -281,7 +281,7 @@ def test_a_run_that_was_stopped_before_its_first_update_keeps_what_it_knew_then(
 def test_a_run_that_starts_anew_keeps_nothing_of_the_one_before(tmp_path: Path) -> None:
     for value in (0.25, 0.5):
         with open_log(tmp_path) as run_log:
-            run_log.evaluation(at(0), {"top1": value}, "top1", True)
+            run_log.evaluation(at(0), {"top1": value}, "top1", 0.5, True)
             run_log.step(at(1), stats(loss_sum=8 * value), 8, 0.0)
     assert [line.get("top1") for line in lines(tmp_path)] == [0.5, None]
     assert scalars(tmp_path, "validation/top1") == [(0, 0.5)]
@@ -291,7 +291,7 @@ def test_a_run_that_starts_anew_keeps_nothing_of_the_one_before(tmp_path: Path) 
 def test_other_ranks_count_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_log(tmp_path, enabled=False) as run_log:
         run_log.step(at(1), stats(), 8, 0.0)
-        run_log.evaluation(at(1), {"top1": 0.5}, "top1", True)
+        run_log.evaluation(at(1), {"top1": 0.5}, "top1", 0.5, True)
         run_log.pictures("p", smooth_picture(8, 8)[None], 1)
         run_log.embeddings(torch.zeros(1, 2), ["ann"], 1)
         run_log.say("nothing")
@@ -334,7 +334,7 @@ def test_what_the_test_part_gave_is_a_line_of_its_own_under_the_rows_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open_log(tmp_path) as run_log:
-        run_log.evaluation(at(8), {"top1": 0.5}, "top1", True)
+        run_log.evaluation(at(8), {"top1": 0.5}, "top1", 0.5, True)
         run_log.report(at(8), "class means", {"top1": 0.25, "tar@1e-3": math.nan, "validation": 0.5})
     validation, test = lines(tmp_path)
     assert (validation["split"], validation["phase"], validation["top1"]) == ("validation", "finetune", 0.5)
@@ -342,7 +342,7 @@ def test_what_the_test_part_gave_is_a_line_of_its_own_under_the_rows_name(
     assert test == expected | {"epoch": 1.0}
     assert scalars(tmp_path, "validation/top1") == [(8, 0.5)]
     assert scalars(tmp_path, "test/top1") == [(8, 0.25)]
-    assert "class means epoch 1, test: top1 25.00%\n" in capsys.readouterr().out  # it has chosen nothing
+    assert "class means, test: top1 25.00%\n" in capsys.readouterr().out  # it has chosen nothing
 
 
 def test_a_row_that_is_asked_for_again_with_the_same_answer_is_one_line(tmp_path: Path) -> None:
@@ -356,10 +356,12 @@ def test_a_row_that_is_asked_for_again_with_the_same_answer_is_one_line(tmp_path
     assert found == [("finetune", 0.25), ("class means", 0.25), ("finetune", 0.5)]
 
 
-def test_an_evaluation_is_said_with_its_headline_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_is_said_with_the_number_that_decides_and_the_best_so_far(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with open_log(tmp_path) as run_log:
-        run_log.evaluation(at(8), {"loss": 0.12345, "top1": 0.5, "pairs": 6000}, "top1", True)
-    assert "finetune epoch 1, validation: loss 0.1235, top1 50.00%  (best top1 so far)" in capsys.readouterr().out
+        run_log.evaluation(at(8), {"loss": 0.12345, "top1": 0.5, "pairs": 6000}, "top1", 0.5, True)
+    assert "Epoch 1/10  finetune  top1 50.00%  best 50.00%\n" in capsys.readouterr().out
     run_log.close()  # a second time
     run_log.say("too late")
     assert "too late" not in capsys.readouterr().out

@@ -63,7 +63,7 @@ def open_log(folder: Path, state: TrainState, enabled: bool = True) -> RunLog:
     tensors, documents = state.tensors(), state.documents()
     checkpoint.save(folder, state.step, tensors=tensors, documents=documents, best=True, keep=1)
     log = RunLog(folder, enabled=enabled, total_steps=4, first_step=None, every=1)
-    log.step(Position(4, "scratch", 1.0, 0.1, True), torch.tensor([8.0, 4, 8, 0, 8, 8, 8, 0]), 8, 0.0)
+    log.step(Position(4, "scratch", 1.0, 1.0, 0.1, True), torch.tensor([8.0, 4, 8, 0, 8, 8, 8, 0]), 8, 0.0)
     log.speeds[:] = [Speed(updates=1, pictures=8, seconds=2.0, waited=0.5)]
     assert len(STATS) == 6
     return log

@@ -92,7 +92,7 @@ def write(root: str | os.PathLike[str], spec: DrawnSpec, processes: int = 0, pro
         root: Folder to create; it may exist if it is empty or holds this very set.
         spec: What to draw.
         processes: Processes to draw with, 0 for one per core; the files do not depend on it.
-        progress: Show a progress bar.
+        progress: Show a progress bar where there is a terminal.
 
     Returns:
         `root`.
@@ -226,7 +226,7 @@ def _write_set(folder: Path, spec: DrawnSpec, processes: int, progress: bool) ->
     total = sum(spec.identities) * spec.pictures
     pictures = str(folder / "img_align_celeba")
     with (
-        tqdm(total=total, desc="drawing faces", unit="img", disable=not progress) as bar,
+        tqdm(total=total, desc="drawing faces", unit="img", disable=None if progress else True) as bar,
         _identity_rows(pictures, spec, processes) as people,
     ):
         for identity, rows in enumerate(people):
