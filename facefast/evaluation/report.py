@@ -11,7 +11,7 @@ from typing import Any
 from facefast.evaluation.baselines import BASELINES
 from facefast.evaluation.metrics import wilson_interval
 from facefast.runtime import files
-from facefast.runtime.log import read_lines
+from facefast.runtime.lines import read_lines
 
 COLUMNS = (
     ("top1", "top-1"),

@@ -69,10 +69,10 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "removal of leftovers of a run": Mutation(TRAIN, "files.remove_leftovers(folder)", "...", FLIPS),
     "log that is kept when it is opened again": Mutation(
-        "facefast/runtime/log.py", 'open(path, "ab", buffering=0)', 'open(path, "wb", buffering=0)', f"{SAVES} -k log"
+        "facefast/runtime/lines.py", 'open(path, "ab", buffering=0)', 'open(path, "wb", buffering=0)', f"{SAVES} -k log"
     ),
     "lines of the log that are made again": Mutation(
-        "facefast/runtime/log.py", '["step"] <= first_step', '["step"] >= 0', "tests/runtime/test_log.py"
+        "facefast/runtime/lines.py", '["step"] <= first_step', '["step"] >= 0', "tests/runtime/test_log.py"
     ),
     "hashes in the manifest": Mutation(
         "facefast/runtime/manifest.py", "if files.sha256(file) != digest:", "if False:", FLIPS

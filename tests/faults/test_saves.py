@@ -16,7 +16,7 @@ import torch
 
 from facefast.models import checkpoint
 from facefast.runtime import files, manifest
-from facefast.runtime.log import _Lines
+from facefast.runtime.lines import Lines
 from tests.faults.disk import DEATHS, dies_at
 from tests.support.scale import FULL
 
@@ -187,7 +187,7 @@ def test_whenever_a_log_is_taken_up_again_its_lines_stay(tmp_path: Path, death: 
     first.mkdir()
     (first / "metrics.jsonl").write_text(LINES)
     tried = 0
-    for folder in moments(death, first, lambda folder: _Lines(folder / "metrics.jsonl", 3).close()):
+    for folder in moments(death, first, lambda folder: Lines(folder / "metrics.jsonl", 3).close()):
         found = (folder / "metrics.jsonl").read_text().splitlines()
         assert found[:3] == LINES.splitlines()[:3], f"moment {folder.name}"
         tried += 1

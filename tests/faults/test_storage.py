@@ -23,8 +23,9 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from facefast import train
 from facefast.models import checkpoint
-from facefast.runtime import files, log, manifest
+from facefast.runtime import files, manifest
 from facefast.runtime.exits import StorageError
+from facefast.runtime.lines import read_lines
 from facefast.training import choice, finish, step
 from tests.support import disks, small
 
@@ -78,7 +79,7 @@ def assert_ends_like(out: Path, undisturbed: dict[str, torch.Tensor]) -> None:
     assert found.keys() == undisturbed.keys()
     assert all(torch.equal(found[name], undisturbed[name]) for name in found)
     assert not list(out.rglob("*.tmp"))
-    steps = [line["step"] for line in log.read_lines(out / "metrics.jsonl") if line["split"] == "train"]
+    steps = [line["step"] for line in read_lines(out / "metrics.jsonl") if line["split"] == "train"]
     assert steps == sorted(set(steps))
 
 
@@ -243,7 +244,7 @@ def test_tensorboard_that_fails_ends_no_training(
     said = capsys.readouterr().out
     assert said.count("warning: TensorBoard's files cannot be written") == 1
     assert status(tmp_path)["log_failures"] >= 1
-    assert len(log.read_lines(tmp_path / "metrics.jsonl")) == 4
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 4
 
 
 @pytest.mark.parametrize("place", ["metrics.jsonl", "tensorboard", "report.html"])

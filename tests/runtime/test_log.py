@@ -16,7 +16,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from facefast.runtime.exits import NumericsError
-from facefast.runtime.log import LOST_UPDATES, Position, RunLog, Speed, environment, read_lines, verdict
+from facefast.runtime.lines import read_lines
+from facefast.runtime.log import LOST_UPDATES, Position, RunLog, Speed, environment, verdict
 from tests.support.pictures import smooth_picture
 
 

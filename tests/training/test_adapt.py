@@ -20,7 +20,7 @@ from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
 from facefast.recipe import AdaptConfig, Phase, Reading
 from facefast.runtime import files, process
-from facefast.runtime.log import read_lines
+from facefast.runtime.lines import read_lines
 from facefast.training import adapt as adapting
 from facefast.training import restate as restating
 from facefast.training.adapt import (

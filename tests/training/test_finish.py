@@ -20,7 +20,7 @@ from facefast.data import prepare as prepare_module
 from facefast.models import checkpoint
 from facefast.recipe import DataConfig, Phase, Recipe
 from facefast.runtime import files, log
-from facefast.runtime.log import read_lines
+from facefast.runtime.lines import read_lines
 from facefast.training import finish
 from tests.support import small
 from tests.support.beginning import TWO, at_end

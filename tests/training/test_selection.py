@@ -23,7 +23,7 @@ from facefast.models.heads import START_SCALE
 from facefast.models.precision import Precision
 from facefast.recipe import Reading, Recipe, from_json
 from facefast.runtime import files, manifest
-from facefast.runtime.log import read_lines
+from facefast.runtime.lines import read_lines
 from facefast.training import choice
 from facefast.training.step import TrainState
 from tests.support import small
