@@ -23,6 +23,7 @@ from facefast.evaluation.intervals import error_interval
 from facefast.evaluation.measure import Answers, answers
 from facefast.evaluation.metrics import Floats
 from facefast.evaluation.pairs import PairScores
+from facefast.evaluation.thresholds import PairThreshold
 from facefast.models import FaceModel
 
 MOST_PEOPLE = 200
@@ -164,7 +165,7 @@ def closed_set(found: Answers, test: FaceIndex, train: FaceIndex) -> dict[str, A
     most: dict[int, int] = {}
     for (who, other), _ in taken.most_common():
         most.setdefault(who, other)
-    example = {int(label): row for row, label in reversed(list(enumerate(train.labels.tolist()))) if label >= 0}
+    example = dict(zip(*(column.tolist() for column in np.unique(train.labels, return_index=True)), strict=True))
     wrong = np.flatnonzero(~right)
     surest = wrong[np.argsort(-found.sure[wrong], kind="stable")]
     first_wrong = {(int(found.labels[k]), int(found.predicted[k])): int(found.rows[k]) for k in surest[::-1]}
@@ -336,7 +337,7 @@ def _verification(asked: Asked, data: PhaseData) -> dict[str, Any] | None:
 
     groups: Sequence[Any] = ()
     words = dict(list(_attribute_words(index).items())[:MOST_COLUMNS])
-    thresholds = found.pop("thresholds_found", ())
+    thresholds = tuple(PairThreshold.from_json(threshold) for threshold in found["pair_thresholds"])
     if words and any(threshold.value is not None for threshold in thresholds):
         strictest = exam.strictest(thresholds)
         groups = [

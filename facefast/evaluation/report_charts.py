@@ -1,0 +1,493 @@
+"""Charts of a report: Vega-Lite specifications with their data, and the same data as a table.
+
+Colours are the page's CSS variables, so that one drawing serves light, dark and print.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MOST_POINTS = 240
+"""Of one line of a chart: about as many as the pixels of a phone. More are means of as many stretches."""
+PALETTE = [f"var(--c{k})" for k in range(1, 9)]
+ACCENT, SECOND, QUIET = "var(--accent)", "var(--second)", "var(--quiet)"
+PERCENT = ".1%"
+CONFIG: dict[str, Any] = {
+    "aria": False,  # the page names each chart itself, and has its data as a table
+    "background": None,
+    "font": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif",
+    "view": {"stroke": None},
+    "axis": {
+        "gridColor": "var(--grid)",
+        "domainColor": "var(--line)",
+        "tickColor": "var(--line)",
+        "labelColor": "var(--muted)",
+        "titleColor": "var(--muted)",
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "titleFontWeight": "normal",
+        "titlePadding": 8,
+        "labelLimit": 190,
+        "labelPadding": 6,
+        "ticks": False,
+    },
+    "axisX": {"grid": False, "tickCount": 6},
+    "axisY": {"domain": False, "tickCount": 5},
+    "legend": {
+        "orient": "top",
+        "title": None,
+        "labelColor": "var(--ink)",
+        "labelFontSize": 12,
+        "labelLimit": 240,
+        "symbolStrokeWidth": 2.5,
+        "offset": 6,
+        "columns": 4,
+    },
+    "line": {"strokeWidth": 1.8, "strokeJoin": "round"},
+    "range": {"category": PALETTE},
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing and the table behind it."""
+
+    title: str
+    note: str
+    """Under the title: what the axes are, and what to look for."""
+    spec: dict[str, Any]
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]] = field(repr=False, default=())
+
+
+Series = Mapping[str, Sequence[tuple[float, float]]]
+"""Points (x, y) of each line, x rising."""
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for whatever else a file holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
+    """At most so many points: means over stretches of equal length, at the last place of each."""
+    if len(points) <= most:
+        return list(points)
+    found = []
+    for k in range(most):
+        part = points[k * len(points) // most : (k + 1) * len(points) // most]
+        found.append((part[-1][0], sum(y for _, y in part) / len(part)))
+    return found
+
+
+def sheet(height: int, *layers: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """A whole drawing, as wide as its place on the page."""
+    return {
+        "width": "container",
+        "height": height,
+        "autosize": {"type": "fit", "contains": "padding"},
+        "config": CONFIG,
+        "layer": [layer for layer in layers if layer],
+        **more,
+    }
+
+
+def axis(name: str, title: str | None, **more: Any) -> dict[str, Any]:
+    """A quantitative position."""
+    scale = {key: more.pop(key) for key in ("zero", "domain", "type", "nice", "clamp") if key in more}
+    return {"field": name, "type": "quantitative", "title": title, "scale": scale, **({"axis": more} if more else {})}
+
+
+def tips(**fields: Any) -> list[dict[str, Any]]:
+    """What a pointer shows: a field and its title, with a format where it is a number."""
+    return [
+        {"field": name, "title": told[0], **({"type": "quantitative", "format": told[1]} if told[1] else {})}
+        for name, told in fields.items()
+    ]
+
+
+def shading(phases: Sequence[tuple[str, float, float]]) -> list[dict[str, Any]]:
+    """Every other phase in another shade, with its name where there is room for it."""
+    if len(phases) < 2:
+        return []
+    whole = max(end for _, _, end in phases) or 1.0
+    values = [{"from": begin, "to": end, "label": _fitting(name, (end - begin) / whole)} for name, begin, end in phases]
+    x = {"field": "from", "type": "quantitative"}
+    return [
+        {
+            "data": {"values": values[1::2]},
+            "mark": {"type": "rect", "fill": "var(--shade)"},
+            "encoding": {"x": x, "x2": {"field": "to"}},
+        },
+        {
+            "data": {"values": values},
+            "mark": {
+                "type": "text",
+                "align": "left",
+                "baseline": "bottom",
+                "dx": 2,
+                "dy": -4,
+                "fontSize": 10,
+                "fill": "var(--muted)",
+            },
+            "encoding": {"x": x, "y": {"value": 0}, "text": {"field": "label"}},
+        },
+    ]
+
+
+def _fitting(name: str, part: float) -> str:
+    """A phase's name, cut to about the room that its part of the chart has."""
+    room = int(part * 60)
+    return name if len(name) <= room else f"{name[: room - 1]}…" if room > 4 else ""
+
+
+def curves(
+    title: str,
+    note: str,
+    series: Series,
+    *,
+    x: str = "step",
+    y: str = "",
+    form: str = ".4~g",
+    phases: Sequence[tuple[str, float, float]] = (),
+    height: int = 200,
+    dots: Sequence[str] = (),
+    zero: bool = False,
+    log: bool = False,
+    percent: bool = False,
+) -> Chart | None:
+    """Lines over a common axis, whose values a pointer shows; None where there is not one point.
+
+    Args:
+        dots: names of series whose points are marked, for they are few.
+        log: a logarithmic vertical axis, where all values allow it.
+    """
+    lines = {name: thinned(points) for name, points in series.items() if points}
+    if not lines:
+        return None
+    values = [{"x": a, "y": b, "series": name} for name, points in lines.items() for a, b in points]
+    log = log and min(value["y"] for value in values) > 0
+    scale: dict[str, Any] = {"type": "log"} if log else {"zero": zero, "nice": True}
+    color: dict[str, Any] = {"value": ACCENT}
+    if len(lines) > 1:
+        names = list(lines)
+        color = {"field": "series", "type": "nominal", "scale": {"domain": names, "range": _colors(len(names))}}
+    place = {
+        "x": axis("x", x, nice=False, format="~s"),
+        "y": axis("y", y or None, **scale, **({"format": "~%"} if percent else {"format": "~g"} if log else {})),
+        "color": color,
+    }
+    shown = tips(series=("", None), x=(x, ",.6~g"), y=(y or "value", PERCENT if percent else form))
+    hover = {"name": "near", "select": {"type": "point", "on": "pointermove", "nearest": True, "clear": "pointerout"}}
+    spec = sheet(
+        height,
+        *shading(phases),
+        {"data": {"values": values}, "mark": {"type": "line", "interpolate": "linear"}, "encoding": place},
+        {
+            "data": {"values": values},
+            "params": [hover],
+            "mark": {"type": "point", "filled": True, "size": 45},
+            "encoding": {
+                **place,
+                "opacity": {
+                    "condition": [
+                        {"param": "near", "empty": False, "value": 1},
+                        {"test": {"field": "series", "oneOf": list(dots)}, "value": 1},
+                    ],
+                    "value": 0,
+                },
+                "tooltip": shown if len(lines) > 1 else shown[1:],
+            },
+        },
+    )
+    rows = [[name, a, b] for name, points in lines.items() for a, b in points]
+    if len(lines) == 1:
+        return Chart(title, note, spec, [x, y or title.lower()], [row[1:] for row in rows])
+    return Chart(title, note, spec, ["line", x, y or "value"], rows)
+
+
+def _colors(count: int) -> list[str]:
+    return [PALETTE[k % len(PALETTE)] for k in range(count)]
+
+
+def forest(title: str, note: str, rows: Sequence[Mapping[str, Any]], marked: str = "", what: str = "") -> Chart | None:
+    """Rates with their intervals, a line each.
+
+    Args:
+        rows: name, value, low and high; the last two may be None.
+        marked: the name that stands out.
+    """
+    if not rows:
+        return None
+    values = [dict(row) | {"marked": row["name"] == marked} for row in rows]
+    y = {
+        "field": "name",
+        "type": "nominal",
+        "sort": None,
+        "title": None,
+        "axis": {"labelColor": "var(--ink)", "labelFontSize": 12, "domain": False, "grid": False},
+    }
+    color = {"condition": {"test": "datum.marked", "value": ACCENT}, "value": QUIET}
+    ends = [x for row in rows for x in (row["low"], row["value"], row["high"]) if x is not None]
+    margin = max(max(ends) - min(ends), 0.02) * 0.08
+    domain = [max(0.0, min(ends) - margin), min(1.0, max(ends) + margin)]
+    spec = sheet(
+        max(60, 30 * len(rows) + 34),
+        {
+            "mark": {"type": "rule", "strokeWidth": 3, "strokeCap": "round", "opacity": 0.55},
+            "encoding": {
+                "x": axis("low", what or None, domain=domain, nice=False, format="~%", grid=True),
+                "x2": {"field": "high"},
+                "y": y,
+                "color": color,
+            },
+        },
+        {
+            "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1},
+            "encoding": {
+                "x": axis("value", what or None),
+                "y": y,
+                "color": color,
+                "tooltip": tips(name=("", None), value=("rate", ".2%"), low=("95 % from", ".2%"), high=("to", ".2%")),
+            },
+        },
+        data={"values": values},
+    )
+    return Chart(
+        title,
+        note,
+        spec,
+        ["", "value", "95 % from", "to"],
+        [[r["name"], r["value"], r["low"], r["high"]] for r in rows],
+    )
+
+
+def score_histogram(found: Sequence[Mapping[str, Any]], thresholds: Sequence[tuple[str, float]]) -> Chart:
+    """Cosines of pairs of one person and of two, with thresholds as lines."""
+    kinds = {"one person": "same", "two people": "different"}
+    totals = {key: sum(row[key] for row in found) or 1 for key in kinds.values()}
+    values = [
+        {"from": row["from"], "to": row["to"], "kind": kind, "pairs": row[key], "share": row[key] / totals[key]}
+        for kind, key in kinds.items()
+        for row in found
+    ]
+    lines = [{"threshold": value, "label": label} for label, value in thresholds]
+    x = {
+        "field": "from",
+        "bin": {"binned": True, "step": 0.025},
+        "type": "quantitative",
+        "title": "cosine of the two pictures",
+    }
+    layers: list[Mapping[str, Any]] = [
+        {
+            "data": {"values": values},
+            "mark": {"type": "bar", "opacity": 0.6, "binSpacing": 0},
+            "encoding": {
+                "x": x | {"axis": {"tickCount": 8, "format": ".1f", "values": [k / 5 for k in range(-5, 6)]}},
+                "x2": {"field": "to"},
+                "y": axis("share", "part of the pairs of that kind", format="~%") | {"stack": None},
+                "color": {
+                    "field": "kind",
+                    "type": "nominal",
+                    "scale": {"domain": list(kinds), "range": [ACCENT, SECOND]},
+                },
+                "tooltip": [
+                    {"field": "kind", "title": "pairs of"},
+                    *tips(
+                        **{
+                            "from": ("from", ".3f"),
+                            "to": ("to", ".3f"),
+                            "pairs": ("pairs", ","),
+                            "share": ("part", ".2%"),
+                        }
+                    ),
+                ],
+            },
+        },
+    ]
+    for k, line in enumerate(lines):
+        at = {"field": "threshold", "type": "quantitative"}
+        layers += [
+            {
+                "data": {"values": [line]},
+                "mark": {"type": "rule", "strokeDash": [4, 3], "stroke": "var(--ink)"},
+                "encoding": {"x": at},
+            },
+            {
+                "data": {"values": [line]},
+                "mark": {"type": "text", "align": "left", "dx": 4, "fontSize": 10, "fill": "var(--ink)"},
+                "encoding": {"x": at, "y": {"value": 8 + 13 * k}, "text": {"field": "label"}},
+            },
+        ]
+    rows = [[row["from"], row["to"], row["same"], row["different"]] for row in found]
+    note = "How alike pictures of one person and of two are, by the model; dashed lines are thresholds."
+    return Chart(
+        "Scores of pairs", note, sheet(230, *layers), ["cosine from", "to", "pairs of one person", "pairs of two"], rows
+    )
+
+
+Curve = Sequence[tuple[float, float, float]]
+"""(threshold, false match rate, false non-match rate)."""
+
+
+def error_curves(curves_of: Mapping[str, Curve]) -> Iterator[Chart]:
+    """ROC and DET of one model or of several."""
+    for name, title, note in (
+        ("tar", "ROC", "True accepts against false accepts, at every threshold. Up and to the left is better."),
+        (
+            "fnmr",
+            "DET",
+            "Pairs of one person missed against pairs of two accepted, both logarithmic. Down and to the left is better.",
+        ),
+    ):
+        values = []
+        for of, curve in curves_of.items():
+            for threshold, fmr, fnmr in curve:
+                if fmr > 0 and (name == "tar" or fnmr > 0):  # a logarithm has no place for 0
+                    values.append({"of": of, "threshold": threshold, "fmr": fmr, "tar": 1 - fnmr, "fnmr": fnmr})
+        if not values:
+            continue
+        lowest = 10 ** math.floor(math.log10(min(value["fmr"] for value in values)))
+        y: dict[str, Any] = axis("tar", "true accept rate", zero=False, format="~%")
+        if name == "fnmr":
+            least = 10 ** math.floor(math.log10(min(value["fnmr"] for value in values)))
+            y = axis("fnmr", "false non-match rate", type="log", domain=[least, 1], format="~%", values=_decades(least))
+        place = {
+            "x": axis("fmr", "false match rate", type="log", domain=[lowest, 1], format="~%", values=_decades(lowest)),
+            "y": y,
+            "color": {"value": ACCENT},
+        }
+        if len(curves_of) > 1:
+            names = list(curves_of)
+            place["color"] = {
+                "field": "of",
+                "type": "nominal",
+                "scale": {"domain": names, "range": _colors(len(names))},
+            }
+        shown = tips(
+            of=("", None),
+            fmr=("FMR", ".3~%"),
+            **({"tar": ("TAR", ".2%")} if name == "tar" else {"fnmr": ("FNMR", ".3~%")}),
+            threshold=("cosine", ".3f"),
+        )
+        hover = {
+            "name": "near",
+            "select": {"type": "point", "on": "pointermove", "nearest": True, "clear": "pointerout"},
+        }
+        spec = sheet(
+            250,
+            {
+                "mark": {"type": "line", "interpolate": "step-before", "clip": True},
+                "encoding": place | {"order": {"field": "fmr"}},
+            },
+            {
+                "params": [hover],
+                "mark": {"type": "point", "filled": True, "size": 45},
+                "encoding": place
+                | {
+                    "opacity": {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0},
+                    "tooltip": shown if len(curves_of) > 1 else shown[1:],
+                },
+            },
+            data={"values": values},
+        )
+        header = ["run", "threshold", "FMR", "TAR" if name == "tar" else "FNMR"]
+        rows = [[value["of"], value["threshold"], value["fmr"], value[name]] for value in values]
+        if len(curves_of) == 1:
+            header, rows = header[1:], [row[1:] for row in rows]
+        yield Chart(title, note, spec, header, rows)
+
+
+def _decades(lowest: float) -> list[float]:
+    """Powers of ten up to 1: what a logarithmic axis is labelled by."""
+    return [10.0**k for k in range(round(math.log10(lowest)), 1)]
+
+
+def reliability(bins: Sequence[Mapping[str, Any]], ece: float | None) -> Chart:
+    """How sure the answers are, and how often they are right."""
+    values = [
+        {
+            "probability": row["probability"],
+            "accuracy": row["accuracy"],
+            "pictures": row["pictures"],
+            "low": row["interval"][0],
+            "high": row["interval"][1],
+        }
+        for row in bins
+    ]
+    x = axis("probability", "probability of the answer", domain=[0, 1], format="~%")
+    spec = sheet(
+        250,
+        {
+            "data": {"values": [{"probability": 0, "accuracy": 0}, {"probability": 1, "accuracy": 1}]},
+            "mark": {"type": "line", "strokeDash": [4, 4], "strokeWidth": 1.2, "color": QUIET},
+            "encoding": {"x": x, "y": axis("accuracy", "part that is right", domain=[0, 1], format="~%")},
+        },
+        {
+            "mark": {"type": "rule", "color": ACCENT, "opacity": 0.4, "strokeWidth": 2},
+            "encoding": {"x": x, "y": axis("low", "part that is right"), "y2": {"field": "high"}},
+        },
+        {
+            "mark": {"type": "point", "filled": True, "color": ACCENT, "opacity": 1},
+            "encoding": {
+                "x": x,
+                "y": axis("accuracy", "part that is right"),
+                "size": {"field": "pictures", "type": "quantitative", "scale": {"range": [30, 260]}, "legend": None},
+                "tooltip": tips(
+                    probability=("probability", PERCENT), accuracy=("right", PERCENT), pictures=("pictures", ",")
+                ),
+            },
+        },
+        data={"values": values},
+    )
+    told = "" if ece is None else f" Expected calibration error {100 * ece:.1f} %."
+    note = f"On the dashed line probabilities mean what they say; larger dots hold more pictures.{told}"
+    rows = [[v["probability"], v["accuracy"], v["low"], v["high"], v["pictures"]] for v in values]
+    return Chart("Calibration", note, spec, ["probability", "right", "95 % from", "to", "pictures"], rows)
+
+
+def bars(title: str, note: str, values: Sequence[tuple[float, float, float]], x: str, y: str) -> Chart:
+    """A histogram of (from, to, height)."""
+    rows = [{"from": low, "to": high, "height": height} for low, high, height in values]
+    spec = sheet(
+        200,
+        {
+            "mark": {"type": "bar", "color": ACCENT, "binSpacing": 1, "opacity": 0.85},
+            "encoding": {
+                "x": {"field": "from", "bin": "binned", "type": "quantitative", "title": x, "axis": {"tickCount": 8}},
+                "x2": {"field": "to"},
+                "y": axis("height", y, tickMinStep=1),
+                "tooltip": tips(**{"from": ("above", "~g"), "to": ("to", "~g"), "height": (y, ",")}),
+            },
+        },
+        data={"values": rows},
+    )
+    return Chart(title, note, spec, [f"{x}, above", "to", y], [list(value) for value in values])
+
+
+def shares(title: str, note: str, parts: Sequence[tuple[str, float]]) -> Chart:
+    """Parts of a whole as bars from 0 to 100 %."""
+    spec = sheet(
+        max(60, 30 * len(parts) + 34),
+        {
+            "mark": {"type": "bar", "color": ACCENT, "height": 14, "cornerRadius": 3, "opacity": 0.85},
+            "encoding": {
+                "x": axis("part", None, domain=[0, 1], format="~%", grid=True),
+                "y": {
+                    "field": "name",
+                    "type": "nominal",
+                    "sort": None,
+                    "title": None,
+                    "axis": {"labelColor": "var(--ink)", "labelFontSize": 12, "domain": False, "grid": False},
+                },
+                "tooltip": tips(name=("", None), part=("part", PERCENT)),
+            },
+        },
+        data={"values": [{"name": name, "part": part} for name, part in parts]},
+    )
+    return Chart(title, note, spec, ["", "part"], [list(part) for part in parts])
