@@ -81,8 +81,8 @@ def prepare(
 
 
 def left_out(saved: Path) -> dict[str, int]:
-    """How many pictures of each fault a run's photographs had, which its `index.npz` holds no more; empty where the file
-    does not tell."""
+    """How many pictures of each fault a run's photographs had, which its `index.npz` holds no more; empty where the
+    file does not tell."""
     with contextlib.suppress(OSError, ValueError, KeyError), open_regular(saved) as file:
         found = json.loads(str(read_npz(file)["left_out"]))
         return {str(fault): int(count) for fault, count in found.items()}

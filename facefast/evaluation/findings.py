@@ -128,7 +128,8 @@ def _described(data: PhaseData, left_out: dict[str, int]) -> dict[str, Any]:
 
 
 def _spread_rows(index: FaceIndex) -> list[int]:
-    return np.unique(np.linspace(0, len(index) - 1, min(BATCH, len(index))).round().astype(int)).tolist()
+    rows: list[int] = np.unique(np.linspace(0, len(index) - 1, min(BATCH, len(index))).round().astype(int)).tolist()
+    return rows
 
 
 def _counted(index: FaceIndex) -> dict[str, int]:

@@ -114,8 +114,14 @@ def answers(model: FaceModel, embeddings: Tensor, labels: Tensor, device: torch.
             best.append(logits.argmax(1))
             sure.append(logits.softmax(1).amax(1))
             loss += float(torch.nn.functional.cross_entropy(logits, label, reduction="sum"))
-    columns = (seen.nonzero()[:, 0], target, torch.cat(found), torch.cat(best))
-    return Answers(*(column.numpy() for column in columns), torch.cat(sure).double().numpy(), loss / len(target))
+    return Answers(
+        rows=seen.nonzero()[:, 0].numpy(),
+        labels=target.numpy(),
+        ranks=torch.cat(found).numpy(),
+        predicted=torch.cat(best).numpy(),
+        sure=torch.cat(sure).double().numpy(),
+        loss=loss / len(target),
+    )
 
 
 def _closed_set(model: FaceModel, embeddings: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:

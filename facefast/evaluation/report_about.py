@@ -1,4 +1,4 @@
-"""What a report says around the results: how training went, on what data, how fast, where, and what the model is for."""
+"""What a report says around the results: how training went, on what data, how fast, where; what the model is for."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def card_of(run: RunFiles) -> Iterator[Any]:
     use = "telling whether two photographs show one person"
     if classes > 1:
         use = (
-            f"naming {whole(classes)} people in photographs like those it was measured on, and saying unknown of others; "
+            f"naming {whole(classes)} people in photographs like those measured here, saying unknown of others, and "
             + use
         )
     faces = model.get("faces") or {}
@@ -230,7 +230,7 @@ def card_of(run: RunFiles) -> Iterator[Any]:
             ("Intended use", f"{use[0].upper()}{use[1:]}. Where a name has consequences a person decides."),
             (
                 "Not for",
-                "People who have not agreed to it; and anybody unlike those measured here, until it was measured on them.",
+                "People who have not agreed to it; anybody unlike those measured here, until it is measured on them.",
             ),
             ("Source weights and licence", name(provenance.sentence(model.get("provenance")))),
             (
@@ -249,7 +249,9 @@ def card_of(run: RunFiles) -> Iterator[Any]:
                 "Probabilities",
                 ""
                 if not calibration
-                else f"temperature {calibration['temperature']:.3g}, fitted on {whole(calibration['rows'])} validation pictures: calibration error {percent(calibration['ece_before'])} before, {percent(calibration['ece'])} after",
+                else f"temperature {calibration['temperature']:.3g}, fitted on {whole(calibration['rows'])} validation "
+                f"pictures: calibration error {percent(calibration['ece_before'])} before, "
+                f"{percent(calibration['ece'])} after",
             ),
         ]
     )
@@ -288,7 +290,7 @@ def _groups(found: Mapping[str, Any]) -> Iterator[Any]:
                 whole(row["people"]),
                 whole(row["pictures"]),
                 percent(row["accuracy"]),
-                between(*row["interval"]),
+                between(row["interval"]),
             ]
             for row in groups
         ]
@@ -306,7 +308,7 @@ def _groups(found: Mapping[str, Any]) -> Iterator[Any]:
                 whole(row["people"]),
                 *(
                     Markup('{} <span class="interval">{}</span>').format(
-                        percent(row[key], 2), between(*row[f"{key}_interval"], 2)
+                        percent(row[key], 2), between(row[f"{key}_interval"], 2)
                     )
                     if row[key] is not None
                     else "–"
@@ -326,11 +328,20 @@ def limits(run: RunFiles) -> Iterator[str]:
     if data_name(run) == "drawn faces":
         yield "The faces are drawn, not photographed: the numbers say nothing of photographs."
     if closed and (closed["pictures"] < FEW_PICTURES or closed["people"] < FEW_PEOPLE):
-        yield f"The test part is small ({whole(closed['pictures'])} pictures of {whole(closed['people'])} people): see the intervals before two numbers are compared."
+        yield (
+            f"The test part is small ({whole(closed['pictures'])} pictures of {whole(closed['people'])} people): see "
+            "the intervals before two numbers are compared."
+        )
     if closed:
-        yield "Accuracy is of people who were trained on; how many strangers get a name is what the thresholds are for, and is to be measured on strangers (facefast evaluate --identify)."
+        yield (
+            "Accuracy is of people who were trained on; how many strangers get a name is what the thresholds are for, "
+            "and is to be measured on strangers (facefast evaluate --identify)."
+        )
     if verified and not parts.get("held_out"):
-        yield "Pairs are of people who were trained on: strangers are harder to tell apart (--data.verify-fraction keeps people for that)."
+        yield (
+            "Pairs are of people who were trained on: strangers are harder to tell apart (--data.verify-fraction keeps "
+            "people for that)."
+        )
     refused = [row for row in ((run.model.get("thresholds") or {}).get("naming") or []) if row["threshold"] is None]
     if refused:
         rates = ", ".join(f"{100 * row['fpir']:g} %" for row in refused)

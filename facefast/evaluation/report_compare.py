@@ -109,7 +109,7 @@ def _results(runs: Runs, page: Page) -> Iterator[Any]:
                 cells.append("–")
                 continue
             told = Markup("<b>{}</b>" if value == best[key] else "{}").format(percent(value))
-            inside = between(*interval_of(run, run.handed_on, key))
+            inside = between(interval_of(run, run.handed_on, key))
             cells.append(told + (Markup('<span class="interval">{}</span>').format(inside) if inside else EMPTY))
         body.append([name(label), name(run.handed_on or "–"), *cells])
     header = ["", "handed on", *(TITLES[key] for key in present)]
@@ -145,7 +145,8 @@ def _training(runs: Runs, page: Page) -> Iterator[Any]:
 def _options(runs: Runs) -> Iterator[Any]:
     flats = {label: dict(flat(run.recipe)) for label, run in runs.items()}
     keys = list(dict.fromkeys(key for options in flats.values() for key in options))
-    rows, only = [], []
+    rows: list[list[Any]] = []
+    only: list[list[Any]] = []
     for key in keys:
         values = [options.get(key, NOWHERE) for options in flats.values()]
         if all(value == values[0] for value in values):

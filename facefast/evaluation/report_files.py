@@ -43,14 +43,15 @@ class RunFiles:
             raise ValueError(f"{folder} {what}: there is no status.json; give the folder that train was given as --out")
         points = [folder / "checkpoints" / link / "model.json" for link in ("best", "last")]
         return cls(
-            folder,
-            folder.resolve().name,
-            *(
-                files.read_object(folder / name)
-                for name in ("status.json", "recipe.json", "plan.json", "environment.json", EVALUATION)
-            ),
-            next((found for path in points if (found := files.read_object(path))), {}),
-            read_lines(folder / "metrics.jsonl"),
+            folder=folder,
+            name=folder.resolve().name,
+            status=files.read_object(folder / "status.json"),
+            recipe=files.read_object(folder / "recipe.json"),
+            plan=files.read_object(folder / "plan.json"),
+            environment=files.read_object(folder / "environment.json"),
+            evaluation=files.read_object(folder / EVALUATION),
+            model=next((found for path in points if (found := files.read_object(path))), {}),
+            lines=read_lines(folder / "metrics.jsonl"),
         )
 
     @property

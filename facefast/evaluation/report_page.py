@@ -46,8 +46,9 @@ def percent(value: Any, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}\u00a0%"
 
 
-def between(low: Any, high: Any, digits: int = 1) -> str:
-    """An interval of a rate; empty where there is none."""
+def between(interval: Sequence[Any] | None, digits: int = 1) -> str:
+    """The ends of a rate's interval; empty where there is none."""
+    low, high = interval or (None, None)
     if not isinstance(low, int | float) or not isinstance(high, int | float):
         return ""
     return f"{100 * low:.{digits}f}–{100 * high:.{digits}f}\u00a0%"
@@ -117,15 +118,16 @@ def table(
         for number, row in enumerate(rows)
     )
     return Markup(
-        '<div class="scroll" tabindex="0" role="region" aria-label="{}"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="{}"><table><thead><tr>{}</tr></thead>'
+        "<tbody>{}</tbody></table></div>"
     ).format(label, head, body)
 
 
 def bar(part: float) -> Markup:
-    """A part from 0 to 1 as a small bar, beside its number."""
-    return Markup('<span class="bar" aria-hidden="true"><span style="width:{:.0f}%"></span></span>').format(
-        100 * min(max(part, 0.0), 1.0)
-    )
+    """A part from 0 to 1 as a small bar with its number."""
+    return Markup(
+        '<span class="bar" aria-hidden="true"><span style="width:{:.0f}%"></span></span><span class="num">{}</span>'
+    ).format(100 * min(max(part, 0.0), 1.0), percent(part, 0))
 
 
 def card(title: Any, value: Any, note: Any = "", kind: str = "") -> Markup:
@@ -178,7 +180,8 @@ class Page:
         behind = table(chart.header, [[figure(value) for value in row] for row in rows], f"Data of {chart.title}")
         return Markup(
             "<figure><figcaption><strong>{title}</strong> {note}</figcaption>"
-            '<div role="img" aria-label="{label}"><div class="plot" aria-hidden="true" data-chart="{number}"></div></div>{data}</figure>'
+            '<div role="img" aria-label="{label}"><div class="plot" aria-hidden="true" data-chart="{number}"></div>'
+            "</div>{data}</figure>"
         ).format(
             title=chart.title,
             note=chart.note,
@@ -189,8 +192,9 @@ class Page:
 
     def charts(self, charts: Iterable[Chart | None]) -> Markup:
         """Drawings side by side, as far as the page is wide."""
-        drawn = joined(self.chart(chart) for chart in charts)
-        return Markup('<div class="charts">{}</div>').format(drawn) if drawn else EMPTY
+        drawn = [self.chart(chart) for chart in charts if chart is not None]
+        columns = "three" if len(drawn) % 3 == 0 or len(drawn) == 5 else "two" if len(drawn) > 1 else "one"
+        return Markup('<div class="charts {}">{}</div>').format(columns, joined(drawn)) if drawn else EMPTY
 
     def html(self, head: Markup, foot: Markup) -> str:
         """The whole page."""
@@ -214,7 +218,8 @@ class Page:
             '<meta http-equiv="Content-Security-Policy" content="{policy}">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             '<meta name="color-scheme" content="light dark"><title>{title}</title><style>{style}</style></head>'
-            '<body><header>{head}</header><div class="columns"><nav aria-label="Parts of the report"><ul>{links}</ul></nav>'
+            '<body><header>{head}</header><div class="columns">'
+            '<nav aria-label="Parts of the report"><ul>{links}</ul></nav>'
             "<main>{body}</main></div><footer>{foot}</footer>{scripts}</body></html>\n"
         ).format(
             policy=POLICY,
@@ -252,5 +257,5 @@ def bundle() -> str:
     """
     import vl_convert  # a large library of its own, which only a report needs
 
-    script: str = vl_convert.javascript_bundle()
+    script: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its default is the three libraries
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")

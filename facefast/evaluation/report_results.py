@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from facefast.evaluation.report_charts import Chart, curves, error_curves, forest, number, reliability, score_histogram
+from facefast.evaluation.report_charts import Chart, curves, forest, number
 from facefast.evaluation.report_files import RunFiles
 from facefast.evaluation.report_page import (
     EMPTY,
@@ -28,6 +28,7 @@ from facefast.evaluation.report_page import (
     whole,
 )
 from facefast.evaluation.report_pictures import Album, hard_pairs, wrong_pictures
+from facefast.evaluation.report_scores import error_curves, reliability, score_histogram
 
 TITLES = {
     "top1": "top-1",
@@ -43,6 +44,13 @@ TITLES = {
     "validation": "on validation",
 }
 """Columns of the table, and what numbers are called."""
+JUDGED = {
+    "top1": "of the test pictures get their right name",
+    "verification_accuracy": "of the pairs of people never seen are judged rightly",
+    "known_verification_accuracy": "of the pairs of test pictures, of people who were trained on, are judged rightly",
+    "tasks": "is the mean over the attributes",
+}
+"""What the deciding number says."""
 MEANS = "class means"
 SHOWN = 12
 """Lines of a long table that are not folded away."""
@@ -112,10 +120,8 @@ def _said(run: RunFiles) -> Iterator[Markup]:
     row = run.rows.get(run.handed_on, {})
     if number(best.get("value")) is not None:
         low, high = interval_of(run, run.handed_on, key)
-        inside = f", 95 % interval {between(low, high)}" if between(low, high) else ""
-        what = {"top1": "of the test pictures get their right name", "tasks": "is the mean over the attributes"}.get(
-            key, f"is {TITLES.get(key, key)} on the test part"
-        )
+        inside = f", 95 % interval {between((low, high))}" if between((low, high)) else ""
+        what = JUDGED.get(key, f"is {TITLES.get(key, key)} on the test part")
         if key == "top1" and row.get("test_rows"):
             what = f"of {whole(row['test_rows'])} test pictures get their right name"
         means = run.rows.get(MEANS, {}).get("top1")
@@ -153,11 +159,13 @@ def _cards(run: RunFiles) -> Iterator[Markup]:
     row, key, found = run.rows.get(run.handed_on, {}), str(run.best.get("metric", "")), []
     if number(row.get(key)) is not None:
         low, high = interval_of(run, run.handed_on, key)
+        spread = number(row.get(key.replace("accuracy", "std"))) if key.endswith("verification_accuracy") else None
+        note = between((low, high)) or ("" if spread is None else f"± {percent(spread)} over the folds")
         found.append(
             card(
                 f"{TITLES.get(key, plain(key))}, test part",
                 percent(row[key]),
-                between(low, high) or "no interval",
+                note,
                 "first",
             )
         )
@@ -177,7 +185,7 @@ def _cards(run: RunFiles) -> Iterator[Markup]:
             low, high = interval_of(run, run.handed_on, key)
             who = "people trained on" if key.startswith("known_") else "people never seen"
             title = TITLES[key].partition(",")[0] + ", pairs"
-            found.append(card(title, percent(row[key]), f"{between(low, high)} {who}".strip()))
+            found.append(card(title, percent(row[key]), f"{between((low, high))} {who}".strip()))
             break
     if number(run.status.get("images_per_second")):
         found.append(
@@ -229,7 +237,7 @@ def _cell(run: RunFiles, row: str, key: str) -> Markup:
     if key.endswith("/mae"):
         return Markup("{:.2f}").format(value)
     low, high = interval_of(run, row, key)
-    inside = between(low, high)
+    inside = between((low, high))
     return Markup("{}{}").format(
         percent(value), Markup('<span class="interval">{}</span>').format(inside) if inside else EMPTY
     )
@@ -254,8 +262,8 @@ def naming(run: RunFiles, page: Page, album: Album | None) -> Iterator[Any]:
     share = [(k / (len(found["accuracies"]) - 1), value) for k, value in enumerate(found["accuracies"])]
     below = sum(row["right"] < row["pictures"] for row in found["worst_people"])
     yield paragraph(
-        f"{whole(found['wrong_pictures'])} of {whole(found['pictures'])} test pictures of {whole(found['people'])} people "
-        "got a wrong name."
+        f"{whole(found['wrong_pictures'])} of {whole(found['pictures'])} test pictures, of {whole(found['people'])} "
+        "people, got a wrong name."
     )
     yield page.charts(
         [
@@ -264,8 +272,10 @@ def naming(run: RunFiles, page: Page, album: Album | None) -> Iterator[Any]:
                 "Each person's own accuracy: how many people are how badly served.",
                 {"accuracy": share},
                 x="part of the people",
+                x_form="~%",
                 y="accuracy",
                 percent=True,
+                steps=True,
                 height=250,
                 zero=True,
             ),
@@ -286,7 +296,7 @@ def naming(run: RunFiles, page: Page, album: Album | None) -> Iterator[Any]:
         rows = [
             [
                 name(row["name"]),
-                joined([bar(row["right"] / row["pictures"]), percent(row["right"] / row["pictures"], 0)]),
+                bar(row["right"] / row["pictures"]),
                 f"{row['right']} of {row['pictures']}",
                 whole(row["learnt_from"]),
                 "–" if row["taken_for"] is None else name(row["taken_for"]),
@@ -305,7 +315,8 @@ def naming(run: RunFiles, page: Page, album: Album | None) -> Iterator[Any]:
         yield from _long(["person", "taken for", "test pictures"], rows, "Confusions", (0, 1))
     if found["wrong"]:
         yield heading("Wrong pictures, the surest first")
-        yield wrong_pictures(album, found["wrong"][:24]) if album else EMPTY
+        faces = wrong_pictures(album, found["wrong"][:24]) if album else EMPTY
+        yield faces
         rows = [
             [
                 name(row["picture"]),
@@ -316,9 +327,11 @@ def naming(run: RunFiles, page: Page, album: Album | None) -> Iterator[Any]:
             ]
             for row in found["wrong"]
         ]
-        yield from _long(
-            ["picture", "person", "taken for", "sure", "place of the right name"], rows, "Wrong pictures", (0, 1, 2)
-        )
+        header, words = ["picture", "person", "taken for", "sure", "place of the right name"], (0, 1, 2)
+        if faces:
+            yield folded(f"{len(rows)} of them by name", table(header, rows, "Wrong pictures", words=words))
+        else:
+            yield from _long(header, rows, "Wrong pictures", words)
 
 
 def _long(header: list[str], rows: list[list[Any]], label: str, words: tuple[int, ...]) -> Iterator[Markup]:
@@ -336,22 +349,20 @@ def verification(run: RunFiles, page: Page, album: Album | None) -> Iterator[Any
     who = "people whom no training saw" if held_out else "people who were trained on: easier than strangers"
     inside = found["intervals"]
     yield paragraph(
-        f"{whole(found['pairs'])} pairs of test pictures, {whole(found['same_pairs'])} of one person; they are of {who}."
+        f"{whole(found['pairs'])} pairs of pictures, {whole(found['same_pairs'])} of one person. They are of {who}."
     )
     key = "auc" if held_out else "known_auc"
     auc = number(run.rows.get(run.handed_on, {}).get(key))
     few = [
         card(
-            "equal error rate", percent(found["eer"], 2), between(*inside["eer"], 2) if "eer" in inside else "", "first"
+            "equal error rate", percent(found["eer"], 2), between(inside["eer"], 2) if "eer" in inside else "", "first"
         )
     ]
     if auc is not None:
-        few.append(card("AUC", percent(auc, 2), between(*inside["auc"], 2) if "auc" in inside else ""))
+        few.append(card("AUC", percent(auc, 2), between(inside["auc"], 2) if "auc" in inside else ""))
     yield cards(*few)
     firm = [
-        (f"FMR {row['fmr']:.3%}".rstrip("0%").rstrip(".") + " %", row["threshold"])
-        for row in found["thresholds"]
-        if row["threshold"] is not None
+        (f"FMR {100 * row['fmr']:g} %", row["threshold"]) for row in found["thresholds"] if row["threshold"] is not None
     ]
     curve = [(row["threshold"], row["fmr"], row["fnmr"]) for row in found["curve"]]
     yield page.charts([score_histogram(found["histogram"], firm[:4]), *error_curves({"": curve})])
@@ -377,7 +388,7 @@ def thresholds_table(found: list[Row], rate: str, missed: str) -> Markup:
             continue
         inside = row["threshold_interval"]
         value = f"{row['threshold']:.3f}" + (f" ({inside[0]:.3f}–{inside[1]:.3f})" if inside else "")
-        lost = percent(row[missed]) + (f" ({between(*row[f'{missed}_interval'])})" if row[f"{missed}_interval"] else "")
+        lost = percent(row[missed]) + (f" ({between(row[f'{missed}_interval'])})" if row[f"{missed}_interval"] else "")
         support = f"{whole(row['impostors'])} trials of {whole(row['people'])} people" + (
             "" if row["firm"] else "; few errors, so roughly"
         )

@@ -20,7 +20,8 @@ STYLE = (
     + """}}
 *{box-sizing:border-box}
 html{scroll-behavior:smooth;scroll-padding-top:1rem;-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
+body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
 font-variant-numeric:tabular-nums}
 header,.columns,footer{max-width:1240px;margin:0 auto;padding:0 2rem}
 header{padding-top:2.6rem;padding-bottom:.4rem}
@@ -30,10 +31,12 @@ h1{margin:0 0 .7rem;font-size:2rem;line-height:1.2;letter-spacing:-.015em;overfl
 .lead{max-width:62rem;margin:0 0 .5rem;font-size:1.08rem}
 .lead strong{font-weight:650}
 .small{color:var(--muted);font-size:.88rem;max-width:62rem}
-.badge{display:inline-block;margin-left:.7rem;padding:.12rem .6rem;border-radius:1rem;background:var(--soft);color:var(--accent);
+.badge{display:inline-block;margin-left:.7rem;padding:.12rem .6rem;border-radius:1rem;background:var(--soft);
+color:var(--accent);
 font-size:.8rem;font-weight:600;letter-spacing:0;vertical-align:.35em}
 .badge.bad{background:var(--warn);color:var(--ink)}
-.warn{padding:.7rem 1rem;border-left:3px solid var(--warn-line);background:var(--warn);border-radius:0 6px 6px 0;max-width:62rem}
+.warn{padding:.7rem 1rem;border-left:3px solid var(--warn-line);background:var(--warn);border-radius:0 6px 6px 0;
+max-width:62rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:.9rem;margin:1.3rem 0}
 .card{padding:.95rem 1.1rem;background:var(--card);border:1px solid var(--line);border-radius:10px}
 .card.first{border-color:var(--accent);box-shadow:inset 0 3px 0 var(--accent)}
@@ -44,15 +47,19 @@ font-size:.8rem;font-weight:600;letter-spacing:0;vertical-align:.35em}
 .columns{display:grid;grid-template-columns:10.5rem minmax(0,1fr);gap:2.2rem;padding-top:1rem}
 nav{position:sticky;top:1.2rem;align-self:start;font-size:.9rem}
 nav ul{margin:0;padding:0;list-style:none;border-left:1px solid var(--line)}
-nav a{display:block;padding:.24rem .9rem;margin-left:-1px;color:var(--muted);text-decoration:none;border-left:1px solid transparent}
+nav a{display:block;padding:.24rem .9rem;margin-left:-1px;color:var(--muted);text-decoration:none;
+border-left:1px solid transparent}
 nav a:hover,nav a:focus-visible{color:var(--ink);border-left-color:var(--accent)}
 main{min-width:0}
 section{margin:0 0 2.6rem}
 section>p{max-width:52rem}
 h2{margin:0 0 .8rem;padding-bottom:.35rem;border-bottom:1px solid var(--line);font-size:1.3rem;letter-spacing:-.01em}
 h3{margin:1.7rem 0 .5rem;font-size:1rem}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,390px),1fr));gap:1rem;margin:1rem 0;align-items:start}
-figure{min-width:0;margin:0;padding:1rem 1.1rem .75rem;background:var(--card);border:1px solid var(--line);border-radius:10px}
+.charts{display:grid;gap:1rem;margin:1rem 0}
+.charts.two{grid-template-columns:repeat(2,minmax(0,1fr))}
+.charts.three{grid-template-columns:repeat(3,minmax(0,1fr))}
+figure{display:flex;flex-direction:column;min-width:0;margin:0;padding:1rem 1.1rem .75rem;background:var(--card);
+border:1px solid var(--line);border-radius:10px}
 main>section>figure{margin:1rem 0}
 figcaption{min-height:2.9em;margin-bottom:.5rem;color:var(--muted);font-size:.86rem;line-height:1.4}
 figcaption strong{display:block;color:var(--ink);font-size:.95rem}
@@ -60,7 +67,7 @@ figcaption strong{display:block;color:var(--ink);font-size:.95rem}
 .plot.vega-embed{display:block;width:100%;padding:0}
 .plot svg{display:block;max-width:100%;height:auto}
 details>summary{cursor:pointer;width:fit-content;color:var(--accent);font-size:.9rem}
-details.data{margin-top:.35rem;border-top:1px solid var(--grid);padding-top:.35rem}
+details.data{margin-top:auto;border-top:1px solid var(--grid);padding-top:.35rem}
 details.data>summary{color:var(--muted);font-size:.8rem}
 details.data .scroll{max-height:18rem}
 .scroll{overflow:auto;margin:.5rem 0 1rem;max-width:100%}
@@ -76,8 +83,10 @@ tr.marked th,tr.marked td{background:var(--soft);font-weight:600}
 tr.marked th:first-child{box-shadow:inset 3px 0 0 var(--accent);padding-left:.7rem}
 .interval{color:var(--muted);font-weight:400;font-size:.84em;margin-left:.35em}
 tr.marked .interval{color:var(--ink)}
-.bar{display:inline-block;width:5.5rem;height:.5rem;margin-right:.6rem;border-radius:3px;background:var(--grid);overflow:hidden}
+.bar{display:inline-block;width:5.5rem;height:.5rem;margin-right:.6rem;border-radius:3px;background:var(--grid);
+overflow:hidden}
 .bar span{display:block;height:100%;background:var(--accent)}
+.num{display:inline-block;min-width:2.9rem}
 .faces{display:flex;flex-wrap:wrap;gap:.9rem;margin:.8rem 0 1rem;padding:0;list-style:none}
 .faces li{width:min-content;overflow-wrap:anywhere;font-size:.8rem;line-height:1.35;color:var(--muted)}
 .faces .pair{display:flex;gap:3px;margin-bottom:.3rem}
@@ -89,13 +98,18 @@ dl.facts dd{margin:0;overflow-wrap:anywhere}
 code,pre{font:.86em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 pre{max-height:30rem;overflow:auto;padding:1rem;background:var(--card);border:1px solid var(--line);border-radius:8px}
 footer{padding-top:1rem;padding-bottom:2.5rem;color:var(--muted);font-size:.85rem}
-#vg-tooltip-element.page-theme{padding:.45rem .65rem;background:var(--card);color:var(--ink);border:1px solid var(--line);border-radius:6px;
+#vg-tooltip-element.page-theme{padding:.45rem .65rem;background:var(--card);color:var(--ink);
+border:1px solid var(--line);border-radius:6px;
 box-shadow:0 4px 14px rgb(0 0 0/.16);font:12px/1.45 system-ui,sans-serif}
 #vg-tooltip-element.page-theme td{padding:.05rem .3rem;border:0;white-space:normal;max-width:20rem}
 #vg-tooltip-element.page-theme td.key{color:var(--muted);text-align:right}
 #vg-tooltip-element.page-theme td.value{text-align:left}
 #vg-tooltip-element.page-theme table{min-width:0}
+@media (max-width:1100px){
+.charts.three{grid-template-columns:repeat(2,minmax(0,1fr))}
+}
 @media (max-width:900px){
+.charts.two,.charts.three{grid-template-columns:minmax(0,1fr)}
 header,.columns,footer{padding-left:1.1rem;padding-right:1.1rem}
 header{padding-top:1.5rem}
 h1{font-size:1.55rem}
@@ -124,7 +138,7 @@ section{margin-bottom:1.4rem}
 h1{font-size:1.6rem}
 h2,h3,figcaption{break-after:avoid}
 figure,.card,tr,.faces li,.warn{break-inside:avoid}
-.charts{grid-template-columns:1fr 1fr}
+.charts.two,.charts.three{grid-template-columns:repeat(2,minmax(0,1fr))}
 .cards{grid-template-columns:repeat(4,1fr)}
 .scroll{overflow:visible}
 pre{max-height:none;overflow:visible;white-space:pre-wrap;font-size:.7em}
