@@ -114,6 +114,7 @@ def training(run: RunFiles, page: Page) -> Iterator[Any]:
                 y="rate",
                 phases=phases,
                 form=".3~g",
+                zero=True,
             ),
         ]
     )
@@ -152,7 +153,11 @@ def data(run: RunFiles, page: Page, album: Album | None) -> Iterator[Any]:
         yield table(["fault", "pictures"], rows, "Faults")
     sides = found["shorter_side"]
     histogram = [(row["from"], row["to"], row["people"]) for row in found["pictures_per_person"]]
-    note = "" if not sides else f"Shorter sides from {sides[0]} to {sides[2]} px, half of them below {sides[1]}."
+    note = (
+        ""
+        if not sides or not sides[2]
+        else f"Shorter sides from {sides[0]} to {sides[2]} px, half of them below {sides[1]}."
+    )
     yield page.charts(
         [bars("Training pictures of a person", note, histogram, "pictures", "people") if histogram else None]
     )

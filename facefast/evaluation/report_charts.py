@@ -33,6 +33,8 @@ CONFIG: dict[str, Any] = {
         "labelLimit": 190,
         "labelPadding": 6,
         "ticks": False,
+        "labelOverlap": "greedy",
+        "labelSeparation": 6,
     },
     "axisX": {"grid": False, "tickCount": 6},
     "axisY": {"domain": False, "tickCount": 5},
@@ -162,6 +164,7 @@ def curves(
     percent: bool = False,
     x_form: str = "~s",
     steps: bool = False,
+    among: Sequence[str] = (),
 ) -> Chart | None:
     """Lines over a common axis, whose values a pointer shows; None where there is not one point.
 
@@ -170,6 +173,7 @@ def curves(
         log: a logarithmic vertical axis, where all values allow it.
         x_form: of the numbers below.
         steps: values stay until the next one, instead of moving towards it.
+        among: names of series that keep their colours from chart to chart, those without points here among them.
     """
     lines = {name: thinned(points) for name, points in series.items() if points}
     if not lines:
@@ -178,9 +182,14 @@ def curves(
     log = log and min(b for points in lines.values() for _, b in points) > 0
     scale: dict[str, Any] = {"type": "log"} if log else {"zero": zero, "nice": True}
     color: dict[str, Any] = {"value": ACCENT}
-    if len(lines) > 1:
-        names = list(lines)
-        color = {"field": "series", "type": "nominal", "scale": {"domain": names, "range": colors(len(names))}}
+    if len(lines) > 1 or among:
+        names = list(among or lines)
+        color = {
+            "field": "series",
+            "type": "nominal",
+            "scale": {"domain": names, "range": colors(len(names))},
+            "legend": {"offset": 20 if len(phases) > 1 else 6},  # the phases' names stand between it and the lines
+        }
     place = {
         "x": axis("x", x, nice=False, format=x_form),
         "y": axis("y", y or None, **scale, **({"format": "~%"} if percent else {"format": "~g"} if log else {})),
@@ -211,7 +220,7 @@ def curves(
                     ],
                     "value": 0,
                 },
-                "tooltip": shown if len(lines) > 1 else shown[1:],
+                "tooltip": shown if len(lines) > 1 or among else shown[1:],
             },
         },
     )
@@ -244,7 +253,7 @@ def forest(title: str, note: str, rows: Sequence[Mapping[str, Any]], marked: str
     }
     color = {"condition": {"test": "datum.marked", "value": ACCENT}, "value": QUIET}
     ends = [x for row in rows for x in (row["low"], row["value"], row["high"]) if x is not None]
-    margin = max(max(ends) - min(ends), 0.02) * 0.08
+    margin = max(0.08 * (max(ends) - min(ends)), 0.015)
     domain = [max(0.0, min(ends) - margin), min(1.0, max(ends) + margin)]
     spec = sheet(
         max(60, 30 * len(rows) + 34),

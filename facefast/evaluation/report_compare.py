@@ -12,7 +12,7 @@ from markupsafe import Markup
 from facefast import __version__
 from facefast.evaluation.report import save
 from facefast.evaluation.report_about import facts, points
-from facefast.evaluation.report_charts import curves, forest, number
+from facefast.evaluation.report_charts import Chart, Series, curves, forest, number
 from facefast.evaluation.report_files import RunFiles
 from facefast.evaluation.report_page import (
     EMPTY,
@@ -120,12 +120,15 @@ def _training(runs: Runs, page: Page) -> Iterator[Any]:
     def over(key: str, split: str = "train") -> dict[str, list[tuple[float, float]]]:
         return {label: points(run, key, split) for label, run in runs.items()}
 
+    def drawn(title: str, note: str, series: Series, **more: Any) -> Chart | None:
+        return curves(title, note, series, among=list(runs), **more)
+
     metrics = {str(run.best.get("metric") or "top1") for run in runs.values()}
     yield page.charts(
         [
-            curves("Training loss", "The whole objective; losses of different kinds do not compare.", over("loss")),
+            drawn("Training loss", "The whole objective; losses of different kinds do not compare.", over("loss")),
             *(
-                curves(
+                drawn(
                     f"On validation: {TITLES.get(key, key)}",
                     "What chose the checkpoint.",
                     over(key, "validation"),
@@ -134,10 +137,10 @@ def _training(runs: Runs, page: Page) -> Iterator[Any]:
                 )
                 for key in sorted(metrics)
             ),
-            curves("Accuracy of training batches", "Of augmented pictures.", over("accuracy"), percent=True),
-            curves("Learning rate", "Of the schedule.", over("lr"), form=".3~g"),
-            curves("Images a second", "Over all processes.", over("images_per_second"), zero=True),
-            curves("Data wait", "Part of the time.", over("data_wait_fraction"), percent=True, zero=True),
+            drawn("Accuracy of training batches", "Of augmented pictures.", over("accuracy"), percent=True),
+            drawn("Learning rate", "Of the schedule.", over("lr"), form=".3~g", zero=True),
+            drawn("Images a second", "Over all processes.", over("images_per_second"), zero=True),
+            drawn("Data wait", "Part of the time.", over("data_wait_fraction"), percent=True, zero=True),
         ]
     )
 

@@ -226,7 +226,11 @@ def results(run: RunFiles, page: Page) -> Iterator[Any]:
     columns = [key for key in TITLES if key in present and key != "tasks"]
     columns += sorted(key for key in present if key.endswith(("/accuracy", "/auc", "/mae")))
     header = ["", *(TITLES.get(key, plain(key.replace("/", " "))) for key in columns)]
-    body = [[name(row), *(_cell(run, row, key) for key in columns)] for row in rows]
+    tag = Markup('{} <span class="tag">handed on</span>')
+    body = [
+        [tag.format(name(row)) if row == run.handed_on else name(row), *(_cell(run, row, key) for key in columns)]
+        for row in rows
+    ]
     yield table(header, body, "Results", marked=list(rows).index(run.handed_on) if run.handed_on in rows else -1)
 
 
@@ -237,10 +241,7 @@ def _cell(run: RunFiles, row: str, key: str) -> Markup:
     if key.endswith("/mae"):
         return Markup("{:.2f}").format(value)
     low, high = interval_of(run, row, key)
-    inside = between((low, high))
-    return Markup("{}{}").format(
-        percent(value), Markup('<span class="interval">{}</span>').format(inside) if inside else EMPTY
-    )
+    return _with(percent(value), between((low, high)))
 
 
 def not_examined(run: RunFiles) -> str:
@@ -379,22 +380,36 @@ def verification(run: RunFiles, page: Page, album: Album | None) -> Iterator[Any
 
 
 def thresholds_table(found: list[Row], rate: str, missed: str) -> Markup:
-    """Thresholds with what supports them, those that are refused with the reason."""
-    rows = []
+    """Thresholds with what supports them; those that are refused with the reason."""
+    rows, refused = [], [row for row in found if row["threshold"] is None]
     for row in found:
-        told = [f"{100 * row[rate]:g}\u00a0%"]
         if row["threshold"] is None:
-            rows.append([*told, "–", "–", Markup('<span class="small">{}</span>').format(plain(row["why"]))])
             continue
         inside = row["threshold_interval"]
-        value = f"{row['threshold']:.3f}" + (f" ({inside[0]:.3f}–{inside[1]:.3f})" if inside else "")
-        lost = percent(row[missed]) + (f" ({between(row[f'{missed}_interval'])})" if row[f"{missed}_interval"] else "")
-        support = f"{whole(row['impostors'])} trials of {whole(row['people'])} people" + (
-            "" if row["firm"] else "; few errors, so roughly"
+        support = f"{whole(row['impostors'])} trials of {whole(row['people'])} people"
+        rows.append(
+            [
+                f"{100 * row[rate]:g}\u00a0%",
+                _with(f"{row['threshold']:.3f}", "" if not inside else f"{inside[0]:.3f}–{inside[1]:.3f}"),
+                _with(percent(row[missed]), between(row[f"{missed}_interval"])),
+                support + ("" if row["firm"] else "; few errors, so roughly"),
+            ]
         )
-        rows.append([*told, value, lost, support])
-    header = [f"{rate.upper()}", "threshold", f"{missed.upper()} there", "shown by"]
-    return table(header, rows, f"Thresholds by {rate.upper()}", words=(0, 3))
+    drawn = EMPTY
+    if rows:
+        header = [rate.upper(), "threshold", f"{missed.upper()} there", "shown by"]
+        drawn = table(header, rows, f"Thresholds by {rate.upper()}", words=(0, 3))
+    if refused:
+        rates = ", ".join(f"{100 * row[rate]:g}\u00a0%" for row in refused)
+        drawn += paragraph(f"None for {rate.upper()} {rates}: {plain(refused[0]['why'])}.", "small")
+    return drawn
+
+
+def _with(value: str, interval: str) -> Markup:
+    """A number with its interval beside it."""
+    return Markup("{}{}").format(
+        value, Markup('<span class="interval">{}</span>').format(interval) if interval else EMPTY
+    )
 
 
 def curve_chart(of: Mapping[str, RunFiles]) -> Iterator[Chart]:

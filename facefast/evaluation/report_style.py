@@ -83,6 +83,8 @@ tr.marked th,tr.marked td{background:var(--soft);font-weight:600}
 tr.marked th:first-child{box-shadow:inset 3px 0 0 var(--accent);padding-left:.7rem}
 .interval{color:var(--muted);font-weight:400;font-size:.84em;margin-left:.35em}
 tr.marked .interval{color:var(--ink)}
+.tag{margin-left:.3rem;padding:.05rem .45rem;border-radius:1rem;border:1px solid var(--accent);color:var(--accent);
+font-size:.72rem;font-weight:600;white-space:nowrap}
 .bar{display:inline-block;width:5.5rem;height:.5rem;margin-right:.6rem;border-radius:3px;background:var(--grid);
 overflow:hidden}
 .bar span{display:block;height:100%;background:var(--accent)}
@@ -122,6 +124,7 @@ nav a{padding:.2rem 0;margin:0;border-left:0;text-decoration:underline;text-deco
 .card strong{font-size:1.35rem}
 figure{padding:.8rem .7rem .6rem}
 th,td{padding:.34rem .6rem}
+td.words{min-width:9rem}
 dl.facts{grid-template-columns:minmax(0,1fr);gap:0}
 dl.facts dd{margin-bottom:.6rem}
 .faces img{width:68px;height:68px}

@@ -107,7 +107,9 @@ def test_a_finished_run_tells_the_scheduler_what_bound_it_and_prints_its_summary
     assert status["best"] == {"phase": "scratch", "metric": "top1", "value": 0.5, "validation": 0.75}
     assert (status["bound_by"], status["images_per_second"], status["data_wait_fraction"]) == ("decode", 4.0, 0.25)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "State: done at step 4. Handed on: scratch (*), top1 50.00% on the test part. Bound by decode" in page
+    assert "<h1><bdi" in page and ">done</span>" in page and "bound by decode" in page
+    found = files.read_json(tmp_path / "evaluation.json")
+    assert (found["row"], found["step"], found["closed_set"]["pictures"]) == ("scratch", 4, 8)  # one cannot be decoded
     assert "4 images/s, bound by decode (data wait 25.0%)" in capsys.readouterr().out
 
 
