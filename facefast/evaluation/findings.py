@@ -44,6 +44,8 @@ BATCH = 16
 """Training pictures named, to be shown as training sees them."""
 SCORES = np.linspace(-1, 1, 81)
 """Edges of the histogram of cosines."""
+MOST_BARS = 24
+"""Of the histogram of pictures a person, each of as many pictures."""
 SHARES = 101
 """Points of the curve of people's own accuracies."""
 QUALITY_COLUMNS = ("face_size", "sharpness", "yaw")
@@ -106,7 +108,9 @@ def _described(data: PhaseData, left_out: dict[str, int]) -> dict[str, Any]:
     train = data.train
     counts = _per_person(train)
     counts = counts[counts > 0]
-    edges = np.unique(np.linspace(0, max(counts.max(initial=1), 1), min(21, max(counts.max(initial=1), 1) + 1)).round())
+    most = int(counts.max(initial=1))
+    width = -(-most // MOST_BARS)
+    edges = np.arange(0, most + width, width)
     histogram = np.histogram(counts, bins=edges)[0] if len(counts) else np.zeros(len(edges) - 1)
     sides = np.minimum(train.widths, train.heights)
     asked = data.evaluation
@@ -316,7 +320,9 @@ def _attribute_words(index: FaceIndex) -> dict[str, NDArray[np.str_]]:
         values = index.attributes[:, column]
         present = np.unique(values[np.isfinite(values)])
         if 1 < len(present) <= MOST_VALUES:
-            found[name] = np.array(["" if value != value else f"{value:g}" for value in values.tolist()], np.str_)
+            words = {0.0: "no", 1.0: "yes"} if set(present.tolist()) == {0.0, 1.0} else {}
+            named = ["" if value != value else words.get(value, f"{value:g}") for value in values.tolist()]
+            found[name] = np.array(named, np.str_)
     return found
 
 

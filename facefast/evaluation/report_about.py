@@ -44,9 +44,9 @@ PARTS = {
 FEW_PICTURES, FEW_PEOPLE = 300, 50
 """Test pictures and people below which the numbers are called rough."""
 BOUNDS = {
-    "data_wait_fraction": "waiting for pictures",
-    "transfer_fraction": "moving pictures to the device",
-    "allreduce_fraction": "exchanging gradients",
+    "data_wait_fraction": "data wait",
+    "transfer_fraction": "transfer",
+    "allreduce_fraction": "all-reduce",
 }
 
 
@@ -153,11 +153,10 @@ def data(run: RunFiles, page: Page, album: Album | None) -> Iterator[Any]:
         yield table(["fault", "pictures"], rows, "Faults")
     sides = found["shorter_side"]
     histogram = [(row["from"], row["to"], row["people"]) for row in found["pictures_per_person"]]
-    note = (
-        ""
-        if not sides or not sides[2]
-        else f"Shorter sides from {sides[0]} to {sides[2]} px, half of them below {sides[1]}."
-    )
+    note = ""
+    if sides and sides[2]:
+        same = f"The shorter side of every picture has {sides[0]} px."
+        note = same if sides[0] == sides[2] else f"Shorter sides: {sides[0]} to {sides[2]} px, the median {sides[1]}."
     yield page.charts(
         [bars("Training pictures of a person", note, histogram, "pictures", "people") if histogram else None]
     )
@@ -197,7 +196,9 @@ def speed(run: RunFiles, page: Page) -> Iterator[Any]:
                 percent=True,
             ),
             shares(
-                "Where the time goes", "Measured apart, as parts of the whole time; what is left is computing.", parts
+                "Where the time goes",
+                "Waiting for pictures, moving them to the device and exchanging gradients, as parts of the whole.",
+                parts,
             )
             if parts
             else None,

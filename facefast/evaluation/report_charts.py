@@ -323,6 +323,14 @@ def shares(title: str, note: str, parts: Sequence[tuple[str, float]]) -> Chart:
                 "tooltip": tips(name=("", None), part=("part", PERCENT)),
             },
         },
+        {
+            "mark": {"type": "text", "align": "left", "dx": 5, "fontSize": 11, "fill": "var(--ink)"},
+            "encoding": {
+                "x": axis("part", None),
+                "y": {"field": "name", "type": "nominal", "sort": None},
+                "text": {"field": "part", "type": "quantitative", "format": PERCENT},
+            },
+        },
         data={"values": [{"name": name, "part": part} for name, part in parts]},
     )
     return Chart(title, note, spec, ["", "part"], [list(part) for part in parts])

@@ -16,8 +16,8 @@ from facefast.evaluation.report_files import RunFiles
 from facefast.evaluation.report_page import EMPTY, joined, name, plain
 from facefast.recipe import AugmentSpec, ImageSpec, from_json
 
-SIZE = 96
-"""Pixels on a side."""
+SIZE = 112
+"""Pixels on the longer side."""
 MOST = 150
 """Photographs on a page: each takes about 4 KB."""
 
@@ -49,7 +49,7 @@ class Album:
         if row is None or self._left <= 0:
             return EMPTY
         try:
-            pixels = oracle.thumbnails(self._index, np.array([row]), self._image, SIZE)[0]
+            pixels = oracle.to_picture(oracle.render(self._index, np.array([row]), self._image), self._image)[0]
         except ValueError:
             return EMPTY
         self._left -= 1
@@ -123,7 +123,8 @@ def hard_pairs(album: Album, pairs: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def _inline(pixels: oracle.Picture, alt: str) -> Markup:
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "JPEG", quality=82)
+    content, picture = io.BytesIO(), Image.fromarray(pixels)
+    picture.thumbnail((SIZE, SIZE))
+    picture.save(content, "JPEG", quality=82)
     text = base64.b64encode(content.getvalue()).decode("ascii")
     return Markup('<img src="data:image/jpeg;base64,{}" alt="{}">').format(text, alt)

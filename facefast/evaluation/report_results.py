@@ -131,6 +131,10 @@ def _said(run: RunFiles) -> Iterator[Markup]:
         yield Markup('<p class="lead"><strong>{}</strong> {}{}{}.</p>').format(
             percent(best["value"]), what, inside, against
         )
+    if run.handed_on == MEANS:
+        yield paragraph(
+            "Fine-tuning did not beat the class means of the source on the validation part: they are handed on."
+        )
     yield Markup('<p class="small">{}</p>').format(chosen(run))
 
 

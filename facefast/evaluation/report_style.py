@@ -74,14 +74,16 @@ details.data .scroll{max-height:18rem}
 .scroll:focus-visible,summary:focus-visible,a:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 table{border-collapse:collapse;min-width:min(100%,24rem);font-size:.9rem}
 th,td{padding:.36rem .9rem;border-bottom:1px solid var(--grid);text-align:right;white-space:nowrap}
-thead th{color:var(--muted);font-weight:500;font-size:.82rem;border-bottom-color:var(--line);vertical-align:bottom}
+thead th{color:var(--muted);font-weight:500;font-size:.82rem;border-bottom-color:var(--line);vertical-align:bottom;
+white-space:normal}
+thead th:not(.words){min-width:4.5rem;max-width:9rem}
 tbody th{font-weight:500}
 th.words,td.words{text-align:left}
 td.words,th.words{white-space:normal;overflow-wrap:break-word;max-width:26rem;min-width:6.5rem}
 th:first-child,td:first-child{padding-left:.2rem}
 tr.marked th,tr.marked td{background:var(--soft);font-weight:600}
 tr.marked th:first-child{box-shadow:inset 3px 0 0 var(--accent);padding-left:.7rem}
-.interval{color:var(--muted);font-weight:400;font-size:.84em;margin-left:.35em}
+.interval{display:block;color:var(--muted);font-weight:400;font-size:.84em}
 tr.marked .interval{color:var(--ink)}
 .tag{margin-left:.3rem;padding:.05rem .45rem;border-radius:1rem;border:1px solid var(--accent);color:var(--accent);
 font-size:.72rem;font-weight:600;white-space:nowrap}
@@ -132,7 +134,8 @@ dl.facts dd{margin-bottom:.6rem}
 @media print{
 @page{margin:13mm}
 :root{--page:#fff;--soft:#eef1fb}
-body{font-size:10.5px;background:#fff}
+html{font-size:11.5px}
+body{font-size:11px;background:#fff}
 header,.columns,footer{max-width:none;padding-left:0;padding-right:0}
 header{padding-top:0}
 .columns{display:block}
@@ -141,8 +144,13 @@ section{margin-bottom:1.4rem}
 h1{font-size:1.6rem}
 h2,h3,figcaption{break-after:avoid}
 figure,.card,tr,.faces li,.warn{break-inside:avoid}
-.charts.two,.charts.three{grid-template-columns:repeat(2,minmax(0,1fr))}
-.cards{grid-template-columns:repeat(4,1fr)}
+.charts.two{grid-template-columns:repeat(2,minmax(0,1fr))}
+.charts.three{grid-template-columns:repeat(3,minmax(0,1fr))}
+.cards{grid-template-columns:repeat(auto-fit,minmax(110px,1fr))}
+.card strong{font-size:1.4rem}
+th,td{padding:.3rem .5rem}
+.faces img{width:62px;height:62px}
+figure{padding:.7rem}
 .scroll{overflow:visible}
 pre{max-height:none;overflow:visible;white-space:pre-wrap;font-size:.7em}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
