@@ -207,12 +207,17 @@ class Page:
             )
             for anchor, title, content in self.sections
         )
-        scripts = EMPTY
+        scripts, notice = EMPTY, EMPTY
         if self.specs:
-            scripts = Markup(
-                '<script type="application/json" id="charts">{}</script><script>{}</script><script>{}</script>'
-                "<noscript><p>The charts need JavaScript; each has its data as a table.</p></noscript>"
-            ).format(Markup(_in_script(self.specs)), Markup(bundle()), Markup(DRAW))
+            try:
+                libraries = Markup(bundle())
+            except ImportError as error:
+                notice = paragraph(f"The charts are not drawn ({plain(error)}); each has its data as a table.", "warn")
+            else:
+                scripts = Markup(
+                    '<script type="application/json" id="charts">{}</script><script>{}</script><script>{}</script>'
+                    "<noscript><p>The charts need JavaScript; each has its data as a table.</p></noscript>"
+                ).format(Markup(_in_script(self.specs)), libraries, Markup(DRAW))
         return Markup(
             '<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -225,7 +230,7 @@ class Page:
             policy=POLICY,
             title=plain(self.title),
             style=Markup(STYLE),
-            head=head,
+            head=head + notice,
             links=links,
             body=body,
             foot=foot,

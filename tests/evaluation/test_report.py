@@ -248,6 +248,19 @@ def test_a_chart_without_points_is_none_and_a_section_without_content_is_left_ou
     assert "<script" not in text  # nor the libraries that would draw
 
 
+def test_without_the_library_of_the_charts_the_page_has_their_data_and_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> str:
+        raise ImportError("No module named 'vl_convert'")
+
+    monkeypatch.setattr(report_page, "bundle", missing)
+    text = report.write(folder, tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Read(text)
+    assert "The charts are not drawn (No module named 'vl_convert')" in page.text
+    assert "script" not in page.tags and page.text.count("Data as a table") >= 14
+
+
 def test_numbers_that_json_does_not_have_come_out_as_null() -> None:
     page = Page("numbers")
     page.section("one", "One", lambda page: [page.chart(bars("a", "b", [(0, 1, math.nan)], "x", "y"))])
