@@ -26,8 +26,8 @@ HERE = Path(__file__).parent
 PEOPLE, SIZE, GAP = 8, 112, 4
 EPOCH = 53
 """One that shows each kind of augmentation: mirror images, turns, crops, colours, grey, erased rectangles."""
-WINDOW = (1280, 1330)
-"""Width and height of the report's part that is shown: the headline, the results, the first curves."""
+WINDOW = (1280, 1030)
+"""Width and height of the report's part that is shown: the headline and the results."""
 WAIT = 8000
 """Milliseconds of the page's own time that its charts have to be drawn in."""
 

@@ -30,7 +30,7 @@ from facefast.evaluation.report_page import (
     whole,
 )
 from facefast.evaluation.report_pictures import Album
-from facefast.evaluation.report_results import TITLES, data_name, thresholds_table
+from facefast.evaluation.report_results import DRAWN, TITLES, data_name, thresholds_table
 from facefast.models import provenance
 from facefast.recipe import Phase, Recipe, to_json
 from facefast.recipe.jsonable import flat
@@ -331,7 +331,7 @@ def limits(run: RunFiles) -> Iterator[str]:
     """What the numbers do not say."""
     found = run.evaluation
     closed, verified, parts = found.get("closed_set") or {}, found.get("verification"), found.get("data") or {}
-    if data_name(run) == "drawn faces":
+    if data_name(run) == DRAWN:
         yield "The faces are drawn, not photographed: the numbers say nothing of photographs."
     if closed and (closed["pictures"] < FEW_PICTURES or closed["people"] < FEW_PEOPLE):
         yield (

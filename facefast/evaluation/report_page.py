@@ -107,6 +107,7 @@ def table(
             tag=tag, scope=Markup(scope), kind=kind, value=value
         )
 
+    header = [title.replace(" %", "\u00a0%") if type(title) is str else title for title in header]
     head = joined(
         cell(k, title, "th" if title else "td", ' scope="col"' if title else "") for k, title in enumerate(header)
     )

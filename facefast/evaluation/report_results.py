@@ -52,6 +52,8 @@ JUDGED = {
 }
 """What the deciding number says."""
 MEANS = "class means"
+DRAWN = "drawn faces"
+"""What is trained on where no photographs are."""
 SHOWN = 12
 """Lines of a long table that are not folded away."""
 Row = Mapping[str, Any]
@@ -73,7 +75,7 @@ def data_name(run: RunFiles) -> str:
     """What the photographs are called."""
     data = run.recipe.get("data", {})
     if data.get("format") == "synthetic" or not data.get("root"):
-        return "drawn faces"
+        return DRAWN
     return Path(str(data["root"])).name or str(data["root"])
 
 
@@ -109,10 +111,12 @@ def _said(run: RunFiles) -> Iterator[Markup]:
     if not source and len(phases) > 1:
         begun = Markup("trained in {} phases ({}), the last on").format(len(phases), plain(", ".join(phases)))
     trained = parts.get("training")
-    whom = Markup("photographs of <strong>{}</strong>").format(name(data_name(run)))
+    drawn = data_name(run) == DRAWN
+    what = Markup("pictures of <strong>{}</strong>" if drawn else "photographs of <strong>{}</strong>")
+    whom = what.format(name(data_name(run)))
     if trained:
-        whom = Markup("<strong>{} people</strong>, by {} photographs of <strong>{}</strong>").format(
-            whole(trained["people"]), whole(trained["pictures"]), name(data_name(run))
+        whom = Markup("<strong>{} people</strong>, by {} {}").format(
+            whole(trained["people"]), whole(trained["pictures"]), whom
         )
     yield Markup('<p class="lead"><strong>{}</strong> at {} px, {} {}.</p>').format(plain(backbone), size, begun, whom)
     if run.status.get("error"):
