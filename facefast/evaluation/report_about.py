@@ -63,9 +63,12 @@ def points(run: RunFiles, key: str, split: str = "train") -> list[tuple[float, f
 def phases_of(run: RunFiles) -> list[tuple[str, float, float]]:
     """Name, first and last step of each phase."""
     found, begin = [], 0.0
-    for phase in run.plan.get("phases", []):
-        found.append((str(phase["name"]), begin, begin + phase["steps"]))
-        begin += phase["steps"]
+    phases = run.plan.get("phases")
+    for phase in phases if isinstance(phases, list) else []:
+        steps = number(phase.get("steps")) if isinstance(phase, dict) else None
+        if steps:
+            found.append((str(phase.get("name")), begin, begin + steps))
+            begin += steps
     return found
 
 

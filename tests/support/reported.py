@@ -36,7 +36,7 @@ HOSTILE = (
 )
 """What people may be called."""
 WRONG = 0.2
-"""Part of the test pictures that get another name."""
+"""Part of the test pictures that get another name, beside the first of each person."""
 
 
 def index_of(root: Path, names: Sequence[str], pictures: int, attribute: bool = False) -> FaceIndex:
@@ -63,6 +63,7 @@ def asked_of(data: PhaseData, seed: int = 0) -> findings.Asked:
     assert test is not None
     labels, num = test.labels.astype(np.int64), test.num_classes
     wrong = rng.random(len(test)) < WRONG
+    wrong[np.unique(labels, return_index=True)[1]] = True  # everybody is somewhere on the page
     predicted = np.where(wrong, (labels + 1) % num, labels)
     ranks = np.where(wrong, rng.integers(1, min(num, 9), len(test)), 0)
     sure = np.where(wrong, rng.uniform(0.2, 0.7, len(test)), rng.uniform(0.5, 1.0, len(test)))
