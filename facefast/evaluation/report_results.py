@@ -112,8 +112,8 @@ def _said(run: RunFiles) -> Iterator[Markup]:
         begun = Markup("trained in {} phases ({}), the last on").format(len(phases), plain(", ".join(phases)))
     trained = parts.get("training")
     drawn = data_name(run) == DRAWN
-    what = Markup("pictures of <strong>{}</strong>" if drawn else "photographs of <strong>{}</strong>")
-    whom = what.format(name(data_name(run)))
+    pictures = Markup("pictures of <strong>{}</strong>" if drawn else "photographs of <strong>{}</strong>")
+    whom = pictures.format(name(data_name(run)))
     if trained:
         whom = Markup("<strong>{} people</strong>, by {} {}").format(
             whole(trained["people"]), whole(trained["pictures"]), whom
