@@ -24,6 +24,7 @@ COMMANDS = {
     "gallery": "Enroll people, find them in photographs, and forget them",
     "export": "Write a model as ONNX, torch.export or safetensors",
     "compress": "Write an int8 copy of a model, refused where it recognises worse",
+    "report": "Write a run's report anew, or compare runs",
     "submit": "Hand a run to a cluster's scheduler, or print what would be handed in",
     "doctor": "Look for what a cluster gets wrong: versions, network, disks, clocks",
 }

@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.browser import browser, look
+
+__all__ = ["browser", "look"]  # fixtures
+
 # One thread: waiting at barriers for a core that another process holds makes small operators ten times slower.
 torch.set_num_threads(1)
 # The same for commands that a test calls: `runtime.start` shares the cores among the local processes.

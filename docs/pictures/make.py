@@ -26,8 +26,10 @@ HERE = Path(__file__).parent
 PEOPLE, SIZE, GAP = 8, 112, 4
 EPOCH = 53
 """One that shows each kind of augmentation: mirror images, turns, crops, colours, grey, erased rectangles."""
-WINDOW = (960, 700)
-"""Width and height of the report's part that is shown: the table and the first curve."""
+WINDOW = (1280, 1030)
+"""Width and height of the report's part that is shown: the headline and the results."""
+WAIT = 8000
+"""Milliseconds of the page's own time that its charts have to be drawn in."""
 
 
 def batch_picture() -> Image.Image:
@@ -58,11 +60,11 @@ def report_picture(run: Path) -> Image.Image:
         raise FileNotFoundError("found no Chromium; install chromium (Debian, Ubuntu) or google-chrome")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "default"
-        shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+        shutil.copytree(run, copy, ignore=shutil.ignore_patterns("*.safetensors", "tensorboard"))
         page, target = report.write(copy), Path(folder) / "report.png"
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-device-scale-factor=2"]
-        shot = [f"--window-size={WINDOW[0]},{WINDOW[1]}", f"--screenshot={target}", page.as_uri()]
-        subprocess.run([browser, *options, *shot], check=True, stderr=subprocess.DEVNULL)
+        shot = [f"--window-size={WINDOW[0]},{WINDOW[1]}", f"--virtual-time-budget={WAIT}", f"--screenshot={target}"]
+        subprocess.run([browser, *options, *shot, page.as_uri()], check=True, stderr=subprocess.DEVNULL)
         return Image.open(target).convert("RGB")
 
 
@@ -80,4 +82,4 @@ def save(picture: Image.Image, name: str) -> None:
 if __name__ == "__main__":
     save(coarse(batch_picture()), "batch.png")
     for run in sys.argv[1:]:
-        save(report_picture(Path(run)).quantize(32), "report.png")
+        save(report_picture(Path(run)).quantize(64), "report.png")

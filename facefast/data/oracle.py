@@ -153,6 +153,22 @@ def render(
     return render_pictures(pictures, draw(index, rows, image, augment, seed, epoch, sizes_of(pictures)), image)
 
 
+def thumbnails(index: FaceIndex, rows: NDArray[np.int64], image: ImageSpec, size: int) -> Picture:
+    """Pictures as a model sees them without augmentation, to be looked at: uint8 [B, size, size, 3], RGB; what is not
+    square stands on black.
+
+    Raises:
+        ValueError: a picture cannot be decoded.
+    """
+    found = np.zeros((len(rows), size, size, 3), np.uint8)
+    for place, row in enumerate(rows.tolist()):
+        picture = Image.fromarray(to_picture(render(index, np.array([row]), image), image)[0])
+        picture = ImageOps.contain(picture, (size, size))
+        left, top = (size - picture.width) // 2, (size - picture.height) // 2
+        found[place, top : top + picture.height, left : left + picture.width] = np.asarray(picture)
+    return found
+
+
 def render_pictures(pictures: list[Picture], numbers: Draw, image: ImageSpec) -> Tensor:
     """Decoded pictures with their numbers applied: float32 [B, 3, H, W]."""
     return torch.stack(

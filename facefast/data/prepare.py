@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +28,7 @@ from facefast.runtime import files
 from facefast.runtime.exits import DataError
 from facefast.runtime.process import Runtime, decode_threads
 from facefast.runtime.terminal import tell
+from facefast.runtime.untrusted import open_regular, read_npz
 
 DRAWN_ROOT = Path("data/drawn-faces")
 
@@ -57,10 +61,12 @@ def prepare(
     crew = Crew(run)
     if run.is_main:
         reading = recipe.data.reading(decode_threads(recipe.threads, run.world))
-        index = as_it_began(begun, recipe, reading, locate, crew) if begun is not None else None
+        faults: Counter[str] = Counter()
+        index = as_it_began(begun, recipe, reading, locate, crew, faults) if begun is not None else None
         if index is None:
-            index = photographs_of(recipe, reading, locate, crew)
-        index.save(saved)
+            faults.clear()
+            index = photographs_of(recipe, reading, locate, crew, faults)
+        index.save(saved, left_out=json.dumps(faults))
         crew.dismiss()
     else:
         crew.serve()
@@ -74,8 +80,22 @@ def prepare(
     return datasets
 
 
+def left_out(saved: Path) -> dict[str, int]:
+    """How many pictures of each fault a run's photographs had, which its `index.npz` holds no more; empty where the
+    file does not tell."""
+    with contextlib.suppress(OSError, ValueError, KeyError), open_regular(saved) as file:
+        found = json.loads(str(read_npz(file)["left_out"]))
+        return {str(fault): int(count) for fault, count in found.items()}
+    return {}
+
+
 def as_it_began(
-    begun: Path, recipe: Recipe, reading: Reading, locate: Locate | None = None, crew: Crew | None = None
+    begun: Path,
+    recipe: Recipe,
+    reading: Reading,
+    locate: Locate | None = None,
+    crew: Crew | None = None,
+    faults: Counter[str] | None = None,
 ) -> FaceIndex | None:
     """The index that a run began with, if the photographs are still its pictures under the same names; else None.
 
@@ -95,7 +115,7 @@ def as_it_began(
     except ValueError:
         return None
     # Those that turned bad are counted below, among the run's own pictures.
-    now = photographs_of(recipe, dataclasses.replace(reading, max_bad_fraction=1.0), locate, crew)
+    now = photographs_of(recipe, dataclasses.replace(reading, max_bad_fraction=1.0), locate, crew, faults)
     rows = _places(before, now)
     if before.root != now.root or -1 in rows or not _same_facts(before.select(rows), now):
         return None
@@ -160,16 +180,21 @@ def _require_evaluation(data: PhaseData, phase: Phase, config: DataConfig) -> No
 
 
 def photographs_of(
-    recipe: Recipe, reading: Reading, locate: Locate | None = None, crew: Crew | None = None
+    recipe: Recipe,
+    reading: Reading,
+    locate: Locate | None = None,
+    crew: Crew | None = None,
+    faults: Counter[str] | None = None,
 ) -> FaceIndex:
     """The photographs of a recipe as `read_photographs` reads them, or drawn faces where it names none; after them
-    those of `data.more` and `binary.negatives`."""
+    those of `data.more` and `binary.negatives`. `faults` counts what the pictures left out have."""
     data = recipe.data
     if not data.root:
         data = dataclasses.replace(data, root=str(synthetic.write(DRAWN_ROOT, synthetic.DrawnSpec())))
-    index = read_photographs(data, reading, locate, crew)
+    index = read_photographs(data, reading, locate, crew, faults)
     others = [
-        _located(_scanned(_here(folder, data, crew), "auto", reading, crew), reading, locate) for folder in data.more
+        _located(_scanned(_here(folder, data, crew), "auto", reading, crew, faults), reading, locate)
+        for folder in data.more
     ]
     if recipe.binary.active:
         index = _with_yes_and_no(index, recipe, reading, locate, crew)
@@ -177,7 +202,11 @@ def photographs_of(
 
 
 def read_photographs(
-    data: Photographs, reading: Reading, locate: Locate | None = None, crew: Crew | None = None
+    data: Photographs,
+    reading: Reading,
+    locate: Locate | None = None,
+    crew: Crew | None = None,
+    faults: Counter[str] | None = None,
 ) -> FaceIndex:
     """The sound rows of the photographs, scanned, with corrections and labels applied and, by `locate`, faces found.
 
@@ -185,7 +214,7 @@ def read_photographs(
         DataError: more bad files than `reading` allows.
         ValueError: the folder's layout is not what `data` says.
     """
-    index = _scanned(_here(data.root, data, crew), data.format, reading, crew)
+    index = _scanned(_here(data.root, data, crew), data.format, reading, crew, faults)
     if data.corrections:
         index = apply_corrections(index, data.corrections)
     if data.labels:
@@ -202,7 +231,9 @@ def _here(root: str, data: Photographs, crew: Crew | None) -> str:
     return str(mirror(root, data.cache, data.cache_gib, crew)) if is_remote(root) else root
 
 
-def _scanned(root: str, format: str, reading: Reading, crew: Crew | None = None) -> FaceIndex:
+def _scanned(
+    root: str, format: str, reading: Reading, crew: Crew | None = None, faults: Counter[str] | None = None
+) -> FaceIndex:
     read = read_index(root, format, crew=crew)
     with tqdm(total=len(read), unit="pictures", desc="photographs", disable=None, leave=False) as bar:
         index = read.scanned(reading.threads, reading.max_pixels, lambda done: bar.update(done - bar.n), crew)
@@ -217,6 +248,9 @@ def _scanned(root: str, format: str, reading: Reading, crew: Crew | None = None)
     if faceless.all():
         raise DataError(f"{root} says of each of its {len(index)} pictures that no face was found in it")
     require_sound(index)
+    if faults is not None:
+        bad = np.where(faceless, NO_FACE, index.faults)
+        faults.update({FAULTS[k]: int(n) for k, n in enumerate(np.bincount(bad)) if k and n})
     return index.select((index.faults == 0) & ~faceless)
 
 

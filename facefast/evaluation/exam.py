@@ -64,7 +64,7 @@ def verify_in_full(
         ValueError: groups that are not known, or that no threshold can be compared at.
     """
     embeddings, seen = embed(index)
-    scored, whole = _scored(embeddings, seen, index.labels, pairs)
+    scored, whole = scored_pairs(embeddings, seen, index.labels, pairs)
     found: dict[str, Any] = {}
     if scored.same.any() and not scored.same.all():
         found = _curve(scored)
@@ -79,7 +79,7 @@ def verify_in_full(
         rows = pairs.left[whole], pairs.right[whole]
         found["hardest"] = hardest(scored, *rows, [index.name(row) for row in range(len(index))], questions.hardest)
     if questions.groups:
-        threshold = _strictest(found.get("_thresholds", ()))
+        threshold = strictest(found.get("_thresholds", ()))
 
         def inside(rows: NDArray[np.bool_]) -> PairScores | None:
             chosen = pairs
@@ -90,7 +90,7 @@ def verify_in_full(
                 except ValueError:
                     return None
                 chosen = PairSet(part[own.left], part[own.right], own.same, own.folds)
-            kept, _ = _scored(embeddings, seen, index.labels, _chosen(chosen, part_of(chosen, rows)))
+            kept, _ = scored_pairs(embeddings, seen, index.labels, chosen_pairs(chosen, part_of(chosen, rows)))
             return kept if len(kept.scores) else None
 
         values = read_groups(questions.groups, index)
@@ -116,7 +116,7 @@ def _curve(scored: PairScores) -> dict[str, Any]:
     }
 
 
-def _strictest(thresholds: tuple[PairThreshold, ...]) -> PairThreshold:
+def strictest(thresholds: tuple[PairThreshold, ...]) -> PairThreshold:
     """That of the lowest rate which is firm, or else is there at all."""
     there = [threshold for threshold in thresholds if threshold.value is not None]
     firm = [threshold for threshold in there if threshold.firm]
@@ -126,18 +126,18 @@ def _strictest(thresholds: tuple[PairThreshold, ...]) -> PairThreshold:
     return firm[-1] if firm else there[0]
 
 
-def _scored(
+def scored_pairs(
     embeddings: Tensor, seen: Tensor, labels: NDArray[Any], pairs: PairSet
 ) -> tuple[PairScores, NDArray[np.bool_]]:
     """Scores of the pairs whose pictures could both be read, and [P] which those are."""
     whole = (seen[torch.from_numpy(pairs.left)] & seen[torch.from_numpy(pairs.right)]).numpy()
-    kept = _chosen(pairs, whole)
+    kept = chosen_pairs(pairs, whole)
     people = np.where(labels >= 0, labels.astype(np.int64), -1 - np.arange(len(labels)))
     scores = metrics.pair_scores(F.normalize(embeddings, dim=1).numpy(), kept.left, kept.right)
     return PairScores.of(scores, kept.same, people[kept.left], people[kept.right]), whole
 
 
-def _chosen(pairs: PairSet, which: NDArray[np.bool_]) -> PairSet:
+def chosen_pairs(pairs: PairSet, which: NDArray[np.bool_]) -> PairSet:
     return PairSet(pairs.left[which], pairs.right[which], pairs.same[which], pairs.folds[which])
 
 
@@ -177,7 +177,7 @@ def verify_templates(embed: Embed, templates: TemplateSet, weigh_by_length: bool
     joined, known = join_templates(embeddings, seen.numpy(), templates, weights)
     found: dict[str, Any] = verification(joined, torch.from_numpy(known), templates.pairs)
     people = np.where(templates.subjects >= 0, templates.subjects, -1)
-    scored, whole = _scored(joined, torch.from_numpy(known), people, templates.pairs)
+    scored, whole = scored_pairs(joined, torch.from_numpy(known), people, templates.pairs)
     if scored.same.any() and not scored.same.all():
         found |= _curve(scored)
         found.pop("_thresholds")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from facefast.data import FaceIndex, PairSet
@@ -76,34 +78,65 @@ def evaluate(
     return results
 
 
-def _closed_set(model: FaceModel, embeddings: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
-    """The head on [N, D] embeddings with a label, a block at a time so that many classes need no N x C memory."""
-    # Without the margin, which belongs to the loss: this is what the model would answer.
+class Answers(NamedTuple):
+    """What the head answers on R labelled pictures."""
+
+    rows: NDArray[np.int64]
+    """[R] their places among the embeddings."""
+    labels: NDArray[np.int64]
+    """[R] the right classes."""
+    ranks: NDArray[np.int64]
+    """[R] classes that stand before the right one; 0 is found first."""
+    predicted: NDArray[np.int64]
+    """[R] the most probable class; -1 where the head lies on several ranks and the answer is wrong: none knows it."""
+    sure: NDArray[np.float64]
+    """[R] probability of the most probable class."""
+    loss: float
+    """Mean cross entropy, without the margin, which belongs to training: this is what the model would answer."""
+
+
+def answers(model: FaceModel, embeddings: Tensor, labels: Tensor, device: torch.device) -> Answers:
+    """The head on [N, D] embeddings with a label [N] of at least 0, a block at a time so that many classes need no
+    N x C memory; with a divided head on all ranks together."""
     seen = labels >= 0
-    target, found, sure, loss = labels[seen], [], [], 0.0
+    target, found, best, sure, loss = labels[seen], [], [], [], 0.0
     with torch.inference_mode():
         for block, label in zip(embeddings[seen].split(1024), target.split(1024), strict=True):
             if isinstance(model.head, CosineHead) and model.head.divided:  # no rank has the logits of all classes
                 standing = model.head.standing(block.to(device), label.to(device), model.scale)
                 found.append(standing.before.cpu())
+                best.append(label.where(found[-1] == 0, -1))
                 sure.append(standing.sure.cpu())
                 loss += float(standing.loss.sum())
                 continue
             logits = model.classify(block.to(device)).float().cpu() * model.scale  # [b, C]
             found.append(metrics.label_ranks(logits, label))
+            best.append(logits.argmax(1))
             sure.append(logits.softmax(1).amax(1))
             loss += float(torch.nn.functional.cross_entropy(logits, label, reduction="sum"))
-    ranks = torch.cat(found).numpy()
+    return Answers(
+        rows=seen.nonzero()[:, 0].numpy(),
+        labels=target.numpy(),
+        ranks=torch.cat(found).numpy(),
+        predicted=torch.cat(best).numpy(),
+        sure=torch.cat(sure).double().numpy(),
+        loss=loss / len(target),
+    )
+
+
+def _closed_set(model: FaceModel, embeddings: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
+    found = answers(model, embeddings, labels, device)
+    ranks = found.ranks
     low, high = metrics.wilson_interval(int((ranks == 0).sum()), len(ranks))
-    per_class = metrics.per_class_accuracy(ranks, target.numpy(), model.num_classes)
+    per_class = metrics.per_class_accuracy(ranks, found.labels, model.num_classes)
     return {
-        "loss": loss / len(ranks),
+        "loss": found.loss,
         "top1": metrics.topk_accuracy(ranks),
         "top1_low": low,
         "top1_high": high,
         "top5": metrics.topk_accuracy(ranks, 5),
         "per_class": float(np.nanmean(per_class)),
-        "ece": expected_calibration_error(torch.cat(sure), ranks == 0),
+        "ece": expected_calibration_error(found.sure, ranks == 0),
         "test_rows": len(ranks),
     }
 

@@ -20,6 +20,20 @@ def to_json(value: Any) -> Any:
     return value
 
 
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The scalars of a JSON value by their dotted names, as options are called: items of a list that have a name go by
+    it (phases.last.lr), other lists stay whole."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from flat(item, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value):
+        for item in value:
+            rest = {key: inner for key, inner in item.items() if key != "name"}
+            yield from flat(rest, f"{name}.{item['name']}")
+    else:
+        yield name, value
+
+
 def not_finite(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
     """Names and values of the numbers that are not finite, which JSON does not have."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

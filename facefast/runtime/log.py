@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -21,13 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from facefast.runtime import files
 from facefast.runtime.exits import NumericsError
 from facefast.runtime.lines import Lines, read_lines
 from facefast.runtime.progress import Progress
-from facefast.runtime.terminal import tell
+from facefast.runtime.terminal import escape_letter, tell
 
 HEADLINES = ("loss", "top1", "verification_accuracy", "tar@1e-2", "known_verification_accuracy")
 STATS = ("loss_sum", "correct", "rows", "skipped", "labelled", "loss_rows")
@@ -294,10 +296,46 @@ class RunLog:
         if self._enabled:
             self._on_board(lambda board: board.add_images(name, pictures, step, dataformats="NHWC"))
 
-    def embeddings(self, embeddings: Tensor, names: list[str], step: int) -> None:
-        """[N, D] embeddings with a name each, for TensorBoard's projector."""
+    def embeddings(
+        self, embeddings: Tensor, names: list[str], step: int, pictures: NDArray[np.uint8] | None = None
+    ) -> None:
+        """[N, D] embeddings with a name each, for TensorBoard's projector, and uint8 [N, S, S, 3] small pictures of
+        them."""
         if self._enabled:
-            self._on_board(lambda board: board.add_embedding(embeddings, metadata=names, global_step=step))
+            lines = ["".join(map(escape_letter, name)) for name in names]  # a line and a column of its table each
+            shown = None if pictures is None else torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+            self._on_board(
+                lambda board: board.add_embedding(embeddings, metadata=lines, label_img=shown, global_step=step)
+            )
+
+    def outcome(self, options: Mapping[str, Any], results: Mapping[str, float], step: int) -> None:
+        """What TensorBoard's HPARAMS page compares runs by.
+
+        Args:
+            options: of the recipe; those that are no number, text or yes or no are written as text.
+            results: final numbers, which become scalars `final/NAME`.
+            step: the last.
+        """
+        plain_options = {
+            name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            for name, value in options.items()
+        }
+        finals = {f"final/{name}": value for name, value in results.items() if math.isfinite(value)}
+
+        def draw(board: SummaryWriter) -> None:
+            # SummaryWriter.add_hparams would begin a second run beside this one, named by the time.
+            for part in hparams(plain_options, finals):
+                board._get_file_writer().add_summary(part)
+            for name, value in finals.items():
+                board.add_scalar(name, value, step)
+
+        if self._enabled:
+            self._on_board(draw)
+
+    def precision_and_recall(self, name: str, right: NDArray[np.bool_], scores: NDArray[np.float64], step: int) -> None:
+        """A curve over all thresholds, of [N] trials and their scores from 0 to 1."""
+        if self._enabled and right.any():
+            self._on_board(lambda board: board.add_pr_curve(name, right.astype(np.int64), scores, step))
 
     def say(self, text: str) -> None:
         """A line on the terminal that does not break the progress bar."""

@@ -7,18 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from facefast.data import FaceIndex
 from facefast.data.divide import PhaseData
-from facefast.evaluation import report
-from facefast.evaluation.embed import embed_rows
-from facefast.models import Source
+from facefast.data.oracle import thumbnails
+from facefast.data.prepare import left_out
+from facefast.evaluation import findings, report
+from facefast.evaluation.embed import embed_rows, remembering
+from facefast.evaluation.report_files import EVALUATION
+from facefast.models import Source, checkpoint
 from facefast.models.checkpoint import FOLDER
+from facefast.recipe import to_json
+from facefast.recipe.jsonable import flat
 from facefast.runtime import exits, files
 from facefast.runtime.log import RunLog, verdict
 from facefast.runtime.terminal import tell
 from facefast.training.choice import best_of, hand_on, handed_on, named_metric, said
 from facefast.training.step import TrainState
 
+THUMBNAIL = 48
+"""Pixels on a side of a picture in the projector."""
+MOST_THUMBNAILS = 5000
+"""Pictures that the projector shows: the browser holds all of them in one texture."""
 SHORTER = (2000, 400, 80)
 """Letters of an error in status.json where there is no room but that of the file before."""
 
@@ -95,12 +106,12 @@ def finish(folder: Path, state: TrainState, source: Source | None, datasets: tup
     decoded = int(3 * np.mean(train.widths.astype(np.float64) * train.heights))  # bytes: at most what travels
     # All-reduce and embedding need every rank, so none returns earlier.
     bound = verdict(log.all_speeds(), run.allreduce_seconds(trained), run.transfer_seconds(decoded))
+    examine(folder, state, datasets[state.chosen[0]], log)
     if recipe.projector and test is not None:
         embeddings, seen = embed_rows(
             state.evaluated, test, run, state.precision, state.reading, batch_size=recipe.eval.batch_size
         )
-        names = [test.class_names[label] if label >= 0 else "unknown" for label in test.labels[seen.numpy()]]
-        log.embeddings(embeddings[seen], names, state.step)
+        project(embeddings[seen], test.select(seen.numpy()), state, log)
     log.close()
     if run.is_main:
         tell(summary(folder, state, datasets[-1], bound))
@@ -113,6 +124,45 @@ def finish(folder: Path, state: TrainState, source: Source | None, datasets: tup
             write_status(folder, "done", exits.EXIT_DONE, **status, log_failures=log.failures)
     run.barrier()
     return exits.EXIT_DONE
+
+
+def examine(folder: Path, state: TrainState, data: PhaseData, log: RunLog) -> None:
+    """Writes `evaluation.json`: what the test part tells of the model that is handed on, beyond the rows of the table;
+    and what TensorBoard compares runs by. A run that was done before has it already."""
+    run, path = state.run, folder / EVALUATION
+    stamp = {"row": handed_on(state), "step": state.step}
+    if run.broadcast(stamp.items() <= files.read_object(path).items() if run.is_main else False):
+        return
+    model = checkpoint.load_model(folder, run.device, state.sharing)
+
+    def embed(index: FaceIndex) -> tuple[Tensor, Tensor]:
+        return embed_rows(model, index, run, state.precision, state.reading, batch_size=state.recipe.eval.batch_size)
+
+    asked = findings.ask(model, data, remembering(embed), run.device)
+    if not run.is_main:
+        return
+    with log.tolerant(EVALUATION):
+        files.write_json(path, stamp | findings.document(asked, data, left_out(folder / "index.npz")))
+    with log.tolerant("TensorBoard's files"):
+        for name, (right, scores) in findings.top_scores(asked, data).items():
+            log.precision_and_recall(f"test/{name}", right, scores, state.step)
+        log.outcome(dict(flat(to_json(state.recipe))), state.reported.get(handed_on(state), {}), state.step)
+
+
+def project(embeddings: Tensor, test: FaceIndex, state: TrainState, log: RunLog) -> None:
+    """Test embeddings for TensorBoard's projector, with small pictures where the recipe lets photographs into the run
+    folder at all."""
+    if not state.run.is_main:
+        return
+    pictures = None
+    if state.recipe.pictures and len(test) <= MOST_THUMBNAILS:
+        with contextlib.suppress(ValueError):  # a picture that turned bad since it was embedded
+            pictures = thumbnails(test, np.arange(len(test)), state.recipe.image, THUMBNAIL)
+    elif state.recipe.pictures:
+        log.say(
+            f"note: the projector shows no pictures of more than {MOST_THUMBNAILS} embeddings; there are {len(test)}"
+        )
+    log.embeddings(embeddings, [name or "unknown" for name in test.identities()], state.step, pictures)
 
 
 def summary(folder: Path, state: TrainState, data: PhaseData, bound: dict[str, Any]) -> str:

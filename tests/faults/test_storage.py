@@ -247,7 +247,7 @@ def test_tensorboard_that_fails_ends_no_training(
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 4
 
 
-@pytest.mark.parametrize("place", ["metrics.jsonl", "tensorboard", "report.html"])
+@pytest.mark.parametrize("place", ["metrics.jsonl", "tensorboard", "evaluation.json", "report.html"])
 def test_a_place_where_the_log_cannot_be_written_ends_no_training(
     drawn: Path, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -316,6 +316,16 @@ def test_every_field_of_status_is_documented_and_every_documented_field_is_writt
     assert row and all(state in row[0] for state in states) and len(states) == 4
 
 
+def test_every_field_of_the_evaluation_is_documented_and_every_documented_field_is_written(run: Path) -> None:
+    found = files.read_json(run / "evaluation.json")
+    parts = {name for name, value in found.items() if isinstance(value, dict)}
+    assert parts == {"data", "closed_set", "verification"}
+    fields = {name for name in found if name not in parts} | {
+        f"{part}.{name}" for part in parts for name in found[part]
+    }
+    assert fields == documented("evaluation.json")
+
+
 @pytest.mark.parametrize("field", ELSEWHERE)
 def test_a_documented_field_that_one_run_lacks_is_written_by_another(field: str) -> None:
     literal, place = ELSEWHERE[field]

@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.util.tensor_util import make_ndarray
 
 from facefast.runtime.exits import NumericsError
 from facefast.runtime.lines import read_lines
@@ -158,6 +160,42 @@ def test_the_projector_finds_embeddings_and_names_row_by_row(tmp_path: Path) -> 
     vectors = np.array([line.split("\t") for line in found["tensors.tsv"]], np.float32)
     np.testing.assert_allclose(vectors, embeddings.numpy(), rtol=1e-5)
     assert found["metadata.tsv"] == ["ann", "bo", "ann"]
+
+
+def test_the_projector_has_a_small_picture_a_row_and_one_line_a_name(tmp_path: Path) -> None:
+    pictures = np.stack([smooth_picture(8, 8, seed) for seed in range(3)])
+    with open_log(tmp_path) as run_log:
+        run_log.embeddings(torch.randn(3, 4), ["two\nlines", "a\ttab", "bo"], 12, pictures)
+    (sprite,) = tmp_path.rglob("sprite.png")
+    shown = np.array(Image.open(sprite).convert("RGB"))
+    np.testing.assert_array_equal(shown[:8, :8], pictures[0])
+    np.testing.assert_array_equal(shown[8:, :8], pictures[2])
+    (names,) = tmp_path.rglob("metadata.tsv")
+    assert names.read_text().splitlines() == ["two\\nlines", "a\\ttab", "bo"]
+
+
+def test_tensorboard_compares_runs_by_their_options_and_final_numbers(tmp_path: Path) -> None:
+    options = {"phases.last.lr": 0.1, "model.source": "none", "compile": False, "image.mean": [1.0, 2.0]}
+    with open_log(tmp_path) as run_log:
+        run_log.outcome(options, {"top1": 0.75, "auc": math.nan}, 12)
+    assert scalars(tmp_path, "final/top1") == [(12, 0.75)]
+    tags = board(tmp_path).Tags()
+    assert "final/auc" not in tags["scalars"] and len(list((tmp_path / "tensorboard").iterdir())) == 1
+    data = board(tmp_path).SummaryMetadata("_hparams_/session_start_info").plugin_data
+    assert data.plugin_name == "hparams"
+    found = HParamsPluginData.FromString(data.content).session_start_info.hparams
+    assert found["phases.last.lr"].number_value == 0.1 and found["image.mean"].string_value == "[1.0, 2.0]"
+    assert found["compile"].bool_value is False and found["model.source"].string_value == "none"
+
+
+def test_tensorboard_has_precision_and_recall_at_every_threshold(tmp_path: Path) -> None:
+    with open_log(tmp_path) as run_log:
+        run_log.precision_and_recall("test/pairs", np.array([True, True, False]), np.array([0.9, 0.8, 0.1]), 12)
+        run_log.precision_and_recall("test/none", np.array([False]), np.array([0.5]), 12)  # has no recall
+    (event,) = board(tmp_path).Tensors("test/pairs")
+    true_positives, false_positives, *_, precision, recall = make_ndarray(event.tensor_proto)
+    assert (true_positives[64], false_positives[64], precision[64], recall[64]) == (2, 0, 1, 1)
+    assert "test/none" not in board(tmp_path).Tags()["tensors"]
 
 
 def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_no_later_or_torn_one(tmp_path: Path) -> None:

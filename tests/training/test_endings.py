@@ -107,8 +107,40 @@ def test_a_finished_run_tells_the_scheduler_what_bound_it_and_prints_its_summary
     assert status["best"] == {"phase": "scratch", "metric": "top1", "value": 0.5, "validation": 0.75}
     assert (status["bound_by"], status["images_per_second"], status["data_wait_fraction"]) == ("decode", 4.0, 0.25)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "State: done at step 4. Handed on: scratch (*), top1 50.00% on the test part. Bound by decode" in page
+    assert "<h1><bdi" in page and ">done</span>" in page and "bound by decode" in page
+    found = files.read_json(tmp_path / "evaluation.json")
+    assert (found["row"], found["step"], found["closed_set"]["pictures"]) == ("scratch", 4, 8)  # one cannot be decoded
     assert "4 images/s, bound by decode (data wait 25.0%)" in capsys.readouterr().out
+
+
+def test_a_run_that_was_done_before_is_not_examined_again(
+    index: FaceIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = make_state(index)
+    state.reported = {"scratch": {"top1": 0.5}}
+    assert finish.finish(tmp_path, state, None, (data_of(index),), open_log(tmp_path, state)) == 0
+    before = (tmp_path / "evaluation.json").read_bytes()
+    monkeypatch.setattr(finish.findings, "ask", lambda *_: pytest.fail("it was asked again"))
+    assert finish.finish(tmp_path, state, None, (data_of(index),), open_log(tmp_path, state)) == 0
+    assert (tmp_path / "evaluation.json").read_bytes() == before
+
+
+def test_a_report_that_cannot_be_drawn_ends_no_run_and_is_said_once(
+    index: FaceIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no such luck")
+
+    state = make_state(index)
+    state.reported = {"scratch": {"top1": 0.5}}
+    monkeypatch.setattr(finish.findings, "document", broken)
+    monkeypatch.setattr(finish.report, "write", broken)
+    assert finish.finish(tmp_path, state, None, (data_of(index),), open_log(tmp_path, state)) == 0
+    status = files.read_json(tmp_path / "status.json")
+    assert status["state"] == "done" and status["log_failures"] == 2
+    said = capsys.readouterr().out
+    assert said.count("warning: evaluation.json cannot be written") == 1
+    assert said.count("warning: report.html cannot be written") == 1
 
 
 @pytest.mark.parametrize("stopped", [True, False])

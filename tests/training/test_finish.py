@@ -102,6 +102,9 @@ def test_a_run_that_a_signal_to_one_rank_stopped_goes_on_to_the_same_bits(drawn:
     assert expected == found
     assert len(next(whole.rglob("metadata.tsv")).read_text().splitlines()) == 8  # the test pictures, for the projector
     assert not list(out.rglob("metadata.tsv"))
+    assert len(list(whole.rglob("sprite.png"))) == 1  # with small pictures of them
+    one, two = (files.read_json(run / "evaluation.json") for run in (whole, out))
+    assert one == two and (one["row"], one["step"], one["closed_set"]["pictures"]) == ("scratch", 6, 8)
 
 
 def spoil(path: Path) -> None:
