@@ -4,6 +4,7 @@ text. Without being asked for it shows no photographs."""
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,29 +21,61 @@ from facefast.evaluation.report_pictures import Album
 from facefast.evaluation.report_results import TITLES
 from facefast.runtime import files
 
+WIDTH = 80
+"""Letters of a line of text: what a terminal has at least."""
+FIRST = ("top1", "verification_accuracy", "known_verification_accuracy", "validation", "tar@1e-2")
+"""Columns that a narrow table has before others."""
 
-def results_text(results: dict[str, dict[str, float]], handed_on: str = "") -> list[str]:
-    """The table as lines of text; `handed_on` is the row to be marked."""
-    header, rows = _cells(results)
-    rows = [[f"{name} *" if name == handed_on else name, *cells] for name, *cells in rows]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    return [
+
+def results_text(results: dict[str, dict[str, float]], handed_on: str = "", width: int = WIDTH) -> list[str]:
+    """The table as lines of text.
+
+    Args:
+        results: numbers by row.
+        handed_on: the row to be marked.
+        width: letters of a line at most. Columns that find no room are named below.
+    """
+    names = [f"{name} *" if name == handed_on else name for name in results]
+    free = width - max(map(len, ["phase", *names]))
+    columns = {}  # by key: the lines of its header, its cells
+    left_out = []
+    titles = _titles(results)
+    for key in sorted(titles, key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST)):
+        cells = [_cell(key, found) for found in results.values()]
+        room = max(map(len, [*cells, *titles[key].split()]))
+        while len(textwrap.wrap(titles[key], room)) > 2:
+            room += 1
+        if free < room + 2:
+            left_out.append(key)
+            continue
+        free -= room + 2
+        columns[key] = textwrap.wrap(titles[key], room), [cell.rjust(room) for cell in cells]
+    shown = [columns[key] for key in titles if key in columns]
+    height = max((len(header) for header, _ in shown), default=1)
+    padded = [[""] * (height - len(header)) + header for header, _ in shown]
+    first = max(map(len, ["phase", *names]))
+    lines = [["" if line < height - 1 else "phase", *(header[line] for header in padded)] for line in range(height)]
+    lines += [[name, *(cells[number] for _, cells in shown)] for number, name in enumerate(names)]
+    widths = [first, *(len(cells[0]) if cells else 0 for _, cells in shown)]
+    text = [
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            part.rjust(size) if place else part.ljust(size)
+            for place, (part, size) in enumerate(zip(line, widths, strict=True))
         )
-        for row in [header, *rows]
+        for line in lines
     ]
+    if left_out:
+        rest = ", ".join(titles[key] for key in titles if key in left_out)
+        text += textwrap.wrap(f"in report.html as well: {rest}", width)
+    return [line.rstrip() for line in text]
 
 
-def _cells(results: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+def _titles(results: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """The columns of the table in their order."""
     present = {key for found in results.values() for key in found}
     attributes = sorted(key for key in present if key.endswith(("/accuracy", "/auc", "/mae")))
-    columns = [(key, title) for key, title in TITLES.items() if key in present and key != "tasks"] + [
-        (k, k.replace("/", " ")) for k in attributes
-    ]
-    rows = [[phase, *(_cell(key, found) for key, _ in columns)] for phase, found in results.items()]
-    return ["phase", *(title for _, title in columns)], rows
+    known = {key: title for key, title in TITLES.items() if key in present and key != "tasks"}
+    return known | {key: key.replace("/", " ") for key in attributes}
 
 
 def _cell(key: str, found: Mapping[str, float]) -> str:

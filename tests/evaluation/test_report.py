@@ -25,11 +25,22 @@ RESULTS = {
 
 
 def test_the_table_is_aligned_and_shows_only_numbers_that_somebody_has() -> None:
-    header, first, second = report.results_text(RESULTS)
-    assert header.split() == ["phase", "top-1", "TAR", "at", "FAR", "0.1", "%", "AUC"]
+    above, header, first, second = report.results_text(RESULTS)
+    assert above.split() == ["TAR", "at"]
+    assert header.split() == ["phase", "top-1", "FAR", "0.1", "%", "AUC"]
     assert first.split() == ["scratch", "50.00%", "-", "91.23%"]  # 40 pairs cannot show a rate of one in a thousand
     assert second.split() == ["finetune", "100.00%", "-", "-"]
     assert len({len(line) for line in (header, first, second)}) == 1
+
+
+def test_the_table_fits_a_terminal_and_names_the_columns_that_do_not() -> None:
+    wide = {key: 0.5 for name in report.TITLES for key in (name, f"{name}_low", f"{name}_high")}
+    lines = report.results_text({"adapted class means": wide, "last": wide}, "last")
+    assert max(map(len, lines)) <= report.WIDTH
+    assert "top-1" in lines[1] and "people never seen" in lines[1]
+    assert "in report.html as well: top-5" in "\n".join(lines)
+    whole = report.results_text({"last": wide}, width=1000)
+    assert "in report.html" not in "\n".join(whole) and "per class" in whole[1]
 
 
 def test_accuracies_come_with_their_intervals_those_of_the_baselines_too() -> None:
@@ -40,7 +51,7 @@ def test_accuracies_come_with_their_intervals_those_of_the_baselines_too() -> No
 
 
 def test_the_row_that_is_handed_on_is_marked_and_no_other() -> None:
-    header, first, second = report.results_text(RESULTS, "finetune")
+    _, header, first, second = report.results_text(RESULTS, "finetune")
     assert second.startswith("finetune *") and "*" not in header + first
     assert first.index("50.00%") + len("50.00%") == second.index("100.00%") + len("100.00%")
     assert report.results_text(RESULTS, "nobody") == report.results_text(RESULTS)
