@@ -1,5 +1,5 @@
-"""DALI graphs that stay open from one loader to the next: a run measures itself often, and to build a graph
-and to shut it takes longer than many a measurement."""
+"""DALI graphs that stay open from one loader to the next: a run measures itself often, and to build a graph and shut it
+takes longer than many a measurement."""
 
 from __future__ import annotations
 
