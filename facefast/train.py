@@ -34,6 +34,7 @@ from facefast.runtime.terminal import tell
 from facefast.training.alike import same_arguments, same_checkpoint, same_start
 from facefast.training.begin import begin, find_source, find_teacher, pictures_of, settle
 from facefast.training.choice import best_of, has_best, measure, measure_untrained, report_phase
+from facefast.training.decoding import settle_decoding
 from facefast.training.elastic import division_said, take_division
 from facefast.training.finish import fail, finish, leave, reached, write_status
 from facefast.training.guard import culprit, not_finite, some
@@ -51,6 +52,7 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     datasets = prepare(recipe, folder, run, begun, faces)  #           files -> index -> splits and evaluations
     state = first_state(recipe, run, source, teacher, datasets, faces)
     saved = find_saved(folder, resume, state)
+    settle_decoding(state, saved, datasets)
     with open_log(folder, state, saved, faces.said()) as log, kept_open():
         for number in range(state.phase_number, len(datasets)):  # a run that goes on enters the phase it stopped in
             start = begin(folder, state, number, datasets[number], source, teacher, saved, log)

@@ -76,7 +76,7 @@ def test_rows_and_pixels_are_those_of_epochs_read_one_by_one(
 ) -> None:
     start, until = RANGES[name]
     for rank in range(world):
-        options = {"world": world, "rank": rank, "decoder": decoder}
+        options: dict[str, Any] = {"world": world, "rank": rank, "decoder": decoder}
         with open_loader(index, **options) as loader:
             assert_same(list(loader.stream(*start, until=until)), epochs(index, start, until, **options))
 
