@@ -232,6 +232,8 @@ class Loader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:  # it may have cut a run of the decoder short: nobody else is to have that one
+            self._drop_decoder()
         self.close()
 
     # The reading thread: rows, bytes, numbers.

@@ -129,6 +129,16 @@ def test_a_graph_that_a_picture_broke_is_shut_and_not_lent_again(
     capfd.readouterr()
 
 
+def test_a_loader_that_is_left_by_an_error_leaves_no_graph(index: FaceIndex, built: list[dali.Pipeline]) -> None:
+    with kept_open():
+        with pytest.raises(KeyboardInterrupt), make_loader(index, IMAGE, batch_size=4, threads=1) as loader:
+            next(iter(loader))
+            raise KeyboardInterrupt
+        assert len(built) == 1 and shut(built[0])
+        all_of(index)
+        assert len(built) == 2
+
+
 def test_kept_open_within_kept_open_ends_with_the_outer_one(index: FaceIndex, built: list[dali.Pipeline]) -> None:
     with kept_open():
         with kept_open():
