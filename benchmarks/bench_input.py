@@ -74,10 +74,8 @@ def ours(index: FaceIndex, image: ImageSpec, device: str) -> Batches:
         channels_last=False,
         device=device,
     )
-    for epoch in itertools.count():
-        loader.set_epoch(epoch)
-        for batch in loader:
-            yield batch.images
+    for *_, batch in loader.stream(0, 0, until=(1 << 30, 0)):
+        yield batch.images
 
 
 def _run(graph: nvdali.Pipeline) -> Batches:

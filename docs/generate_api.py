@@ -126,7 +126,7 @@ PARTS = (
                 """\
                 loader.set_epoch(1)  # another order, other augmentation
                 loader.close()""",
-                ("set_epoch", "close"),
+                ("set_epoch", "stream", "close"),
                 made=True,
             ),
             Name(

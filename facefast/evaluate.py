@@ -16,6 +16,7 @@ import tyro
 from torch import Tensor
 
 from facefast.data import FaceIndex, read_templates
+from facefast.data.graphs import kept_open
 from facefast.data.prepare import read_photographs
 from facefast.evaluation import exam
 from facefast.evaluation.embed import Embed, Mirror, embed_rows, remembering
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     with exits.exit_codes() as outcome:
         given = parse(EvaluateArguments, arguments, "evaluate")
         _require_sense(given)
-        with process.start(rank_timeout=Recipe.rank_timeout) as run:
+        with process.start(rank_timeout=Recipe.rank_timeout) as run, kept_open():
             run.require_same(to_json(given))
             reading = given.data.reading(decode_threads(0, run.world))
             model = checkpoint.load_model(given.model, run.device)

@@ -20,6 +20,7 @@ from facefast.cluster import doctor
 from facefast.data import Batch, Loader, Parts, Sampler, make_loader, make_sampler, oracle
 from facefast.data.cached import CachedLoader
 from facefast.data.divide import PhaseData
+from facefast.data.graphs import kept_open
 from facefast.data.prepare import prepare
 from facefast.faces.align import Locator
 from facefast.models import FaceModel, Source, checkpoint
@@ -34,6 +35,7 @@ from facefast.runtime.terminal import speaking, tell
 from facefast.training.alike import same_arguments, same_checkpoint, same_start
 from facefast.training.begin import begin, find_source, find_teacher, pictures_of, settle
 from facefast.training.choice import best_of, has_best, measure, measure_untrained, report_phase
+from facefast.training.decoding import settle_decoding
 from facefast.training.elastic import division_said, take_division
 from facefast.training.finish import fail, finish, leave, reached, read_status, write_status
 from facefast.training.guard import culprit, not_finite, some
@@ -51,7 +53,8 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     datasets = prepare(recipe, folder, run, begun, faces)  #           files -> index -> splits and evaluations
     state = first_state(recipe, run, source, teacher, datasets, faces)
     saved = find_saved(folder, resume, state)
-    with open_log(folder, state, saved, faces.said()) as log:
+    settle_decoding(state, saved, datasets)
+    with open_log(folder, state, saved, faces.said()) as log, kept_open():
         for number in range(state.phase_number, len(datasets)):  # a run that goes on enters the phase it stopped in
             start = begin(folder, state, number, datasets[number], source, teacher, saved, log)
             data = start.data
@@ -273,18 +276,21 @@ def updates(
     # were read ahead but not consumed are read again.
     plan, accumulate = state.phase_plan, state.phase_plan.accumulate
     labelled, known = data.train.labels >= 0, ~data.values().isnan().numpy()
+
+    def place(step: int) -> tuple[int, int]:
+        epoch, done = divmod(step, plan.steps_per_epoch)
+        return epoch, done * accumulate
+
+    steps_per_epoch = loader.sampler.steps_per_epoch
+    batches = loader.stream(*place(state.phase_step), until=place(plan.steps))
     while state.phase_step < plan.steps:
-        epoch, done = divmod(state.phase_step, plan.steps_per_epoch)
-        loader.set_epoch(epoch, done * accumulate)
-        batches = iter(loader)
-        for first in range(done * accumulate, loader.sampler.steps_per_epoch, accumulate):
-            micro = list(itertools.islice(batches, accumulate))  # fewer where the epoch ends inside an update
-            # The sampler is a pure function: every rank counts the rows of all ranks without asking them.
-            rows = np.concatenate([loader.sampler.batch(epoch, part) for part in range(first, first + len(micro))])
-            rows = rows[rows >= 0]
-            yield micro, RowCounts(len(rows), int(labelled[rows].sum()), tuple(known[rows].sum(0).tolist()))
-            if state.phase_step == plan.steps:
-                return
+        epoch, first = place(state.phase_step)
+        last = min(first + accumulate, steps_per_epoch)  # fewer passes where the epoch ends inside an update
+        micro = [batch for _, _, batch in itertools.islice(batches, last - first)]
+        # The sampler is a pure function: every rank counts the rows of all ranks without asking them.
+        rows = np.concatenate([loader.sampler.batch(epoch, part) for part in range(first, last)])
+        rows = rows[rows >= 0]
+        yield micro, RowCounts(len(rows), int(labelled[rows].sum()), tuple(known[rows].sum(0).tolist()))
 
 
 def log_update(

@@ -33,15 +33,20 @@ class CachedLoader:
         self._epoch, self._start_step = epoch, start_step
 
     def __iter__(self) -> Iterator[Batch]:
+        for _, _, batch in self.stream(self._epoch, self._start_step, until=(self._epoch + 1, 0)):
+            yield batch
+
+    def stream(self, epoch: int, step: int, *, until: tuple[int, int]) -> Iterator[tuple[int, int, Batch]]:
+        """Epoch, step and batch from one place up to, not including, another, as a loader of pictures has them."""
         world = self._run.world
-        for step in range(self._start_step, self.sampler.steps_per_epoch):
-            local = self.sampler.local(self._epoch, step, world.rank, world.size)
+        for place in self.sampler.places((epoch, step), until):
+            local = self.sampler.local(*place, world.rank, world.size)
             rows = torch.from_numpy(local).to(self._run.device)
             some = rows.clamp(min=0)
             rows = rows.where(self._readable[some], -1)  # as the Loader does: padded and unreadable rows count alike
             labels = self._labels[some]
             labels = labels.masked_fill((rows < 0) | (labels < 0), -100)  # as a loader of pictures has them
-            yield Batch(self._embeddings[some].nan_to_num(0.0), labels, rows)
+            yield *place, Batch(self._embeddings[some].nan_to_num(0.0), labels, rows)
 
     def __enter__(self) -> Self:
         return self

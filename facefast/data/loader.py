@@ -6,11 +6,10 @@ batches over.
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Literal, NamedTuple, Protocol, Self
@@ -20,12 +19,15 @@ import torch
 from torch import Tensor
 
 from facefast.data import oracle
-from facefast.data.dali import Encoded, build_pipeline, decode_probe
+from facefast.data.budget import BadDataError, Budget
+from facefast.data.dali import Encoded, Pipeline, Source, decode_probe
+from facefast.data.graphs import Kind, leave_graph, open_graph
 from facefast.data.index import FAULTS, FaceIndex
 from facefast.data.sampler import EpochSampler, Rows, Sampler
 from facefast.data.work import Reader, Work, candidates
-from facefast.recipe import AugmentSpec, ImageSpec, Reading
-from facefast.runtime.exits import DataError
+from facefast.recipe import AugmentSpec, ImageSpec, Place, Reading
+
+__all__ = ["BadDataError", "Batch", "Loader", "make_loader"]
 
 IGNORED_LABEL = -100
 AHEAD = 4
@@ -37,8 +39,6 @@ PIXELS, PIXELS_PER_THREAD, PIXELS_ON_GPU = 64_000_000, 12_000_000, 256_000_000
 comes out is the same, for no picture depends on the others of its batch."""
 SPARES = 8
 """Candidates for empty slots beyond those that are empty, for pictures that turn out bad."""
-FEWEST_BAD = 10
-"""Bad pictures below this number pass any budget but 0: one in a small set must not end a run."""
 
 
 class Batch(NamedTuple):
@@ -53,18 +53,6 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     rows: Tensor
-
-
-class BadDataError(DataError):
-    """More pictures cannot be read than the run tolerates.
-
-    Attributes:
-        bad: absolute path -> reason, of every bad picture found so far.
-    """
-
-    def __init__(self, message: str, bad: Mapping[str, str]) -> None:
-        super().__init__(message)
-        self.bad = dict(bad)
 
 
 class Decoder(Protocol):
@@ -89,11 +77,14 @@ class Decoder(Protocol):
 # 4. One broken picture fails the decoder's whole run, and with it every batch that it holds. `_take` then decodes their
 #    pictures one by one, takes out those that break, and lets a new decoder begin with these batches, `_repeated`.
 # 5. A batch of very many pixels goes through the decoder in parts, one run each, which `_take` puts together again.
+# 6. An epoch's end is nothing special: the sampler is pure, so the first batches of the next one are read and decoded
+#    while the last ones of this one are used. What is read ahead changes nothing that is counted: `_hand_over` counts.
 # Every queue is first in, first out, which is all that keeps images and rows together: no batch carries its step.
 
 
 class Loader:
-    """Batches of one rank over one epoch; `set_epoch` goes on with another one. Made by `make_loader`.
+    """Batches of one rank: over one epoch by iteration, which `set_epoch` sends to another one, or over as many as are
+    wanted by `stream`. Made by `make_loader`.
 
     A file that cannot be read or decoded costs its row: the slot says -1 and carries another picture. It is not read
     again. Iteration stops with `BadDataError` as soon as bad pictures are more than `max_bad_fraction` of those in the
@@ -134,10 +125,10 @@ class Loader:
         self._reading = reading
         self._decoder_kind = decoder
         self._reader_of_rows = Reader(index, image, augment, seed, reading)
-        self._seen = self._lost = 0
+        self._budget = Budget(index, len(sampler.rows), world, reading.max_bad_fraction)
 
         self._epoch = self._start_step = 0
-        self._cursor = 0  # next step to be read
+        self._to_read: Iterator[tuple[int, int]] = iter(())  # (epoch, step), up to where the iteration ends
         self._turn = 0  # which iteration over the loader is the valid one
         # One thread: `_scan.read` has threads of its own for the files, and drawing is short.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="facefast-loader")
@@ -145,8 +136,19 @@ class Loader:
         self._repeated: deque[Work] = deque()  # to be decoded again by a new decoder
         self._under_way: deque[Work] = deque()  # with the decoder
         self._parts: deque[tuple[Work, Rows]] = deque()  # of the youngest of them, not yet with it
-        self._most_pixels = PIXELS_ON_GPU if device.type == "cuda" else max(PIXELS, PIXELS_PER_THREAD * reading.threads)
+        on_gpu = device.type == "cuda" and reading.decoding != "cpu"
+        self._most_pixels = PIXELS_ON_GPU if on_gpu else max(PIXELS, PIXELS_PER_THREAD * reading.threads)
         self._closed = False
+        self._kind = Kind(
+            image.shape,
+            device,
+            dtype,
+            channels_last,
+            reading.threads,
+            PREFETCH,
+            reading.decoding,
+            reading.hw_decoder_load,
+        )
         self._decoder: Decoder | None = self._build(self._batch_size, self._feed, PREFETCH)
 
     def __len__(self) -> int:
@@ -159,11 +161,7 @@ class Loader:
         Raises:
             ValueError: `epoch` is negative or `start_step` not in [0, steps_per_epoch].
         """
-        if epoch < 0 or not 0 <= start_step <= self.sampler.steps_per_epoch:
-            raise ValueError(
-                f"epoch {epoch}, step {start_step} does not exist; epochs start at 0 and steps go up to "
-                f"{self.sampler.steps_per_epoch}"
-            )
+        self._require_place(epoch, start_step)
         self._epoch, self._start_step = epoch, start_step
         self._turn += 1
 
@@ -174,26 +172,59 @@ class Loader:
             BadDataError: more pictures are bad than tolerated.
             ValueError: the loader is closed, or another iteration or `set_epoch` has taken its place.
         """
+        for _, _, batch in self.stream(self._epoch, self._start_step, until=(self._epoch + 1, 0)):
+            yield batch
+
+    def stream(self, epoch: int, step: int, *, until: tuple[int, int]) -> Iterator[tuple[int, int, Batch]]:
+        """Epoch, step and batch from one place up to, not including, another, across the ends of epochs.
+
+        The next epoch's first batches are read and decoded while the last ones of this one are used, so that nobody
+        waits at an epoch's end. Nothing is read from `until` on.
+
+        Args:
+            epoch, step: the first batch; a step may be the epoch's last plus 1, which is the next one's first.
+            until: (epoch, step).
+
+        Raises:
+            BadDataError: more pictures are bad than tolerated.
+            ValueError: there is no such place, the loader is closed, or another iteration or `set_epoch` has taken
+                this one's place.
+        """
+        self._require_place(epoch, step)
+        self._require_place(*until)
         self._turn += 1
-        turn = self._turn
-        for step in range(self._start_step, self.sampler.steps_per_epoch):
+        turn, begun = self._turn, False
+        for place in self.sampler.places((epoch, step), until):
             began = time.perf_counter()
             if self._closed:
                 raise ValueError("the loader is closed; make another one")
             if turn != self._turn:
                 raise ValueError("another iteration or set_epoch has taken this one's place; iterate the loader anew")
-            if step == self._start_step:  # not in set_epoch: nothing is read before a batch is wanted
-                self._begin()
+            if not begun:  # not in set_epoch: nothing is read before a batch is wanted
+                self._begin(place, until)
+                begun = True
             images = self._take()
             batch = self._hand_over(images, self._under_way.popleft())
             self.wait_seconds += time.perf_counter() - began
-            yield batch
+            yield *place, batch
+
+    def _require_place(self, epoch: int, step: int) -> None:
+        if epoch < 0 or not 0 <= step <= self.sampler.steps_per_epoch:
+            raise ValueError(
+                f"epoch {epoch}, step {step} does not exist; epochs start at 0 and steps go up to "
+                f"{self.sampler.steps_per_epoch}"
+            )
 
     def close(self) -> None:
         """Ends the reading thread and the decoder's; batches that were handed out stay valid."""
         self._closed = True
         self._reader.shutdown(wait=True, cancel_futures=True)
-        self._drop_decoder()
+        decoder, self._decoder = self._decoder, None
+        self._give_up()
+        if isinstance(decoder, Pipeline):
+            leave_graph(self._kind, decoder)
+        elif decoder is not None:
+            decoder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -201,14 +232,15 @@ class Loader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:  # it may have cut a run of the decoder short: nobody else is to have that one
+            self._drop_decoder()
         self.close()
 
     # The reading thread: rows, bytes, numbers.
 
     def _look_ahead(self) -> None:
-        while len(self._ahead) < AHEAD and self._cursor < self.sampler.steps_per_epoch:
-            self._ahead.append(self._reader.submit(self._prepare, self._epoch, self._cursor))
-            self._cursor += 1
+        while len(self._ahead) < AHEAD and (place := next(self._to_read, None)) is not None:
+            self._ahead.append(self._reader.submit(self._prepare, *place))
 
     def _prepare(self, epoch: int, step: int) -> Work:
         asked = self.sampler.local(epoch, step, self._rank, self._world)
@@ -243,13 +275,17 @@ class Loader:
 
     # The decoder, which asks `_feed` for work and fails as a whole where one picture is broken.
 
-    def _begin(self) -> None:
-        """Gives up what is under way and starts reading at the start step."""
+    def _give_up(self) -> None:
+        """Leaves the decoder nothing to ask for but what it holds."""
         for future in self._ahead:
             future.cancel()
         self._ahead.clear()
         self._repeated.clear()
         self._parts.clear()
+
+    def _begin(self, start: tuple[int, int], until: tuple[int, int]) -> None:
+        """Gives up what is under way and starts reading at `start`."""
+        self._give_up()
         # A decoder still holds batches of the iteration that was left. With its sources empty it gives those back and
         # stops; then it can be reset, which is cheaper than building another.
         if self._decoder is not None:
@@ -263,7 +299,7 @@ class Loader:
         self._under_way.clear()
         if self._decoder is None:
             self._decoder = self._build(self._batch_size, self._feed, PREFETCH)
-        self._cursor = self._start_step
+        self._to_read = iter(self.sampler.places(start, until))
         self._look_ahead()
 
     def _feed(self) -> Encoded:
@@ -332,19 +368,10 @@ class Loader:
             decoder.close()
         return found
 
-    def _build(self, batch_size: int, source: Callable[[], Encoded], prefetch: int) -> Decoder:
+    def _build(self, batch_size: int, source: Source, prefetch: int) -> Decoder:
         if self._decoder_kind == "oracle":
             return oracle.OracleDecoder(self.image, source, self._device, self._dtype, self._channels_last)
-        return build_pipeline(
-            self.image,
-            batch_size=batch_size,
-            device="gpu" if self._device.type == "cuda" else "cpu",
-            source=source,
-            dtype=self._dtype,
-            channels_last=self._channels_last,
-            threads=self._reading.threads,
-            prefetch=prefetch,
-        )
+        return open_graph(self._kind._replace(prefetch=prefetch), batch_size, source)
 
     def _drop_decoder(self) -> None:
         if self._decoder is not None:
@@ -357,9 +384,7 @@ class Loader:
         rows = work.valid_rows()
         self.bad.update(work.bad)
         # Counted here, where a batch is handed over: what was read ahead and given up is no loss.
-        self._seen += int((work.asked >= 0).sum())
-        self._lost += int(((work.asked >= 0) & (rows < 0)).sum())
-        self._check_budget()
+        self._budget.count(work.asked >= 0, rows < 0, self.bad)
         labels = self.index.labels[rows]
         labels = np.where((rows >= 0) & (labels >= 0), labels, IGNORED_LABEL)
         # One tensor for both, so that one copy brings them; from pinned memory, so that the host does not wait for it.
@@ -367,23 +392,6 @@ class Loader:
         if self._device.type == "cuda":
             numbers = numbers.pin_memory().to(self._device, non_blocking=True)
         return Batch(images, numbers[0], numbers[1])
-
-    def _check_budget(self) -> None:
-        few = min(FEWEST_BAD, len(self.sampler.rows)) if self._reading.max_bad_fraction > 0 else 1
-        share = len(self.sampler.rows) / self._world
-        begun = share * math.ceil(self._seen / share)  # whole epochs: bad pictures may lie side by side
-        if len(self.bad) < few or self._lost <= self._reading.max_bad_fraction * begun:
-            return
-        reasons = ", ".join(f"{number} {reason}" for reason, number in Counter(self.bad.values()).most_common())
-        paths = {self.index.path(row): reason for row, reason in self.bad.items()}
-        first = [f"{path}: {reason}" for path, reason in list(paths.items())[:10]]
-        raise BadDataError(
-            f"{self._lost} of {self._seen} pictures could not be used, more than data.max_bad_fraction "
-            f"{self._reading.max_bad_fraction:g} allows ({reasons}). "
-            f"The first of them:\n  " + "\n  ".join(first) + "\nLook at them all with: "
-            f"python -m facefast.index {self.index.root}; then mend or remove them, or raise --data.max-bad-fraction",
-            paths,
-        )
 
 
 def make_loader(
@@ -405,6 +413,8 @@ def make_loader(
     decoder: Literal["dali", "oracle"] = "dali",
     max_bad_fraction: float = Reading.max_bad_fraction,
     max_pixels: int = Reading.max_pixels,
+    decoding: Place = Reading.decoding,
+    hw_decoder_load: float = Reading.hw_decoder_load,
 ) -> Loader:
     """Batches of `index` as the model wants them.
 
@@ -417,13 +427,16 @@ def make_loader(
         seed: key of the augmentation, with the epoch and the row.
         epoch, start_step: where to begin.
         rank, world: this process among all.
-        device: where the images are wanted; DALI decodes there.
+        device: where the images are wanted.
         dtype: float32, float16 or bfloat16.
         channels_last: memory format of the images.
         threads: for reading and for decoding; 0 is one per core.
         decoder: dali, or oracle for the readable reference in PIL and numpy.
         max_bad_fraction: unreadable pictures tolerated; see `Loader`.
         max_pixels: a larger picture is not decoded and counts as bad.
+        decoding: where pictures for a GPU are decoded: there, whole (gpu) or what the model sees of them (regions), or
+            by the processor's cores (cpu).
+        hw_decoder_load: part of the pictures that the GPU's JPEG hardware takes.
 
     Raises:
         ValueError: an argument is out of its range or contradicts another one.
@@ -466,7 +479,9 @@ def make_loader(
         device=device,
         dtype=dtype,
         channels_last=channels_last,
-        reading=Reading(threads or len(os.sched_getaffinity(0)), max_bad_fraction, max_pixels),
+        reading=Reading(
+            threads or len(os.sched_getaffinity(0)), max_bad_fraction, max_pixels, decoding, hw_decoder_load
+        ),
         decoder=decoder,
     )
     loader.set_epoch(epoch, start_step)

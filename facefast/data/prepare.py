@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from facefast.data import FaceIndex, read_index
+from facefast.data.budget import FEWEST_BAD
 from facefast.data.corrections import apply_corrections, read_labels
 from facefast.data.crew import Crew
 from facefast.data.divide import YES, PhaseData, at_random, divide
 from facefast.data.drawn import synthetic
 from facefast.data.index import FAULTS, NO_FACE, SPLITS
-from facefast.data.loader import FEWEST_BAD
 from facefast.data.remote import mirror
 from facefast.data.subsets import joined
 from facefast.recipe import DataConfig, Phase, Photographs, Reading, Recipe, is_remote

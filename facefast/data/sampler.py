@@ -7,6 +7,7 @@ holds never depends on that; `Parts` only says in how many forward passes the ra
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,10 @@ class Share(NamedTuple):
     step: int
     part: int
     parts: int
+
+
+SHORT = 8
+"""Steps below which batches of several epochs may be asked for in turns."""
 
 
 class Sampler(ABC):
@@ -48,12 +53,19 @@ class Sampler(ABC):
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if seed < 0:
             raise ValueError(f"seed is {seed}; it must be at least 0")
-        self._cached_order = lru_cache(maxsize=2)(self._order)  # two: an epoch's end and the next one's start
+        # Two: an epoch's end and the next one's start. More where epochs are so short that several are read ahead.
+        self._cached_order = lru_cache(maxsize=2 if self.steps_per_epoch >= SHORT else SHORT)(self._order)
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches in an epoch; the last one may be padded."""
         return -(-len(self.rows) // self.batch_size)
+
+    def places(self, start: tuple[int, int], until: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        """Each (epoch, step) from `start` up to, not including, `until`, across the ends of epochs."""
+        steps = self.steps_per_epoch
+        for number in range(start[0] * steps + start[1], until[0] * steps + until[1]):
+            yield divmod(number, steps)
 
     def batch(self, epoch: int, step: int) -> Rows:
         """Rows of a global batch: int64 [batch_size], -1 where padded.

@@ -41,22 +41,27 @@ class LabelledEmbeddings(NamedTuple):
         )
 
 
-def baseline_accuracies(known: LabelledEmbeddings, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+def baseline_accuracies(
+    known: LabelledEmbeddings, embeddings: Tensor, labels: Tensor, device: torch.device | str = "cpu"
+) -> dict[str, float]:
     """Top-1 accuracy of each of `BASELINES` on test pictures.
 
     Args:
         known: the training pictures.
         embeddings: [M, D] of the test pictures, of any length.
         labels: [M] int64.
+        device: where the neighbours are looked for and the probe is fitted.
     """
     labelled = known.labels >= 0
     train, train_labels = unit(known.embeddings[labelled]), known.labels[labelled]
     test = unit(embeddings)
     means = class_means(train, train_labels, known.num_classes)
+    # Means are summed on the CPU: a GPU adds rows of a class in any order, and two runs would differ.
+    there = train.to(device), train_labels.to(device), test.to(device)
     found = (
         (test @ means.T).argmax(1),
-        nearest_neighbours(train, train_labels, test, known.num_classes),
-        linear_probe(train, train_labels, test, known.num_classes),
+        nearest_neighbours(*there, known.num_classes).cpu(),
+        linear_probe(*there, known.num_classes).cpu(),
     )
     return {name: float((predicted == labels).float().mean()) for name, predicted in zip(BASELINES, found, strict=True)}
 
@@ -73,8 +78,9 @@ def nearest_neighbours(train: Tensor, labels: Tensor, test: Tensor, num_classes:
     predicted = []
     for block in test.split(1024):  # no M x N matrix
         cosines, rows = (block @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)
+        # Votes on the CPU too, and for the same reason.
         votes = torch.zeros(len(block), num_classes)
-        votes.scatter_add_(1, labels[rows], (cosines / TEMPERATURE).exp())
+        votes.scatter_add_(1, labels[rows].cpu(), (cosines / TEMPERATURE).exp().cpu())
         predicted.append(votes.argmax(1))
     return torch.cat(predicted)
 
@@ -83,8 +89,8 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) 
     """[M] int64: the prediction of a multinomial logistic regression, fitted by L-BFGS; arguments as for
     `nearest_neighbours`."""
     spread = math.sqrt(train.shape[1])  # coordinates of about 1
-    weight = torch.zeros(num_classes, train.shape[1], requires_grad=True)
-    bias = torch.zeros(num_classes, requires_grad=True)
+    weight = torch.zeros(num_classes, train.shape[1], device=train.device, requires_grad=True)
+    bias = torch.zeros(num_classes, device=train.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:

@@ -89,18 +89,22 @@ def embed_rows(
             **dataclasses.asdict(reading),
         ) as loader,
     ):
+        before: Callable[[], tuple[Tensor, Tensor]] | None = None
         for batch in loader:
             embeddings = model.encode(batch.images).float()  # [B, D]
             if mirror != "none":
                 mirrored = model.encode(batch.images.flip(3)).float()
                 both = torch.cat([embeddings, mirrored], 1)
                 embeddings = both if mirror == "joined" else (embeddings + mirrored) / 2
-            rows = batch.rows.cpu()
             if found is None:
                 found = torch.zeros(len(index), embeddings.shape[1])
-            found[rows[rows >= 0]] = embeddings.cpu()[rows >= 0]
-            seen[rows[rows >= 0]] = 1
-    assert found is not None, "an index without rows has nothing to embed"
+            # A batch is waited for when the next one is under way: the device always has work.
+            arriving = _on_the_way(batch.rows, embeddings)
+            if before is not None:
+                _write(*before(), found, seen)
+            before = arriving
+        assert found is not None and before is not None, "an index without rows has nothing to embed"
+        _write(*before(), found, seen)
     # Each row was embedded on one rank and is 0 on the others: the sum is the whole, without an order to keep.
     if run.world.size > 1:
         found, seen = _sum_over_ranks(found, run), _sum_over_ranks(seen, run)
@@ -111,6 +115,28 @@ def embed_rows(
             f"{index.path(broken[0])}): its weights or BatchNorm statistics have diverged; use an earlier checkpoint"
         )
     return found.clone(), seen > 0  # a tensor of inference mode could not be changed
+
+
+def _on_the_way(rows: Tensor, embeddings: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Begins to copy a batch's answers to the host; what is returned waits for the copies and gives them."""
+    if embeddings.device.type == "cpu":
+        return lambda: (rows, embeddings)
+    # Into pinned memory, which is what makes them copies that nobody waits for.
+    copies = rows.to("cpu", non_blocking=True), embeddings.to("cpu", non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> tuple[Tensor, Tensor]:
+        arrived.synchronize()
+        return copies
+
+    return wait
+
+
+def _write(rows: Tensor, embeddings: Tensor, found: Tensor, seen: Tensor) -> None:
+    """Puts a batch's embeddings into the lines of its rows, but for slots without one."""
+    found[rows[rows >= 0]] = embeddings[rows >= 0]
+    seen[rows[rows >= 0]] = 1
 
 
 def _sum_over_ranks(values: Tensor, run: Runtime) -> Tensor:

@@ -64,7 +64,7 @@ def evaluate(
             plain = single(cached[0], model.embedding_size)
             results |= _attributes(model, plain, cached[1], torch.tensor(evaluation_set.test.attributes), run.device)
         if known is not None and bool((labels >= 0).any()):
-            results |= baseline_accuracies(known, cached[0][labels >= 0], labels[labels >= 0])
+            results |= baseline_accuracies(known, cached[0][labels >= 0], labels[labels >= 0], run.device)
     if evaluation_set.verification is not None and evaluation_set.pairs is not None:
         embeddings, seen = (
             cached  # pictures of known identities may serve both: they are embedded once

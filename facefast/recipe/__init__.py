@@ -12,6 +12,7 @@ from facefast.recipe.config import (
     EvalConfig,
     ModelConfig,
     Photographs,
+    Place,
     Reading,
     TaskConfig,
     is_remote,
@@ -19,7 +20,7 @@ from facefast.recipe.config import (
 from facefast.recipe.image import AugmentSpec, ImageSpec
 from facefast.recipe.jsonable import from_json, to_json
 from facefast.recipe.phase import AdaptConfig, DistillConfig, LossConfig, Phase
-from facefast.recipe.plan import IndexFacts, PhasePlan, Plan, resolve, within
+from facefast.recipe.plan import Decoding, IndexFacts, PhasePlan, Plan, resolve, within
 from facefast.recipe.whole import Recipe
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "AugmentSpec",
     "BinaryConfig",
     "DataConfig",
+    "Decoding",
     "DistillConfig",
     "EvalConfig",
     "ImageSpec",
@@ -37,6 +39,7 @@ __all__ = [
     "Phase",
     "PhasePlan",
     "Photographs",
+    "Place",
     "Plan",
     "Reading",
     "Recipe",

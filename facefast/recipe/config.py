@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from facefast.recipe.ranges import MOST, require
 
@@ -41,9 +42,15 @@ class BinaryConfig:
 LARGEST_EMBEDDING = 1 << 16
 
 
+Place = Literal["gpu", "regions", "cpu"]
+"""Where pictures for a GPU are decoded: there, whole or what the network sees of them; or by the processor's cores."""
+HW_DECODER_LOAD = 0.65
+"""Part of the pictures that a GPU's JPEG hardware takes where nothing was measured: DALI's own choice."""
+
+
 @dataclass(frozen=True)
 class Reading:
-    """How files are read, and how many of them may be bad."""
+    """How files are read and decoded, and how many of them may be bad."""
 
     threads: int = 0
     """For reading and for decoding, per process; 0 is one per core."""
@@ -51,9 +58,15 @@ class Reading:
     """Unreadable files tolerated before the run stops with exit code 65."""
     max_pixels: int = 64_000_000
     """Pictures with more pixels than this are refused (decompression bombs)."""
+    decoding: Place = "gpu"
+    """Where pictures for a GPU are decoded; without one it has no effect."""
+    hw_decoder_load: float = HW_DECODER_LOAD
+    """Part of the pictures that the GPU's JPEG hardware takes; its cores take the others."""
 
     def __post_init__(self) -> None:
-        require(self, threads=(0, MOST), max_bad_fraction=(0, 1), max_pixels=(1, MOST))
+        require(self, threads=(0, MOST), max_bad_fraction=(0, 1), max_pixels=(1, MOST), hw_decoder_load=(0, 1))
+        if self.decoding not in get_args(Place):
+            raise ValueError(f"decoding is {self.decoding!r}; it must be {', '.join(get_args(Place))}")
 
 
 @dataclass(frozen=True)
@@ -121,15 +134,36 @@ class DataConfig(Photographs):
     takes is said, and too little of it is a reason to decode whole photographs in every epoch."""
     verify_fraction: float = 0.0
     """Part of the identities kept out of training for verification, where the recipe names no split for that."""
+    decoding: Literal["auto", "gpu", "regions", "cpu"] = "auto"
+    """Where pictures for a GPU are decoded: by its JPEG hardware and its cores (gpu), there but only what the network
+    sees of them (regions), or by the processor's cores (cpu); auto measures it in a long run, once per machine and kind
+    of pictures. A run that goes on keeps what it began with. Without a GPU it has no effect."""
+    hw_decoder_load: float = -1.0
+    """Part of the pictures that the GPU's JPEG hardware takes, 0 to 1; -1 is what was measured, else DALI's 0.65."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "data.", shots=(0, MOST))
+        if not (self.hw_decoder_load == -1 or 0 <= self.hw_decoder_load <= 1):
+            raise ValueError(f"data.hw_decoder_load is {self.hw_decoder_load}; it must be -1 or lie in [0, 1]")
+        if self.hw_decoder_load >= 0 and self.decoding == "cpu":
+            raise ValueError(
+                f"data.hw_decoder_load {self.hw_decoder_load} has no effect: data.decoding cpu gives the GPU no "
+                "picture to decode; leave one of them out"
+            )
         for name in ("test_fraction", "validation_fraction", "verify_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must lie in [0, 1)")
         if not 0 < self.label_fraction <= 1:
             raise ValueError(f"data.label_fraction is {self.label_fraction}; it must lie in (0, 1]")
+
+    def reading(self, threads: int) -> Reading:
+        """How these files are read by so many threads, and decoded where nothing was measured."""
+        return dataclasses.replace(
+            super().reading(threads),
+            decoding=Reading.decoding if self.decoding == "auto" else self.decoding,
+            hw_decoder_load=HW_DECODER_LOAD if self.hw_decoder_load < 0 else self.hw_decoder_load,
+        )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+from facefast.recipe.config import Place
 from facefast.recipe.phase import Phase
 from facefast.recipe.whole import Recipe
 
@@ -51,11 +53,24 @@ class PhasePlan:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """Where the pictures of a run on a GPU are decoded, all through it."""
+
+    place: Place
+    hw_decoder_load: float
+    """Part of the pictures that the JPEG hardware takes."""
+    why: Literal["asked", "measured", "usual"]
+    """Who decided: the recipe, a measurement on such a machine, or nobody, since none would have paid."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A run with nothing left to decide; saved beside the recipe."""
 
     world_size: int
     phases: tuple[PhasePlan, ...]
+    decoding: Decoding | None = None
+    """None on the CPU, where there is nothing to choose."""
 
     @property
     def total_steps(self) -> int:

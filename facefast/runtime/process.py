@@ -397,8 +397,10 @@ def _die_with_parent() -> None:
 
 
 def decode_threads(asked: int, world: World) -> int:
-    """Decoding threads for one process: `asked`, or its share of the cores (at most 8: decoders feed one device)."""
-    return asked or max(1, min(8, usable_cores() // world.local_size))
+    """Decoding threads for one process: `asked`, or its share of the cores, of which one among many is left to the
+    process itself (15 at most: decoders feed one device, and on an H100 15 were a third faster than 8)."""
+    cores = usable_cores() // world.local_size
+    return asked or max(1, min(15, cores - 1 if cores > 8 else cores))
 
 
 def cpu_has_bf16() -> bool:

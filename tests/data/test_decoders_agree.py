@@ -1,6 +1,7 @@
 """The native path against the oracle: real photographs and odd files, within 2/255 of the picture on average."""
 
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from facefast.data import read_index
 from facefast.data.index import FaceIndex
 from facefast.data.loader import make_loader
 from facefast.data.oracle import render
-from facefast.recipe import AugmentSpec, ImageSpec
-from tests.support.pictures import encode, exif, make_index, odd_pictures
+from facefast.recipe import AugmentSpec, ImageSpec, Place
+from tests.support.pictures import encode, exif, make_index, odd_pictures, smooth_picture
 
 EVERYTHING = AugmentSpec(
     crop=0.4,
@@ -33,10 +34,11 @@ DEVICES = [
 ]
 
 
-def loaded(index: FaceIndex, image: ImageSpec, augment: AugmentSpec | None, device: str) -> Tensor:
+def loaded(index: FaceIndex, image: ImageSpec, augment: AugmentSpec | None, device: str, **options: Any) -> Tensor:
     """Every picture of the index through DALI: [N, 3, H, W]."""
     images = torch.zeros(len(index), 3, *image.shape)
-    with make_loader(index, image, batch_size=16, augment=augment, seed=3, epoch=4, device=device, threads=2) as loader:
+    settings: dict[str, Any] = {"augment": augment, "seed": 3, "epoch": 4, "device": device, "threads": 2}
+    with make_loader(index, image, batch_size=16, **settings, **options) as loader:
         for batch in loader:
             valid = batch.rows >= 0
             images[batch.rows[valid].cpu()] = batch.images[valid].cpu()
@@ -98,3 +100,60 @@ def test_a_twelve_megapixel_photograph_neither_differs_nor_aliases(tmp_path: Pat
     assert (still[:, 2:30, 2:-2] - 127.5).abs().max() < 4
     middle = still[:, 45:67, 45:67].mean((1, 2))
     torch.testing.assert_close(middle, torch.tensor([200.0, 100.0, 50.0]), atol=3, rtol=0)
+
+
+PLACES = [(place, load) for place in get_args(Place) for load in ((0.0, 0.65, 1.0) if place != "cpu" else (0.0,))]
+
+
+def apart(index: FaceIndex, image: ImageSpec, augment: AugmentSpec | None, place: str, load: float) -> Tensor:
+    """Mean absolute difference of each picture between a GPU's loader and the CPU's, of 255."""
+    there = loaded(index, image, augment, "cuda", decoding=place, hw_decoder_load=load)
+    scale = torch.tensor(image.std)[:, None, None]
+    return ((there - loaded(index, image, augment, "cpu")) * scale).abs().mean((1, 2, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augment", [None, EVERYTHING], ids=["still", "augmented"])
+@pytest.mark.parametrize("image", [ImageSpec(112), ImageSpec(224)], ids=["112", "enlarged"])
+@pytest.mark.parametrize(("place", "load"), PLACES)
+def test_wherever_a_gpus_pictures_are_decoded_they_are_those_of_the_cpu(
+    celeba: Path, place: str, load: float, image: ImageSpec, augment: AugmentSpec | None
+) -> None:
+    index = read_index(celeba)
+    index = index.select(np.random.default_rng(1).choice(len(index), 64, replace=False))
+    found = apart(index, image, augment, place, load)
+    assert found.mean() < 0.05 and found.max() < 0.2
+
+
+def jpegs(folder: Path, **options: Any) -> FaceIndex:
+    """16 JPEG files of one kind, as Pillow writes them with these options."""
+    folder.mkdir()
+    names = [f"{seed:02}.jpg" for seed in range(16)]
+    for seed, name in enumerate(names):
+        (folder / name).write_bytes(encode(smooth_picture(150, 140, seed), quality=90, **options))
+    return make_index(folder, names).scanned()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("subsampling", [0, 1, 2], ids=["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
+@pytest.mark.parametrize(("place", "load"), PLACES)
+def test_so_they_are_for_each_way_in_which_a_jpeg_keeps_its_colours(
+    tmp_path: Path, place: str, load: float, progressive: bool, subsampling: int
+) -> None:
+    index = jpegs(tmp_path / "jpegs", progressive=progressive, subsampling=subsampling)
+    found = apart(index, ImageSpec(112), None, place, load)
+    assert found.mean() < 0.05 and found.max() < 0.2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("place", "load"), PLACES)
+def test_odd_files_are_the_cpus_within_a_level_wherever_they_are_decoded(
+    tmp_path: Path, place: str, load: float
+) -> None:
+    kinds = odd_pictures()
+    names = [f"{i}.bin" for i in range(len(kinds))]
+    for name, data in zip(names, kinds.values(), strict=True):
+        (tmp_path / name).write_bytes(data)
+    found = apart(make_index(tmp_path, names).scanned(), ImageSpec(48), None, place, load)
+    assert {kind: float(value) for kind, value in zip(kinds, found, strict=True) if value >= 1} == {}

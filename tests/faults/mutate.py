@@ -121,7 +121,10 @@ MUTATIONS: dict[str, Mutation] = {
         "facefast/data/work.py", "index.hashes[rows],", "None,", "tests/faults/test_damage.py -k 'flipped or grown'"
     ),
     "budget of bad pictures": Mutation(
-        LOADER, "        self._check_budget()\n", "", "tests/faults/test_damage.py -k 65"
+        LOADER,
+        "        self._budget.count(work.asked >= 0, rows < 0, self.bad)\n",
+        "",
+        "tests/faults/test_damage.py -k 65",
     ),
     "momentum of zeros": Mutation(
         "facefast/training/optim.py",

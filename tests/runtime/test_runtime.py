@@ -222,5 +222,5 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_decoding_threads_are_shared_among_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
-    assert [process.decode_threads(0, World(0, n, 0, n)) for n in (1, 8, 64)] == [8, 4, 1]
+    assert [process.decode_threads(0, World(0, n, 0, n)) for n in (1, 2, 3, 4, 8, 64)] == [15, 15, 9, 8, 4, 1]
     assert process.decode_threads(3, World()) == 3
