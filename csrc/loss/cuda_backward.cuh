@@ -63,11 +63,11 @@ struct Slope<T> {
   __device__ __forceinline__ float operator()(float x) const { return others * relative(x) + constant; }
 };
 
-// One group of threads per row and segment. The row's numbers come from `ready`, or are computed by thread t of the block
-// for its row t, while the first chunks are on their way. `out` may be the matrix itself. Whole chunks are read and
-// written 16 bytes at a time, as if none held the label, whose number is put in its place afterwards, by the thread that
-// wrote the chunk; the partial chunks at the row's ends go element by element. kAnywhere is for rows of `out` that are
-// not aligned as those of the matrix.
+// One group of threads per row and segment. The row's numbers come from `ready`, or are computed by thread t of the
+// block for its row t, while the first chunks are on their way. `out` may be the matrix itself. Whole chunks are read
+// and written 16 bytes at a time, as if none held the label, whose number is put in its place afterwards, by the thread
+// that wrote the chunk; the partial chunks at the row's ends go element by element. kAnywhere is for rows of `out` that
+// are not aligned as those of the matrix.
 template <typename T, int kGroup, Mode kMode>
 __global__ void __launch_bounds__(kThreads, kMode == Mode::kPlain ? 3 : 2)
     gradient_kernel(const __grid_constant__ Job job, const Upstream up, const RowGradient<Acc<T>>* ready, T* out,
@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(kThreads, kMode == Mode::kPlain ? 3 : 2)
   const int64_t mine = int64_t{blockIdx.x} * kRows / job.segments + threadIdx.x;
   if (threadIdx.x < kRows && mine < p.rows) {
     const int64_t its_label = label_of(p, mine);
-    if (its_label != p.focal.ignore_index) g = ready != nullptr ? ready[mine] : row_gradient<A>(job, up, mine, its_label);
+    if (its_label != p.focal.ignore_index)
+      g = ready != nullptr ? ready[mine] : row_gradient<A>(job, up, mine, its_label);
   }
   if constexpr (kGroup > 1) {
     __shared__ RowGradient<A> of_rows[kRows];

@@ -1,6 +1,6 @@
-// Softmax on the GPU, forward: groups of threads read each row once, online, and then a thread a row finishes them. A row
-// longer than a segment is divided among blocks, always in the same way, so that results do not depend on the grid. One
-// launch does all of it, sums over the rows included.
+// Softmax on the GPU, forward: groups of threads read each row once, online, and then a thread a row finishes them. A
+// row longer than a segment is divided among blocks, always in the same way, so that results do not depend on the grid.
+// One launch does all of it, sums over the rows included.
 #pragma once
 
 #include <cassert>
@@ -187,10 +187,11 @@ __device__ __forceinline__ SegmentStats<Acc<T>> combine(Running<T> mine, double 
   return {mine.peak == Running<T>::kNone ? A(0) : mine.peak, mine.mass, sum};
 }
 
-// A round of chunks, kGroup apart; `none` from `end` on and where `skipped` lies. kConstant if this launch writes to the matrix nowhere.
+// A round of chunks, kGroup apart; `none` from `end` on and where `skipped` lies. kConstant if this launch writes to
+// the matrix nowhere.
 template <typename T, int kGroup, bool kConstant>
-__device__ __forceinline__ void load_round(const Chunks<T>& chunks, int chunk, int end, int skipped,
-                                           uint4 none, uint4 (&round)[kInFlight]) {
+__device__ __forceinline__ void load_round(const Chunks<T>& chunks, int chunk, int end, int skipped, uint4 none,
+                                           uint4 (&round)[kInFlight]) {
   const T* base = chunks.row - chunks.head;
 #pragma unroll
   for (int u = 0; u < kInFlight; ++u) {
@@ -383,8 +384,8 @@ __device__ __forceinline__ Partial settle_bundle(const Job& job, Then then, int6
   return total;
 }
 
-// Blocks of 256 threads on a multiprocessor at a time, which share its 65 536 registers: 5 leave 48 to a thread, 4 leave
-// 64 where segments are merged as well, 2 leave 128 where columns are scaled.
+// Blocks of 256 threads on a multiprocessor at a time, which share its 65 536 registers: 5 leave 48 to a thread, 4
+// leave 64 where segments are merged as well, 2 leave 128 where columns are scaled.
 constexpr int blocks_wanted(int group, Mode mode) { return mode != Mode::kPlain ? 2 : group == kThreads ? 4 : 5; }
 
 // One group of kGroup threads per row and segment, kThreads / kGroup of them in a block: short rows share a warp, and a

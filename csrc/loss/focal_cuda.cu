@@ -1,10 +1,10 @@
 // The CUDA back end: which kernels run, with how many threads, on the caller's stream.
-#include "cuda_backward.cuh"
 #include <algorithm>
 #include <mutex>
 #include <utility>
 #include <vector>
 
+#include "cuda_backward.cuh"
 #include "focal_cuda.h"
 
 namespace facefast {
@@ -123,11 +123,11 @@ class CudaBackend : public Backend {
     });
   }
 
-  void overwrite(const Problem& p, const Columns& c, const void* rows) override {
+  void write_gradient(const Problem& p, const Columns& c, const void* rows, void* out, int64_t stride) override {
     with_type(p.type, [&](auto type) {
       using T = decltype(type);
-      T* out = static_cast<T*>(const_cast<void*>(c.data));
-      run_gradient<T>(make_job<T>(p, c, {}), {}, static_cast<const RowGradient<Acc<T>>*>(rows), out, c.stride);
+      run_gradient<T>(make_job<T>(p, c, {}), {}, static_cast<const RowGradient<Acc<T>>*>(rows), static_cast<T*>(out),
+                      stride);
     });
   }
 

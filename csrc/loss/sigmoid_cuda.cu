@@ -122,9 +122,8 @@ __global__ void __launch_bounds__(kThreads) sigmoid_backward_kernel(const Sigmoi
     } else {
       from[0] = upstream[at * up.stride];
     }
-    each<T>(p, at, x, target, [&](int i, Element<A> found, bool counts) {
-      x[i] = counts ? found.grad * (share * from[i]) : A(0);
-    });
+    each<T>(p, at, x, target,
+            [&](int i, Element<A> found, bool counts) { x[i] = counts ? found.grad * (share * from[i]) : A(0); });
     if constexpr (kMany > 1) {
       store_chunk(grad + at, pack<T>(x));
     } else {

@@ -1,9 +1,9 @@
 """How the losses' CUDA kernels reach memory: 16 bytes at a time on their main path, in the code that runs on a GPU.
 
-nvcc may take a copy of 16 bytes apart into its elements, for which nothing in the source is to blame and which no result
-shows: the bfloat16 gradient ran at a third of the bandwidth for it. The kernels' main paths are known by their names and
-by their loops. Rows that begin inside a chunk, the label and what is one number a row go element by element, outside
-those loops; kernels for operands that do not lie alike are named kAnywhere, or have the flag kWide at 0.
+nvcc may take a copy of 16 bytes apart into its elements, for which nothing in the source is to blame and which no
+result shows: the bfloat16 gradient ran at a third of the bandwidth for it. The kernels' main paths are known by their
+names and by their loops. Rows that begin inside a chunk, the label and what is one number a row go element by element,
+outside those loops; kernels for operands that do not lie alike are of mode kAnywhere, or have the flag kWide at 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ TYPES = {"13__nv_bfloat16", "6__half", "f", "d"}
 @pytest.fixture(scope="module")
 def kernels() -> list[sass.Kernel]:
     if sass.cuobjdump() is None:
-        pytest.skip("no cuobjdump: neither Triton's wheel, which comes with torch for CUDA, nor the CUDA toolkit is here")
+        pytest.skip(
+            "no cuobjdump: neither Triton's wheel, which comes with torch for CUDA, nor the CUDA toolkit is here"
+        )
     return sass.kernels(Path(str(_C.__file__)))
 
 
@@ -104,6 +106,8 @@ def test_a_loop_that_went_to_pieces_is_found() -> None:
 
     assert found(SAMPLE) == []
     assert "too few" in str(found(SAMPLE.replace("128.STRONG.GPU R8", "64.STRONG.GPU R8")))
-    assert "stores=1" in str(found(SAMPLE.replace("STG.E.128.STRONG.GPU desc[UR4][R2.64], R8", "STG.E.U16 desc[UR4], R8")))
+    assert "stores=1" in str(
+        found(SAMPLE.replace("STG.E.128.STRONG.GPU desc[UR4][R2.64], R8", "STG.E.U16 desc[UR4], R8"))
+    )
     assert "no loop" in str(found(SAMPLE.replace("STG.E.128", "STG.E.64")))
     assert "no loop" in str(found(SAMPLE.replace("BRA 0x10", "BRA 0xb0")))
