@@ -34,13 +34,13 @@ MEASURED = (
     Measured(4096, 1_000_000, 61.635, 51.235, 1028.7, 16609.6),
 )
 """One H100 80 GB (SXM), bfloat16, D = 512, torch 2.11, by benchmarks/bench_linear_focal.py at commit 38a4e01 on 26
-November 2026, before the kernels read and wrote 16 bytes at a time. torch.compile of the same: 1.050, 2.552 and 9.100 ms,
-not run on the last."""
+November 2026, before the kernels read and wrote 16 bytes at a time. torch.compile of the same: 1.050, 2.552 and 9.100
+ms, not run on the last."""
 
 
 def keeps_logits(x: Tensor, classes: int, measured: tuple[Measured, ...] = MEASURED) -> bool:
-    """Whether `linear_focal_loss` of x [N, D] is expected to gain by keeping its logits, going by the measured shape that
-    is nearest in the logarithms of rows and classes.
+    """Whether `linear_focal_loss` of x [N, D] is expected to gain by keeping its logits, going by the measured shape
+    that is nearest in the logarithms of rows and classes.
 
     Only 16-bit numbers on a GPU have been measured; all others keep nothing.
     """

@@ -18,7 +18,7 @@ from tests.support.derive import derive
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-CLASSES = (1, 2, 7, 40, 1000, 1001, 10177, 70001)
+CLASSES = (1, 2, 7, 40, 1000, 1001, 3001, 10177, 70001)
 # Of loss and gradient against the same numbers in float64 on the CPU.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 HALF_A_UNIT = 2.0**-25  # of float16 below 2^-14, where its numbers lie 2^-24 apart
@@ -221,6 +221,29 @@ def test_a_cuda_graph_replays_forward_and_backward(name: str) -> None:
     graph.replay()
     wanted = derive(function, x.detach().clone())
     torch.testing.assert_close((loss.detach(), x.grad), wanted, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("classes", (40, 70001))
+def test_a_graph_and_another_stream_count_their_blocks_apart(classes: int) -> None:
+    """The last block of a launch is known by a count, which launches that run at the same time must not share."""
+    inputs = [torch.randn(96, classes, device="cuda") for _ in range(3)]
+    y, streams = torch.arange(96, device="cuda") % classes, [torch.cuda.Stream() for _ in range(2)]
+    wanted = [focal_loss(x, y) for x in inputs]
+    with torch.cuda.stream(streams[0]):
+        for _ in range(3):
+            focal_loss(inputs[0], y)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=streams[0]):
+        replayed = focal_loss(inputs[0], y)
+    for _ in range(50):
+        graph.replay()
+        found = []
+        for x, stream in zip(inputs[1:], streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(focal_loss(x, y))
+        torch.cuda.synchronize()
+        assert [value.item() for value in (replayed, *found)] == [value.item() for value in wanted]
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch's graph trees record one of themselves
