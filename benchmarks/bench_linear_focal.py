@@ -8,6 +8,8 @@ Embeddings x [N, D] and class directions W [C, D] to the ArcFace focal loss and 
   torch.compile  the same, compiled
   facefast       cosines by F.linear, then one focal_loss with the margin in it
   fused          linear_focal_loss: the cosines are never in memory as a whole
+  kept           linear_focal_loss that keeps the products for the backward pass
+  chosen         linear_focal_loss that chooses between the two by what was measured
 Memory is the greatest sum of tensors alive beyond x, W and what was there before, on a GPU.
 """
 
@@ -25,7 +27,10 @@ from torch import Tensor
 
 from facefast.ops import Arc, focal_loss, linear_focal_loss
 
-SHAPES = {"cpu": ((256, 128, 10177), (256, 128, 100_000)), "cuda": ((4096, 512, 100_000), (4096, 512, 1_000_000))}
+SHAPES = {
+    "cpu": ((256, 128, 10177), (256, 128, 100_000)),
+    "cuda": ((4096, 512, 10177), (1024, 512, 100_000), (4096, 512, 100_000), (4096, 512, 1_000_000)),
+}
 THREADS = 2
 GAMMA, MARGIN, SCALE = 2.0, 0.3, 32.0
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -47,14 +52,15 @@ def separate(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return focal_loss(cosine, target, gamma=GAMMA, margin=Arc(MARGIN), scale=SCALE)
 
 
-def fused(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Ours without them."""
-    return linear_focal_loss(x, weight, target, normalize=True, gamma=GAMMA, margin=Arc(MARGIN), scale=SCALE)
+def fused(x: Tensor, weight: Tensor, target: Tensor, keep: bool | None = False) -> Tensor:
+    """Ours without them, or with the products kept."""
+    return linear_focal_loss(x, weight, target, normalize=True, gamma=GAMMA, margin=Arc(MARGIN), scale=SCALE, keep=keep)
 
 
 def contenders(matrix_bytes: int) -> dict[str, Loss]:
     """Those whose memory the machine has: torch's keep some ten matrices [N, C] in float32."""
     found: dict[str, Loss] = {"facefast": separate, "fused": fused}
+    found |= {"kept": functools.partial(fused, keep=True), "chosen": functools.partial(fused, keep=None)}
     if matrix_bytes < 2 << 30:
         found |= {"insightface": insightface, "torch.compile": torch.compile(insightface)}
     return found

@@ -62,6 +62,12 @@ def celeba() -> Path:
 
 
 @pytest.fixture(scope="session")
+def celeba_in_the_wild(celeba: Path) -> Path:
+    """The same people's photographs as they were taken; a copy of `celeba` for a GPU may come without them."""
+    return _shared("celeba-mini/img_celeba")
+
+
+@pytest.fixture(scope="session")
 def shared_weights() -> Path:
     """The published source model and detector, beside the checkout."""
     return _shared("weights")

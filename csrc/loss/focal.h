@@ -91,13 +91,13 @@ class Backend {
   virtual void backward(const Problem&, const Columns&, const RowState&, const Upstream&, void* grad) = 0;
 
   // linear_focal_loss: add each chunk to the statistics, then turn them into losses; for the
-  // backward pass turn them into one RowGradient a row, then overwrite each chunk with its
-  // gradient.
+  // backward pass turn them into one RowGradient a row, then write each chunk's gradient to rows
+  // `stride` elements apart, which may be the chunk itself.
   virtual void accumulate(const Problem&, const Columns&, const RowState&) = 0;
   virtual void finish(const Problem&, const RowState&, void* loss, void* count) = 0;
   virtual int64_t row_gradient_bytes(Type) const = 0;
   virtual void row_gradients(const Problem&, const RowState&, const Upstream&, void* rows) = 0;
-  virtual void overwrite(const Problem&, const Columns&, const void* rows) = 0;
+  virtual void write_gradient(const Problem&, const Columns&, const void* rows, void* out, int64_t stride) = 0;
 
   // Before the first write to a large result that is fresh memory.
   virtual void prepare(void* data, int64_t bytes) = 0;

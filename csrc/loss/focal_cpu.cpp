@@ -327,14 +327,14 @@ class CpuBackend : public Backend {
     });
   }
 
-  void overwrite(const Problem& p, const Columns& c, const void* rows) override {
+  void write_gradient(const Problem& p, const Columns& c, const void* rows, void* out, int64_t stride) override {
     with_type(p.type, [&](auto type) {
       using T = decltype(type);
       const auto* g = static_cast<const RowGradient<Acc<T>>*>(rows);
       Blocks(p.rows, c.width).each([&](int64_t, int64_t begin, int64_t n) {
         const RowBlock block(p, begin, n);
         for (int64_t r = 0; r < n; ++r) {
-          write_row<T>(p, c, g[begin + r], begin + r, block.label[r], const_cast<T*>(row_of<T>(c, begin + r)));
+          write_row<T>(p, c, g[begin + r], begin + r, block.label[r], static_cast<T*>(out) + (begin + r) * stride);
         }
       });
     });

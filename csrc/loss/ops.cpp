@@ -270,27 +270,27 @@ Tensor sigmoid_focal_backward(const Tensor& grad, const Tensor& logits, const Te
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_focal_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_focal_forward(
     const Tensor& x, const Tensor& weight, const Tensor& target, const std::optional<Tensor>& alphas,
     const std::optional<Tensor>& margins, double gamma, double smoothing, double scale, double alpha,
     int64_t ignore_index, double m1, double m2, double m3, bool detached, int64_t reduction, bool normalize,
-    int64_t chunk) {
+    int64_t chunk, bool keep) {
   const Options options{alphas, margins, gamma, smoothing, scale, alpha, ignore_index, m1, m2, m3, detached, reduction};
-  LinearForward f = linear_forward(x, weight, target, options, normalize, chunk);
-  return {f.loss, f.stats, f.count, f.row_scale, f.col_scale};
+  LinearForward f = linear_forward(x, weight, target, options, normalize, chunk, keep);
+  return {f.loss, f.stats, f.count, f.row_scale, f.col_scale, f.logits};
 }
 
 std::tuple<Tensor, Tensor> linear_focal_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                                  const Tensor& target, const std::optional<Tensor>& alphas,
                                                  const std::optional<Tensor>& margins, const Tensor& stats,
                                                  const Tensor& count, const Tensor& row_scale, const Tensor& col_scale,
-                                                 double gamma, double smoothing, double scale, double alpha,
-                                                 int64_t ignore_index, double m1, double m2, double m3, bool detached,
-                                                 int64_t reduction, bool, int64_t chunk, bool need_x,
-                                                 bool need_weight) {
+                                                 const Tensor& logits, double gamma, double smoothing, double scale,
+                                                 double alpha, int64_t ignore_index, double m1, double m2, double m3,
+                                                 bool detached, int64_t reduction, bool, int64_t chunk, bool,
+                                                 bool need_x, bool need_weight) {
   const Options options{alphas, margins, gamma, smoothing, scale, alpha, ignore_index, m1, m2, m3, detached, reduction};
-  return linear_backward(grad, x, weight, target, options, weight.size(0), stats, count, row_scale, col_scale, chunk,
-                         need_x, need_weight);
+  return linear_backward(grad, x, weight, target, options, weight.size(0), stats, count, row_scale, col_scale, logits,
+                         chunk, need_x, need_weight);
 }
 
 // The loss whose classes lie on several ranks, in the three parts between which these exchange a few numbers a row. A
@@ -334,8 +334,8 @@ std::tuple<Tensor, Tensor> block_backward(const Tensor& grad, const Tensor& x, c
                                           int64_t reduction, int64_t classes, int64_t chunk, bool need_x,
                                           bool need_weight) {
   const Options options{alphas, margins, gamma, smoothing, scale, alpha, ignore_index, m1, m2, m3, detached, reduction};
-  return linear_backward(grad, x, weight, target, options, classes, stats, count, row_scale, col_scale, chunk, need_x,
-                         need_weight);
+  return linear_backward(grad, x, weight, target, options, classes, stats, count, row_scale, col_scale, std::nullopt,
+                         chunk, need_x, need_weight);
 }
 
 // What every softmax loss takes after its tensors.
@@ -354,11 +354,12 @@ STABLE_TORCH_LIBRARY(facefast, m) {
       "Tensor count, " FACEFAST_NUMBERS ") -> Tensor");
   m.def(
       "linear_focal_forward(Tensor x, Tensor weight, Tensor target, Tensor? alphas, Tensor? margins, " FACEFAST_NUMBERS
-      ", bool normalize, int chunk) -> (Tensor loss, Tensor stats, Tensor count, Tensor row_scale, Tensor col_scale)");
+      ", bool normalize, int chunk, bool keep) -> (Tensor loss, Tensor stats, Tensor count, Tensor row_scale, "
+      "Tensor col_scale, Tensor logits)");
   m.def(
       "linear_focal_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor? alphas, Tensor? margins, "
-      "Tensor stats, Tensor count, Tensor row_scale, Tensor col_scale, " FACEFAST_NUMBERS
-      ", bool normalize, int chunk, bool need_x, bool need_weight) -> (Tensor x_grad, Tensor weight_grad)");
+      "Tensor stats, Tensor count, Tensor row_scale, Tensor col_scale, Tensor logits, " FACEFAST_NUMBERS
+      ", bool normalize, int chunk, bool keep, bool need_x, bool need_weight) -> (Tensor x_grad, Tensor weight_grad)");
   m.def(
       "block_statistics(Tensor x, Tensor weight, Tensor target, float smoothing, float scale, int ignore_index, "
       "int classes, bool normalize, int chunk) -> (Tensor stats, Tensor sums, Tensor row_scale, Tensor col_scale)");

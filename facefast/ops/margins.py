@@ -124,9 +124,18 @@ class AdaFace(nn.Module):
 
     @torch.no_grad()
     def forward(self, norms: Tensor) -> Combined:  # [N]
-        """The margins of rows whose embeddings have these norms [N]."""
+        """The margins of rows whose embeddings have these norms [N].
+
+        Raises:
+            ValueError: norms are not [N], or on another device than the running statistics.
+        """
         if norms.dim() != 1:
             raise ValueError(f"norms has shape {tuple(norms.shape)}; it must be [N], one norm per row")
+        if norms.device != self.mean.device:
+            raise ValueError(
+                f"norms are on {norms.device} and AdaFace's running statistics on {self.mean.device}; "
+                f"move the margin there once: margin.to({str(norms.device)!r})"
+            )
         norms = norms.float().clamp(1e-3, 100)  # as the published code does
         if self.training and norms.shape[0] > 1:
             self.mean.lerp_(norms.mean(), self.momentum)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KERNEL_VERSION = 4
+KERNEL_VERSION = 5
 """The same number as in csrc/loss/tensors.h; raised with every change of a schema."""
 
 _REBUILD = "rebuild with: python setup.py build_ext --inplace"
@@ -180,13 +180,15 @@ def _register(library: torch.library.Library) -> None:
     @torch.library.register_fake("facefast::linear_focal_forward", lib=library)
     def _(x: Tensor, weight: Tensor, *rest: Any) -> Any:
         rows, classes = x.shape[0], weight.shape[0]
-        reduction, normalize = rest[-3], rest[-2]
+        reduction, normalize, _, keep = rest[-4:]
+        step = 16 // x.element_size() if x.is_cuda else 1
         return (
             reduced(x, (rows,), reduction),
             x.new_empty((rows, 3), dtype=acc(x)),
             x.new_empty((), dtype=acc(x)),
             x.new_empty((rows if normalize else 0,), dtype=acc(x)),
             x.new_empty((classes if normalize else 0,), dtype=acc(x)),
+            x.new_empty((rows if keep else 0, (classes + step - 1) // step * step)),
         )
 
     @torch.library.register_fake("facefast::linear_focal_backward", lib=library)

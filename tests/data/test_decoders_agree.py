@@ -69,9 +69,9 @@ def test_aligned_photographs(celeba: Path, device: str, image: ImageSpec, augmen
 
 @pytest.mark.parametrize("augment", [None, EVERYTHING], ids=["still", "augmented"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_photographs_in_the_wild(celeba: Path, device: str, augment: AugmentSpec | None) -> None:
-    names = sorted(path.name for path in (celeba / "img_celeba").iterdir())[:32]
-    index = make_index(celeba / "img_celeba", names).scanned()
+def test_photographs_in_the_wild(celeba_in_the_wild: Path, device: str, augment: AugmentSpec | None) -> None:
+    names = sorted(path.name for path in celeba_in_the_wild.iterdir())[:32]
+    index = make_index(celeba_in_the_wild, names).scanned()
     found = differences(index, ImageSpec(112), augment, device)
     assert found.max() < (0.05 if device == "cpu" else 2)
 

@@ -283,3 +283,10 @@ def test_more_than_two_to_the_31_numbers() -> None:
     assert x.grad[-1, -1].item() == pytest.approx(math.exp(10) / (classes - 1 + math.exp(10)) - 1, rel=4e-3)
     assert x.grad[-2, -2].item() == pytest.approx(-1, rel=4e-3)
     assert x.grad[-2, -1].item() == pytest.approx(1e-6, rel=4e-3)
+
+
+def test_adaface_on_another_device_than_the_norms_says_how_to_move_it() -> None:
+    margin = AdaFace()
+    with pytest.raises(ValueError, match=r"norms are on meta and .* statistics on cpu; .*margin.to\('meta'\)"):
+        margin(torch.ones(3, device="meta"))
+    assert margin(torch.ones(3)).m1 == 1.0

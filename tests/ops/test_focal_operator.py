@@ -77,7 +77,12 @@ def operator_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         arguments = kernel_options(x, **settings)
         cases[f"focal {name}"] = (ops.focal_forward.default, (x, LABELS, *arguments))
         a, b = (t.float() for t in operands())
-        cases[f"linear {name}"] = (ops.linear_focal_forward.default, (a, b, LABELS, *arguments, name == "margins", 2))
+        cases[f"linear {name}"] = (
+            ops.linear_focal_forward.default,
+            (a, b, LABELS, *arguments, name == "margins", 2, False),
+        )
+        kept = (a, b, LABELS, *arguments, name == "margins", 2, True)
+        cases[f"linear {name}, kept"] = (ops.linear_focal_forward.default, kept)
     targets = torch.eye(6, 5)
     cases["sigmoid plain"] = (ops.sigmoid_focal_forward.default, (x, targets, None, 2.0, 0.25, 1))
     cases["sigmoid alphas"] = (ops.sigmoid_focal_forward.default, (x, targets, torch.rand(5), 2.0, 0.25, 0))

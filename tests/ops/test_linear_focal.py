@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import subprocess
@@ -21,6 +20,7 @@ from torch import Tensor
 from facefast.ops import AdaFace, Arc, Combined, Cos, linear_focal_loss, reference
 from facefast.ops.margins import Margin
 from tests.support.derive import derive
+from tests.support.memory import peak_bytes
 
 REDUCTIONS = ("none", "mean", "sum")
 MARGINS: dict[str, Callable[[int], Margin | None]] = {
@@ -428,20 +428,6 @@ def test_results_repeat_where_mkl_divides_inner_dimensions_among_threads(tmp_pat
 
 # ---------------------------------------------------------------------------------------------
 # Memory
-
-
-def peak_bytes(function: Callable[[], Any], trace: Path) -> int:
-    """The most that torch's allocator had out at a time during function(), above what it had before."""
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
-        function()
-    profiler.export_chrome_trace(str(trace))
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    events.sort(key=lambda event: event["ts"])
-    totals: list[int] = [event["args"]["Total Allocated"] for event in events]
-    first: int = events[0]["args"]["Bytes"]
-    assert first > 0
-    return max(totals) - (totals[0] - first)
 
 
 def test_the_meter_sees_what_the_allocator_gives(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -30,6 +31,9 @@
 #define cudaSetDevice(device) cudaSuccess
 #define cudaGetLastError() cudaSuccess
 #define cudaGetErrorString(error) "no error"
+#define cudaStreamIsCapturing(stream, status) cudaSuccess
+#define cudaMemsetAsync(to, value, bytes, stream) (std::memset(to, value, bytes), cudaSuccess)
+#define cudaGetSymbolAddress(to, symbol) (*(to) = (symbol), cudaSuccess)
 
 namespace on_host {
 
@@ -177,4 +181,36 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask, int width = 32) {
   const int lane = threadIdx.x % 32, source = lane ^ mask;
   return ::on_host::exchange(value, source / width <= lane / width ? source : lane);
+}
+
+// A chunk must be aligned, as it must on a GPU.
+inline void check_chunk(const void* address, size_t size) {
+  if (reinterpret_cast<uintptr_t>(address) % size == 0) return;
+  std::fprintf(stderr, "%zu bytes at %p are not aligned\n", size, address);
+  std::abort();
+}
+
+template <typename T>
+T __ldcg(const T* from) {
+  check_chunk(from, alignof(T));
+  return *from;
+}
+
+template <typename T>
+T __ldg(const T* from) {
+  return __ldcg(from);
+}
+
+inline void __stcg(uint4* to, uint4 value) {
+  check_chunk(to, sizeof(uint4));
+  *to = value;
+}
+
+// Blocks run one after the other: what one has written, the next can read.
+inline void __threadfence() {}
+
+inline unsigned atomicInc(unsigned* at, unsigned most) {
+  const unsigned before = *at;
+  *at = before >= most ? 0 : before + 1;
+  return before;
 }

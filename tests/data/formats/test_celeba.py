@@ -318,8 +318,8 @@ def test_other_folders_are_not_celeba(tmp_path: Path) -> None:
         read_celeba(tmp_path)
 
 
-def test_real_photographs_are_read_as_their_readme_says(celeba: Path) -> None:
-    aligned, wild = read_index(celeba), read_index(celeba / "img_celeba")
+def test_real_photographs_are_read_as_their_readme_says(celeba: Path, celeba_in_the_wild: Path) -> None:
+    aligned, wild = read_index(celeba), read_index(celeba_in_the_wild)
     assert (len(aligned), aligned.num_classes, len(wild)) == (4950, 239, 300)
     assert aligned.attribute_names == ("Attractive", "Male")
     assert aligned.landmarks is not None and wild.landmarks is not None and wild.boxes is not None
