@@ -9,7 +9,7 @@ from collections import OrderedDict
 from typing import Literal, get_args
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from facefast.data import FaceIndex, oracle
 
@@ -70,8 +70,8 @@ class Portraits:
         encoded = oracle.read_bytes(self.index, row)
         square = face_square(self.index, row)
         if square is None:
-            picture = Image.fromarray(oracle.decode(encoded, least=FACE))
-            picture.thumbnail((FACE, FACE))
+            # Enlarged too: a picture of 112 pixels in a square of 320 would be hard to look at.
+            picture = ImageOps.contain(Image.fromarray(oracle.decode(encoded, least=FACE)), (FACE, FACE))
             whole = Image.new("RGB", (FACE, FACE), GREY)
             whole.paste(picture, ((FACE - picture.width) // 2, (FACE - picture.height) // 2))
             return whole

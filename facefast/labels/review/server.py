@@ -311,11 +311,9 @@ def serve(folder: Path, port: int, announce: Callable[[str], None]) -> Decisions
         # From a thread of its own: `shutdown` waits for the loop, which waits for the request that asked for it.
         application = Application(review, decisions, lambda: threading.Thread(target=server.shutdown).start())
         server = make_server(HERE, port, application, threaded=True, request_handler=_Quiet, fd=listening.fileno())
-        address = f"http://{HERE}:{server.server_port}/{application.token}/"
-        with _signals_interrupt(), contextlib.suppress(KeyboardInterrupt):
-            announce(address)
+        with contextlib.closing(server.socket), _signals_interrupt(), contextlib.suppress(KeyboardInterrupt):
+            announce(f"http://{HERE}:{listening.getsockname()[1]}/{application.token}/")
             server.serve_forever(poll_interval=0.1)
-        server.server_close()
         decisions.write_result(last=True)
     return decisions
 

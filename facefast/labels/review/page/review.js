@@ -12,7 +12,8 @@ const $ = (id) => document.getElementById(id);
 
 let items = [], decisions = new Map(), order = [], task = "audit";
 let at = 0; // place in `order`
-let whole = false, over = false;
+let whole = false, over = false, waiting = false;
+const given = []; // what was decided since the page was opened, to be taken back
 let queue = Promise.resolve();
 const ahead = new Map(); // address -> Image, so that what was fetched stays
 
@@ -216,16 +217,19 @@ function decide(action, to) {
   if (over || !order.length) return;
   const number = order[at], before = decisions.get(number), item = items[number];
   const target = to || (action === "move" || action === "merge" ? item.suggested : "");
-  decisions.set(number, { action, to: target });
-  const then = nextOpen(at);
-  go(then);
+  const entry = { number, before, decision: { action, to: target } };
+  decisions.set(number, entry.decision);
+  given.push(entry);
+  go(nextOpen(at));
   const left = items.length - decisions.size;
-  say(`${number + 1}: ${DONE[action].toLowerCase()}${target ? ` (${target})` : ""}. ` +
+  say(`${number + 1}: ${DONE[action].toLowerCase()}${target ? ` (\u2068${target}\u2069)` : ""}. ` +
     (left ? `${left} open.` : "All are decided: Done writes the table."));
   queue = queue.then(() => ask("decide", { item: number, action, to: to || "" })).then((answer) => {
-    decisions.set(number, answer.decision);
-    if (answer.decision.to !== target) go(at);
+    if (decisions.get(number) !== entry.decision) return; // decided anew, or taken back, since
+    entry.decision.to = answer.decision.to; // a typed name as the set has it
+    if (answer.decision.to !== target) drawList();
   }).catch((error) => {
+    if (given.includes(entry)) given.splice(given.indexOf(entry), 1);
     if (before) decisions.set(number, before); else decisions.delete(number);
     goTo(number);
     say(error.message, true);
@@ -233,11 +237,23 @@ function decide(action, to) {
 }
 
 function undo() {
+  const last = given.pop();
+  if (last) putBack(last.number, last.before);
+  else waiting = true; // an answer of an earlier time: only the server knows which
   queue = queue.then(() => ask("undo", {})).then((answer) => {
-    if (answer.decision) decisions.set(answer.item, answer.decision); else decisions.delete(answer.item);
-    goTo(answer.item);
-    say(`${answer.item + 1}: taken back. ${decisions.size} of ${items.length} decided.`);
-  }).catch((error) => say(error.message, true));
+    if (!last) putBack(answer.item, answer.decision);
+  }).catch((error) => {
+    if (last) decisions.set(last.number, last.decision);
+    drawList();
+    drawItem();
+    say(error.message, true);
+  }).finally(() => { waiting = false; });
+}
+
+function putBack(number, before) {
+  if (before) decisions.set(number, before); else decisions.delete(number);
+  goTo(number);
+  say(`${number + 1}: taken back. ${decisions.size} of ${items.length} decided.`);
 }
 
 function finish() {
@@ -309,7 +325,7 @@ const ARROWS = { ArrowLeft: "previous", ArrowUp: "previous", ArrowRight: "next",
 
 function act(what) {
   const button = document.querySelector(`[data-act="${what}"]`);
-  if (over || button.hidden || button.closest("[hidden]")) return;
+  if (over || waiting || button.hidden || button.closest("[hidden]")) return;
   ACTS[what]();
 }
 
