@@ -303,7 +303,8 @@ def page_of(told: Sequence[tuple[dict[str, Any], Path]], written: set[str]) -> s
             names = ", ".join(said(face)[0] or "a face" for face in faces) or "no face"
             label = html.escape("".join(map(escape_letter, f"{place}: {names}")), quote=True)
             picture = f'<a href="{address}"><img src="{address}" alt="{label}" loading="lazy"></a>'
-        articles.append(f"<article>{picture}<h2>{text(str(place))}</h2>{body}</article>\n")
+        name = str(place.parent / Path(answer["path"]).name)  # the photograph's own
+        articles.append(f"<article>{picture}<h2>{text(name)}</h2>{body}</article>\n")
     count = sum(len(answer.get("faces") or []) for answer, _ in told)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fontTools.ttLib import TTCollection, TTFont
 from PIL import ImageDraw, ImageFont, features
@@ -146,7 +147,7 @@ class Line:
 
 
 def _length(run: Run, size: int) -> float:
-    return float(run.at(size).getlength(run.text, direction=_direction(run)))  # type: ignore[union-attr]
+    return float(run.at(size).getlength(run.text, direction=_direction(run)))
 
 
 def _direction(run: Run) -> str | None:
@@ -204,7 +205,7 @@ def _bare(letter: str) -> bool:
     return unicodedata.category(letter) in _NOTHING_TO_DRAW
 
 
-def _covering(text: str) -> Face | None | bool:
+def _covering(text: str) -> Face | None | Literal[False]:
     """The first font that has all letters; False for Pillow's own, None where there is none."""
     wanted = {ord(letter) for letter in text if not _bare(letter) or unicodedata.category(letter) == "Mn"}
     for face in installed():
