@@ -9,9 +9,12 @@ Writes into --out:
   suggested one. `duplicate_01.jpg` ...: pairs. `merge_01.jpg` ...: pictures of both identities.
 - `suspects.html`: the same on one page that loads nothing, with the names in full.
 - `suspects.json`: the counts, and each finding with the columns of the table; what is not known is null.
+- `review.npz`, `review.jsonl`: which pictures `--review` shows of each finding; no photographs.
 
-`facefast train --data.corrections suspects.csv` then trains without what was found. `--plant 0.05` is a self-test: it
-plants wrong labels and says how many of them are found.
+`facefast train --data.corrections suspects.csv` then trains without what was found. `--review` opens a page on this
+machine on which a person goes through the findings with the keyboard; `facefast audit --review --out DIR` goes on with
+one. What they decide is in `corrections.csv`, for `--data.corrections`, and in `decisions.jsonl`, to go on from.
+`--plant 0.05` is a self-test: it plants wrong labels and says how many of them are found.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ from facefast.labels.clustering import Floats, unit_rows
 from facefast.labels.copies import copies_by_pixels
 from facefast.labels.hardness import hardness
 from facefast.labels.pages import write_page
+from facefast.labels.review.items import audit_review
+from facefast.labels.review.server import goes_on, review_here
 from facefast.labels.selftest import SelfTest, plant_wrong_labels, self_test
 from facefast.labels.sheets import strips, write_sheets
 from facefast.labels.suspects import KINDS, Suspects, find_suspects
@@ -46,16 +51,16 @@ from facefast.recipe import Photographs, Recipe, to_json
 from facefast.recipe.options import parse
 from facefast.recipe.ranges import LARGEST_SEED, MOST, require
 from facefast.runtime import exits, files, process
-from facefast.runtime.terminal import say
+from facefast.runtime.terminal import complain, say
 
 
 @dataclass(frozen=True)
 class AuditArguments:
     """`python -m facefast.audit`."""
 
-    model: tyro.conf.Positional[Path]
+    model: tyro.conf.Positional[Path | None] = None
     """A run folder, a checkpoint folder, an exported package or a source model's weights file. One that was trained on
-    these very labels has learnt their mistakes too: a source model sees more."""
+    these very labels has learnt their mistakes too: a source model sees more. Only --review goes on without one."""
     data: Photographs = field(default_factory=Photographs)
     out: Path | None = None
     """Folder for suspects.csv and the contact sheets."""
@@ -73,8 +78,13 @@ class AuditArguments:
     """Pictures in one batch of the model, per process."""
     json: bool = False
     """Print one JSON object, what suspects.json holds, and nothing else."""
+    review: bool = False
+    """Then serve a page on 127.0.0.1 to decide each finding; without MODEL go on with those that are in --out."""
+    port: int = 0
+    """Of the page of --review; 0 takes a free one."""
 
     def __post_init__(self) -> None:
+        require(self, port=(0, 65535))
         require(self, confidence=(0, 1), false_merges=(0, 1), plant=(0, 1), pictures=(0, MOST))
         require(self, seed=(0, LARGEST_SEED), batch_size=(1, MOST))
 
@@ -140,7 +150,8 @@ def findings_text(found: dict[str, Any], data: Photographs, out: Path) -> str:
     form = f" --data.format {data.format}" if data.format != "auto" else ""
     root, table = shlex.quote(data.root), shlex.quote(str(out / "suspects.csv"))
     lines += [
-        f"look at {out}/*.jpg and delete the lines of {out / 'suspects.csv'} that are not true, then",
+        f"decide them on a page: facefast audit --review --out {shlex.quote(str(out))}",
+        f"or look at {out}/*.jpg and delete the lines of {out / 'suspects.csv'} that are not true, then",
         f"  facefast train --data.root {root}{form} --data.corrections {table}",
     ]
     return "\n".join(lines)
@@ -177,6 +188,7 @@ def audit(given: AuditArguments, index: FaceIndex, embeddings: Floats, out: Path
     )
     lines = corrections_of(index, suspects)
     write_corrections(out / "suspects.csv", lines)
+    audit_review(index, unit, suspects, lines, given.data).save(out)
     found = findings(index, suspects)
     document: dict[str, Any] = files.strict(found | {"suspects": [dataclasses.asdict(line) for line in lines]})
     with files.storing(out / "suspects.json"):
@@ -207,36 +219,51 @@ def planted(given: AuditArguments, index: FaceIndex, embeddings: Floats) -> Self
     return self_test(before, after, rows, labels)
 
 
+def run_audit(given: AuditArguments, model: Path) -> None:
+    """Everything that the command does where there is a model."""
+    if (given.out is None) == (given.plant == 0):
+        raise ValueError("give either --out DIR, for the findings, or --plant FRACTION, for the self-test")
+    if given.review and given.out is None:
+        raise ValueError("--review has no effect with --plant, which finds nothing that could be decided")
+    if given.out is not None:
+        files.require_writable(given.out, folder=True)
+    with process.start(rank_timeout=Recipe.rank_timeout) as run:
+        run.require_same(to_json(given))
+
+        def faces(found: FaceModel) -> Locator:
+            return locator(found.image, found.faces, given.data.detect, run)
+
+        index, embeddings = embed_photographs(model, given.data, run, given.batch_size, faces)
+        if len(np.unique(index.labels[index.labels >= 0])) < 2:
+            raise ValueError(
+                f"{given.data.root} has fewer than 2 identities; an audit compares them. "
+                "For pictures without names use facefast label"
+            )
+        if run.is_main and given.out is None:
+            result = dataclasses.asdict(planted(given, index, embeddings))
+            width = max(map(len, result))
+            if given.json:
+                say(json.dumps(files.strict(result)))
+            else:
+                say("\n".join(f"{name:{width}}  {value:.4g}" for name, value in result.items()))
+        elif run.is_main and given.out is not None:
+            found = audit(given, index, embeddings, given.out)
+            say(json.dumps(found, allow_nan=False) if given.json else findings_text(found, given.data, given.out))
+    if given.review and run.is_main and given.out is not None:
+        review_here(given.out, given.port, complain if given.json else say)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
         given = parse(AuditArguments, arguments, "audit")
-        if (given.out is None) == (given.plant == 0):
-            raise ValueError("give either --out DIR, for the findings, or --plant FRACTION, for the self-test")
-        if given.out is not None:
-            files.require_writable(given.out, folder=True)
-        with process.start(rank_timeout=Recipe.rank_timeout) as run:
-            run.require_same(to_json(given))
-
-            def faces(model: FaceModel) -> Locator:
-                return locator(model.image, model.faces, given.data.detect, run)
-
-            index, embeddings = embed_photographs(given.model, given.data, run, given.batch_size, faces)
-            if len(np.unique(index.labels[index.labels >= 0])) < 2:
-                raise ValueError(
-                    f"{given.data.root} has fewer than 2 identities; an audit compares them. "
-                    "For pictures without names use facefast label"
-                )
-            if run.is_main and given.out is None:
-                result = dataclasses.asdict(planted(given, index, embeddings))
-                width = max(map(len, result))
-                if given.json:
-                    say(json.dumps(files.strict(result)))
-                else:
-                    say("\n".join(f"{name:{width}}  {value:.4g}" for name, value in result.items()))
-            elif run.is_main and given.out is not None:
-                found = audit(given, index, embeddings, given.out)
-                say(json.dumps(found, allow_nan=False) if given.json else findings_text(found, given.data, given.out))
+        if not goes_on(given, AuditArguments(out=given.out)):
+            assert given.model is not None
+            run_audit(given, given.model)
+        elif given.out is None:
+            raise ValueError("--review without MODEL needs --out DIR, the folder of an audit")
+        else:
+            review_here(given.out, given.port)
     return outcome.code
 
 

@@ -4,6 +4,10 @@ Where some pictures have an identity, the others get one of those, if the model 
 `--ignore-labels`, pictures that look like one person become "cluster-0001" and so on. `labels.csv` has the columns
 path, identity (empty: no name is sure enough) and confidence; edit it at will. `facefast train --data.labels
 labels.csv` trains on it, and that model labels better: do both again until the labels stay the same.
+
+`--review` opens a page on this machine on which a person names, merges or drops the groups of pictures that got one
+name; `facefast label --review --out labels.csv` goes on with one. What they decide is in the folder `labels.review`:
+`labels.csv`, for `--data.labels`, and `decisions.jsonl`, to go on from.
 """
 
 from __future__ import annotations
@@ -27,12 +31,14 @@ from facefast.evaluation.embed import embed_photographs
 from facefast.evaluation.thresholds import Thresholds
 from facefast.faces.align import Locator, locator
 from facefast.labels.clustering import Floats, Numbers, agreement, assign, cluster, default_similarity, unit_rows
+from facefast.labels.review.items import label_review
+from facefast.labels.review.server import goes_on, review_here
 from facefast.models import FaceModel
 from facefast.recipe import Photographs, Recipe, to_json
 from facefast.recipe.options import parse
 from facefast.recipe.ranges import MOST, require
 from facefast.runtime import exits, files, process
-from facefast.runtime.terminal import say
+from facefast.runtime.terminal import complain, say
 
 PAIR_FMR = 1e-2
 """False match rate of the threshold for pairs that clusters are joined at. Its cosine is asked of means, which
@@ -43,8 +49,9 @@ strangers reach far more rarely than single pairs do."""
 class LabelArguments:
     """`python -m facefast.label`."""
 
-    model: tyro.conf.Positional[Path]
-    """A run folder, a checkpoint folder, an exported package or a source model's weights file."""
+    model: tyro.conf.Positional[Path | None] = None
+    """A run folder, a checkpoint folder, an exported package or a source model's weights file; only --review goes on
+    without one."""
     data: Photographs = field(default_factory=Photographs)
     out: Path = Path("labels.csv")
     """Where the names go."""
@@ -63,8 +70,13 @@ class LabelArguments:
     """Pictures in one batch of the model, per process."""
     json: bool = False
     """Print one JSON object and nothing else."""
+    review: bool = False
+    """Then serve a page on 127.0.0.1 to name the groups; without MODEL go on with those beside --out."""
+    port: int = 0
+    """Of the page of --review; 0 takes a free one."""
 
     def __post_init__(self) -> None:
+        require(self, port=(0, 65535))
         require(self, confidence=(0, 1), min_size=(1, MOST), batch_size=(1, MOST))
         if self.similarity is not None:
             require(self, similarity=(-1, 1))
@@ -208,29 +220,51 @@ def with_format(data: Photographs) -> Photographs:
     return dataclasses.replace(data, format="folder") if loose else data
 
 
+def run_label(given: LabelArguments, model: Path, folder: Path) -> None:
+    """Everything that the command does where there is a model."""
+    if given.review and given.ignore_labels:
+        raise ValueError(
+            "--review has no effect with --ignore-labels, which measures clusters: no other name can be given to "
+            "pictures that have one"
+        )
+    files.require_writable(given.out)
+    if given.review:
+        files.require_writable(folder, folder=True)
+    given = dataclasses.replace(given, data=with_format(given.data))
+    with process.start(rank_timeout=Recipe.rank_timeout) as run:
+        run.require_same(to_json(given))
+
+        known: list[float | None] = []
+
+        def faces(found: FaceModel) -> Locator:
+            known.append(pair_threshold(found))
+            return locator(found.image, found.faces, given.data.detect, run)
+
+        index, rows = embed_photographs(model, given.data, run, given.batch_size, faces)
+        embeddings = unit_rows(rows)
+        if run.is_main:
+            names = propose_names(given, embeddings, index.labels.astype(np.int64), index.class_names, known[0])
+            pictures = enumerate(zip(names.identities, names.confidences.tolist(), strict=True))
+            write_labels(given.out, (Label(index.name(row), name, sure) for row, (name, sure) in pictures))
+            if given.review:
+                label_review(index, embeddings, names.identities, names.confidences, given.data).save(folder)
+            numbers = counts(index, names, given.ignore_labels)
+            say(json.dumps(numbers) if given.json else counts_text(numbers, given))
+    if given.review and run.is_main:
+        review_here(folder, given.port, complain if given.json else say)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
         given = parse(LabelArguments, arguments, "label")
-        files.require_writable(given.out)
-        given = dataclasses.replace(given, data=with_format(given.data))
-        with process.start(rank_timeout=Recipe.rank_timeout) as run:
-            run.require_same(to_json(given))
-
-            known: list[float | None] = []
-
-            def faces(model: FaceModel) -> Locator:
-                known.append(pair_threshold(model))
-                return locator(model.image, model.faces, given.data.detect, run)
-
-            index, rows = embed_photographs(given.model, given.data, run, given.batch_size, faces)
-            embeddings = unit_rows(rows)
-            if run.is_main:
-                names = propose_names(given, embeddings, index.labels.astype(np.int64), index.class_names, known[0])
-                pictures = enumerate(zip(names.identities, names.confidences.tolist(), strict=True))
-                write_labels(given.out, (Label(index.name(row), name, sure) for row, (name, sure) in pictures))
-                found = counts(index, names, given.ignore_labels)
-                say(json.dumps(found) if given.json else counts_text(found, given))
+        # Beside the table, for a person's answers need files of their own.
+        folder = given.out.parent / f"{given.out.name.removesuffix('.csv')}.review"
+        if goes_on(given, LabelArguments(out=given.out)):
+            review_here(folder, given.port)
+        else:
+            assert given.model is not None
+            run_label(given, given.model, folder)
     return outcome.code
 
 

@@ -14,6 +14,7 @@ import tyro
 
 from facefast.data.index import advice, printable
 from facefast.data.walk import loose_photographs
+from facefast.deploy.annotate import annotate, places
 from facefast.deploy.photographs import UNKNOWN, Naming, answer
 from facefast.evaluation.measured import header
 from facefast.models import checkpoint
@@ -47,9 +48,15 @@ class PredictArguments:
     end of that threshold's interval; a number is a score (a cosine); none names everybody."""
     json: bool = False
     """Print one JSON object a picture."""
+    annotate: Path | None = None
+    """Write the photographs with boxes, names and "unknown" on them to this folder, as JPEGs."""
+    html: bool = False
+    """With --annotate: also a page of them, index.html."""
 
     def __post_init__(self) -> None:
         require(self, top=(1, MOST))
+        if self.html and self.annotate is None:
+            raise ValueError("--html has no effect without --annotate DIR, where the page and its pictures go")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,11 +65,17 @@ def main(arguments: list[str] | None = None) -> int:
         given = parse(PredictArguments, arguments, "predict")
         if given.embeddings is not None:
             files.require_writable(files.npz(given.embeddings), advice=OTHER, parents=False)
+        where: dict[str, Path] = {}
+        if given.annotate is not None:
+            files.require_writable(given.annotate, folder=True)
+            where = places(given.images, given.annotate)
         with process.start() as run:
             model = checkpoint.load_model(given.model, run.device)
             knows = model.num_classes or model.attribute_heads is not None or given.gallery is not None
-            if not knows and given.embeddings is None:
-                raise ValueError(f"{given.model} knows no identities; give --gallery G, or --embeddings OUT.npz")
+            if not knows and given.embeddings is None and given.annotate is None:
+                raise ValueError(
+                    f"{given.model} knows no identities; give --gallery G, --embeddings OUT.npz or --annotate DIR"
+                )
             precision = checkpoint.precision_of(given.model, model)
             complain(message(header(given.model, model)))
             naming = Naming.of(model, str(given.model), given.top, given.threshold, given.gallery)
@@ -73,6 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
         embedded = [each for each in answers if "embedding" in each]
         if given.embeddings is not None:
             write_embeddings(given.embeddings, embedded)
+        if given.annotate is not None:
+            drawn = annotate(answers, where, given.annotate, given.html)
+            for note in drawn.said():
+                complain(message(note))
         for each in answers:
             for holder in (each, *each.get("faces", ())):
                 holder.pop("embedding", None)

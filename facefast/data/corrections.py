@@ -107,6 +107,15 @@ def read_corrections(path: str | os.PathLike[str]) -> list[tuple[int, Correction
     return lines
 
 
+def read_label_lines(path: str | os.PathLike[str]) -> list[Label]:
+    """The lines of labels.csv, whether or not they fit any index.
+
+    Raises:
+        ValueError: the file is no such table.
+    """
+    return [line for _, line in _read(Path(path), Label, "facefast label")]
+
+
 def apply_corrections(index: FaceIndex, path: str | os.PathLike[str]) -> FaceIndex:
     """The index without the pictures to drop, with labels changed and identities merged as suspects.csv says.
 
@@ -175,7 +184,7 @@ def read_labels(index: FaceIndex, path: str | os.PathLike[str], min_confidence: 
         label = int(index.labels[row]) if row >= 0 else -1
         if not 0 <= line.confidence <= 1:
             faults.append((number, f"the confidence of {line.path} is {line.confidence}, which lies outside [0, 1]"))
-        elif any(unicodedata.category(letter) == "Cc" for letter in line.identity):
+        elif not is_name(line.identity):
             faults.append((number, f"the identity {line.identity!r} holds a line end or a terminal's code"))
         elif row < 0:
             faults.append((number, f"{line.path} is no picture of {index.root}"))
@@ -190,6 +199,11 @@ def read_labels(index: FaceIndex, path: str | os.PathLike[str], min_confidence: 
     for row, name in given.items():
         labels[row] = names[name]
     return dataclasses.replace(index, labels=labels, class_names=class_names)
+
+
+def is_name(text: str) -> bool:
+    """Whether a person can be called so in labels.csv: a line end or a terminal's code is no part of a name."""
+    return bool(text) and not any(unicodedata.category(letter) == "Cc" for letter in text)
 
 
 def _rows_by_name(index: FaceIndex) -> dict[str, int]:

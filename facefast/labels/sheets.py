@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from facefast.data import FaceIndex, oracle
-from facefast.labels.clustering import Floats
+from facefast.labels.clustering import Floats, Numbers
 from facefast.labels.suspects import Suspect, Suspects
 from facefast.runtime.files import replacing, storing
 from facefast.runtime.terminal import escape_letter
@@ -117,18 +117,37 @@ SHOWN = 4
 """Pictures of an identity beside a suspect."""
 
 
+class Album:
+    """The pictures of each identity, to find those most like another picture.
+
+    Args:
+        embeddings: [N, D] of length 1.
+        wrong: [N] probability that a label is wrong; None where nothing is known against any.
+    """
+
+    def __init__(self, index: FaceIndex, embeddings: Floats, wrong: Floats | None = None) -> None:
+        self.embeddings, self.wrong = embeddings, wrong
+        self.order = np.argsort(index.labels, kind="stable")
+        self.ends = np.searchsorted(index.labels[self.order], np.arange(index.num_classes + 1))
+
+    def of(self, label: int) -> Numbers:
+        """Rows of an identity."""
+        return self.order[self.ends[label] : self.ends[label + 1]]
+
+    def like(self, row: int, label: int, count: int) -> list[int]:
+        """Pictures of an identity most like `row`, those whose label is not in doubt first."""
+        rows = self.of(label)
+        rows = rows[rows != row]
+        key = self.embeddings[rows] @ self.embeddings[row]
+        if self.wrong is not None:
+            key = key - 2 * (self.wrong[rows] >= 0.5)
+        return list(rows[np.argsort(-key, kind="stable")][:count].tolist())
+
+
 def strips(index: FaceIndex, embeddings: Floats, suspects: Suspects, kind: str, most: int) -> list[Strip]:
     """What the contact sheets of one kind show, the first `most` findings."""
     doubts = suspects.doubt
-    order = np.argsort(index.labels, kind="stable")
-    ends = np.searchsorted(index.labels[order], np.arange(index.num_classes + 1))
-
-    def like(row: int, label: int, count: int) -> list[int]:
-        """Pictures of an identity most like `row`, those whose label is not in doubt first."""
-        rows = order[ends[label] : ends[label + 1]]
-        rows = rows[rows != row]
-        key = embeddings[rows] @ embeddings[row] - 2 * (doubts.wrong[rows] >= 0.5)
-        return list(rows[np.argsort(-key, kind="stable")][:count].tolist())
+    like = Album(index, embeddings, doubts.wrong).like
 
     def describe(suspect: Suspect) -> Strip:
         who = index.class_names[suspect.label] if suspect.label >= 0 else "unknown"

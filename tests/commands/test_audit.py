@@ -87,7 +87,8 @@ def test_findings_can_be_had_as_json_and_without_photographs(
     found = json.loads(capsys.readouterr().out)
     assert found["duplicate"] == {"found": 1, "drop": 1}
     assert {"wrong_label", "merge", "mixed_identities", "estimated_wrong_share"} <= set(found)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["suspects.csv", "suspects.json"]
+    written = ["review.jsonl", "review.npz", "suspects.csv", "suspects.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
     assert json.loads((tmp_path / "suspects.json").read_text()) == found
     (copy,) = (line for line in found["suspects"] if line["kind"] == "duplicate")
     assert {copy["identity"], copy["suggested"]} == {"1", "2"}
