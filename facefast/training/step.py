@@ -29,6 +29,7 @@ from facefast.models.precision import Precision
 from facefast.models.spread import Spread, own_rows
 from facefast.recipe import Phase, PhasePlan, Plan, Recipe, to_json
 from facefast.runtime import files
+from facefast.runtime.background import Background
 from facefast.runtime.log import STATS, Position
 from facefast.runtime.process import Runtime, World, decode_threads
 from facefast.training.distill import Teacher
@@ -83,6 +84,7 @@ class TrainState:
 
     def __init__(self, recipe: Recipe, plan: Plan, run: Runtime) -> None:
         self.recipe, self.plan, self.run = recipe, plan, run
+        self.saves = Background(run)  # the checkpoint that is being written
         require_statistics(recipe, plan)
         self.reading = recipe.data.reading(decode_threads(recipe.threads, run.world))
         self.precision = Precision.choose(recipe.precision, recipe.model.backbone, recipe.channels_last, run.device)

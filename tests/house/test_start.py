@@ -17,8 +17,7 @@ HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "sympy", 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_a_command_starts_without_the_compiler(command: str) -> None:
     code = (
-        f"import sys, json, facefast.{command}\n"
-        f"print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+        f"import sys, json, facefast.{command}\nprint(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(found.stdout.splitlines()[-1]) == []
