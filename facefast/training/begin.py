@@ -231,6 +231,8 @@ def begin(
     state.enter(number, model, side_inputs(state, number, model, data, source, teacher, counts))
     if saved:
         state.load(saved)
+    if state.run.device.type == "cuda" and state.unrecorded and state.recipe.compile != "never":
+        log.say(f"note: updates are not recorded as a CUDA graph: {state.unrecorded}")
     for warning in batchnorm_advice(state):
         log.say(f"note: {warning}")
     if before is None or not from_source:

@@ -55,14 +55,14 @@ def save(folder: Path, state: TrainState, improved: bool) -> None:
 def _writing(folder: Path, state: TrainState, improved: bool) -> Callable[[Named, Fetch | None], None]:
     """What writes a checkpoint of now, whatever becomes of the state meanwhile."""
     documents: dict[str, Any] = copy.deepcopy(state.documents())
-    status = copy.deepcopy({"step": state.step, "best": best_of(state)})
+    best = copy.deepcopy(best_of(state))
     step, keep, held = state.step, state.recipe.keep, state.run.held
 
     def write(tensors: Named, fetch: Fetch | None) -> None:
         if held is not None and (problem := held.problem()):
             raise problem
         checkpoint.save(folder, step, tensors=tensors, documents=documents, best=improved, keep=keep, fetch=fetch)
-        write_status(folder, "running", **status)
+        write_status(folder, "running", step=step, best=best)
 
     return write
 
