@@ -15,6 +15,7 @@ from facefast.models import checkpoint
 from facefast.models.spread import Spread
 from facefast.runtime import files
 from facefast.runtime.exits import NumericsError, StorageError
+from facefast.training.guard import not_finite
 from facefast.training.saving import Staged, save
 from facefast.training.step import TrainState
 from tests.support import small
@@ -155,3 +156,15 @@ def test_copies_are_of_the_moment_and_in_the_order_of_files() -> None:
     head = found["model"]["head"]
     assert isinstance(head, Spread) and head.rows == 3 and head.block is not spread.block
     assert found["optimizer"]["step"] == 7 and list(found) == ["model", "optimizer"]
+
+
+def test_a_sum_that_overflows_is_no_broken_tensor_and_every_broken_one_is_named() -> None:
+    large = torch.full((4,), 3e38)
+    assert (
+        not_finite({"model": {"large": large, "half": torch.full((100,), 6e4).half(), "count": torch.tensor(3)}}) == []
+    )
+    for value in (torch.nan, torch.inf, -torch.inf):
+        broken = torch.tensor([1.0, value])
+        assert not_finite({"model": {"large": large}, "ema": {"one": broken}}) == ["ema one"]
+    both = torch.tensor([torch.inf, -torch.inf])
+    assert not_finite({"model": {"both": both, "large": large}}) == ["model both"]
