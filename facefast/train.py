@@ -24,22 +24,22 @@ from facefast.data.graphs import kept_open
 from facefast.data.prepare import prepare
 from facefast.faces.align import Locator
 from facefast.models import FaceModel, Source, checkpoint
-from facefast.models.spread import rows_of_all_ranks
 from facefast.recipe import EvalConfig, ImageSpec, Recipe, flags, resolve, to_json
 from facefast.runtime import exits, files, manifest, process
-from facefast.runtime.exits import NumericsError, StorageError
+from facefast.runtime.exits import StorageError
 from facefast.runtime.log import RunLog, environment
 from facefast.runtime.process import Runtime
 from facefast.runtime.progress import print_line
 from facefast.runtime.terminal import speaking, tell
 from facefast.training.alike import same_arguments, same_checkpoint, same_start
 from facefast.training.begin import begin, find_source, find_teacher, pictures_of, settle
-from facefast.training.choice import best_of, has_best, measure, measure_untrained, report_phase
+from facefast.training.choice import has_best, measure, measure_untrained, report_phase
 from facefast.training.decoding import settle_decoding
 from facefast.training.elastic import division_said, take_division
 from facefast.training.finish import fail, finish, leave, reached, read_status, write_status
-from facefast.training.guard import culprit, not_finite, some
+from facefast.training.guard import culprit
 from facefast.training.objective import RowCounts
+from facefast.training.saving import save
 from facefast.training.step import TrainState, train_step
 
 
@@ -54,7 +54,7 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
     state = first_state(recipe, run, source, teacher, datasets, faces)
     saved = find_saved(folder, resume, state)
     settle_decoding(state, saved, datasets)
-    with open_log(folder, state, saved, faces.said()) as log, kept_open():
+    with open_log(folder, state, saved, faces.said()) as log, kept_open(), state.saves:
         for number in range(state.phase_number, len(datasets)):  # a run that goes on enters the phase it stopped in
             start = begin(folder, state, number, datasets[number], source, teacher, saved, log)
             data = start.data
@@ -71,7 +71,7 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
                     improved = evaluation_due(state.recipe.eval, state) and measure(state, data, log)
                     # A signal reaches ranks at different moments; unless all leave after the same update, those that
                     # go on would wait in their next collective operation until it times out.
-                    stopping = run.agree(run.stop_requested)
+                    stopping = run.agree(run.stop_requested or state.saves.failed)
                     if improved or stopping or save_due(state.recipe, state):
                         save(folder, state, improved)
                     if stopping:
@@ -324,35 +324,6 @@ def save_due(recipe: Recipe, state: TrainState) -> bool:
     if recipe.save_every and state.step % recipe.save_every == 0:
         return True
     return epoch_ends(state) if not recipe.save_every else state.phase_step == state.phase_plan.steps
-
-
-def save(folder: Path, state: TrainState, improved: bool) -> None:
-    """One checkpoint, written by rank 0.
-
-    Raises:
-        NumericsError: it would hold numbers that are not finite; the one before stays the newest.
-        StorageError: it cannot be written, or the run folder is gone.
-    """
-    tensors = state.tensors()
-    broken = not_finite(tensors)
-    if state.run.agree(bool(broken)):  # BatchNorm's statistics are each rank's own until they are measured
-        raise NumericsError(
-            f"after step {state.step} of phase {state.phase.name} the run holds numbers that are not finite "
-            f"({some(broken) or 'on another rank'}) and is not saved; the newest checkpoint is sound: go on from it "
-            "with a lower learning rate, or use precision fp32"
-        )
-    with state.run.together(), rows_of_all_ranks(state.run, tensors) as fetch:
-        if state.run.is_main:
-            checkpoint.save(
-                folder,
-                state.step,
-                tensors=tensors,
-                documents=state.documents(),
-                best=improved,
-                keep=state.recipe.keep,
-                fetch=fetch,
-            )
-            write_status(folder, "running", step=state.step, best=best_of(state))
 
 
 def main(arguments: list[str] | None = None) -> int:

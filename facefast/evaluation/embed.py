@@ -22,6 +22,8 @@ from facefast.recipe import Photographs, Reading
 from facefast.runtime.exits import NumericsError
 from facefast.runtime.process import Runtime, decode_threads
 
+PART = 16
+"""Pictures for each thread of a CPU in one forward pass."""
 Mirror = Literal["mean", "joined", "none"]
 """What becomes of the embeddings of a picture and of its mirror image: their mean, one behind the other, or the
 picture's alone."""
@@ -91,9 +93,9 @@ def embed_rows(
     ):
         before: Callable[[], tuple[Tensor, Tensor]] | None = None
         for batch in loader:
-            embeddings = model.encode(batch.images).float()  # [B, D]
+            embeddings = encoded(model, batch.images)
             if mirror != "none":
-                mirrored = model.encode(batch.images.flip(3)).float()
+                mirrored = encoded(model, batch.images.flip(3))
                 both = torch.cat([embeddings, mirrored], 1)
                 embeddings = both if mirror == "joined" else (embeddings + mirrored) / 2
             if found is None:
@@ -115,6 +117,14 @@ def embed_rows(
             f"{index.path(broken[0])}): its weights or BatchNorm statistics have diverged; use an earlier checkpoint"
         )
     return found.clone(), seen > 0  # a tensor of inference mode could not be changed
+
+
+def encoded(model: FaceModel, images: Tensor) -> Tensor:
+    """[B, D] float32 of [B, 3, H, W], as many pictures at a time as suits the device."""
+    # A CPU's caches hold the activations of few pictures: MobileFaceNet took 13.9 ms a picture in batches of 128 and
+    # 4.5 ms in batches of 32.
+    part = PART * torch.get_num_threads() if images.device.type == "cpu" else len(images)
+    return torch.cat([model.encode(some).float() for some in images.split(part)])
 
 
 def _on_the_way(rows: Tensor, embeddings: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:

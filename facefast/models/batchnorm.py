@@ -6,6 +6,7 @@ names and kind included, and only its forward pass in training asks the other ra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -38,6 +39,9 @@ def takes_statistics(model: nn.Module) -> bool:
 class _Synchronised(_BatchNorm):
     """What `synchronise` puts before a layer's own class."""
 
+    uncompiled: Callable[[Tensor], Tensor]
+    """`normalised`, at which a compiled graph ends."""
+
     def _check_input_dim(self, input: Tensor) -> None:
         super()._check_input_dim(input)  # type: ignore[no-untyped-call]
 
@@ -45,7 +49,7 @@ class _Synchronised(_BatchNorm):
         """[B, C, ...] to the same."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
-        out: Tensor = _uncompiled(self, x)
+        out: Tensor = self.uncompiled(x)
         return out
 
     def normalised(self, x: Tensor) -> Tensor:
@@ -75,17 +79,16 @@ class _Synchronised(_BatchNorm):
             running.mul_(1 - part).add_(part * new)
 
 
-# A compiled graph cannot hold what waits for other processes.
-_uncompiled = torch.compiler.disable(_Synchronised.normalised)
-
-
 def _synchronised(kind: type[_BatchNorm]) -> type[_BatchNorm]:
     if kind.forward is not _BatchNorm.forward and not _is_timms(kind):
         raise ValueError(
             f"model.batchnorm sync: the backbone's {kind.__name__} is no plain BatchNorm and cannot be synchronised; "
             "choose another backbone, or leave the option out"
         )
-    return type(f"Synchronised{kind.__name__}", (_Synchronised, kind), {})
+    # A compiled graph cannot hold what waits for other processes. Said here and not where the class is written: it
+    # loads the compiler, a second of every command's start.
+    uncompiled = torch.compiler.disable(_Synchronised.normalised)
+    return type(f"Synchronised{kind.__name__}", (_Synchronised, kind), {"uncompiled": uncompiled})
 
 
 def _is_timms(kind: type) -> bool:

@@ -303,7 +303,11 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
                 tensors[f"{number}.{name}"] = value
             else:
                 scalars.setdefault(str(number), {})[name] = value
-    return tensors, {"param_groups": state["param_groups"], "scalars": scalars}
+    groups = [  # a rate may be a tensor on the device
+        {name: float(value) if isinstance(value, Tensor) else value for name, value in group.items()}
+        for group in state["param_groups"]
+    ]
+    return tensors, {"param_groups": groups, "scalars": scalars}
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:

@@ -62,6 +62,11 @@ def from_json(kind: type[T], data: Mapping[str, Any]) -> T:
     lacking = [name for name in required if name not in data]
     if lacking:
         raise ValueError(f"{kind.__name__} has no {', '.join(lacking)}")
+    former: dict[str, dict[bool, str]] = getattr(kind, "FORMER", {})
+    data = {
+        name: former[name][value] if name in former and isinstance(value, bool) else value
+        for name, value in data.items()
+    }
     hints = get_type_hints(kind)
     return kind(**{name: _from_json(hints[name], value, name) for name, value in data.items()})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from facefast.recipe.config import BinaryConfig, DataConfig, EvalConfig, ModelConfig, TaskConfig
 from facefast.recipe.image import ImageSpec
@@ -29,8 +29,9 @@ class Recipe:
     """auto is bf16 on a GPU or a CPU with bf16 instructions, else fp32."""
     channels_last: bool = True
     """Memory format of pictures and convolutions: NHWC is the faster one on GPUs and on CPUs (1.75 times measured)."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
+    compile: Literal["auto", "never", "always"] = "auto"
+    """auto: on a GPU an update is recorded as a CUDA graph, and the network of a long phase compiled (torch.compile);
+    always compiles on any device and in any phase; never does neither."""
     ema: float = 0.0
     """Decay of averaged weights, evaluated and saved beside the raw ones; 0 is off."""
     threads: int = 0
@@ -47,6 +48,9 @@ class Recipe:
     """Augmented training pictures that TensorBoard shows of each phase; 0 keeps photographs out of the run folder."""
     projector: bool = False
     """Write test embeddings for TensorBoard's projector at the end."""
+
+    FORMER: ClassVar[dict[str, dict[bool, str]]] = {"compile": {False: "never", True: "always"}}
+    """What options that were true or false are now called, for recipes of then."""
 
     def __post_init__(self) -> None:
         names = [phase.name for phase in self.phases]
@@ -107,8 +111,8 @@ class Recipe:
             raise ValueError(
                 "start teacher needs a model.teacher of its own; layers of the source come by start source"
             )
-        if self.compile and any(phase.distill.features for phase in self.phases):
-            raise ValueError("compile hides the stages' outputs that distill.features compares; leave one out")
+        if self.compile == "always" and any(phase.distill.features for phase in self.phases):
+            raise ValueError("compile always hides the stages' outputs that distill.features compares; leave one out")
         pulled = [phase.name for phase in self.phases if phase.l2sp]
         if pulled and not uses_source:
             raise ValueError(f"phase {pulled[0]}: l2sp pulls towards model.source, and no phase starts from one")

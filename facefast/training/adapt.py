@@ -111,6 +111,7 @@ def adapt(
     measure: Measuring,
     run: Runtime,
     seed: int,
+    plain: Tensor | None = None,
 ) -> tuple[Adaptation, tuple[Tensor, Tensor]]:
     """Adapts a model to pictures, in place.
 
@@ -124,6 +125,7 @@ def adapt(
         measure: gives BatchNorm statistics, as `statistics_of` does.
         run: whose ranks do the same.
         seed: of what is drawn.
+        plain: [N, D] embeddings of `index` without mirror images, where they are there already.
 
     Returns:
         What was done, and the adapted model's embeddings of `index`.
@@ -136,7 +138,8 @@ def adapt(
     weight, shrinkage = config.batchnorm, config.shrinkage
     trials: tuple[Trial, ...] = ()
     if config.choose == "auto" and statistical:
-        weight, trials = choose_statistics(model, index, unnamed, embed, measure, seed)
+        told = embed(model, index, False) if plain is None else (plain, known[1])
+        weight, trials = choose_statistics(model, index, unnamed, told, embed, measure, seed)
         weight = run.broadcast(weight)  # two kinds of processors may round to either side of chance
     elif weight and not statistical:
         raise ValueError(f"adapt.batchnorm {weight:g} has no effect: {model.config.backbone} has no BatchNorm")
@@ -277,6 +280,7 @@ def choose_statistics(
     model: FaceModel,
     index: FaceIndex,
     unnamed: FaceIndex | None,
+    plain: tuple[Tensor, Tensor],
     embed: Embedding,
     measure: Measuring,
     seed: int,
@@ -288,6 +292,7 @@ def choose_statistics(
         model: unchanged afterwards.
         index: the pictures; those without a name belong to both halves.
         unnamed: more of the same kind, which do so too.
+        plain: the model's embeddings of `index` without mirror images, [N, D], and [N] whether they could be read.
         embed, measure: as for `adapt`.
         seed: which people are in which half.
 
@@ -300,14 +305,18 @@ def choose_statistics(
     for half in range(2):
         others = index.select((index.labels < 0) | (groups[index.labels] != half))
         statistics = measure(model, _with(others, unnamed))
-        asked = index.select(rows_to_ask(index.labels, groups == half))
+        rows = rows_to_ask(index.labels, groups == half)
+        asked = index.select(rows)
+        before.append(_tar_of_readable(plain[0][rows], plain[1][rows], asked))
         changed = copy.deepcopy(model)
-        for weight in (0.0, *WEIGHTS):
+        for weight in WEIGHTS:
             changed.load_state_dict(model.state_dict())
             restate(changed, statistics, weight)
-            embeddings, seen = embed(changed, asked, False)
-            tars = tar_of_people(embeddings[seen], asked.labels[seen.numpy()])
-            (before if not weight else after[weight]).append(tars)
+            after[weight].append(_tar_of_readable(*embed(changed, asked, False), asked))
     tried = [(f"BatchNorm statistics, weight {weight:g}", torch.cat(tars)) for weight, tars in after.items()]
     best, trials = choose(tried, torch.cat(before))
     return (WEIGHTS[best] if best >= 0 else 0.0), trials
+
+
+def _tar_of_readable(embeddings: Tensor, seen: Tensor, index: FaceIndex) -> Tensor:
+    return tar_of_people(embeddings[seen], index.labels[seen.numpy()])

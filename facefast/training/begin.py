@@ -15,7 +15,7 @@ from torch import Tensor
 from facefast.data.corrections import Label, read_labels, write_labels
 from facefast.data.divide import PhaseData
 from facefast.evaluation.baselines import LabelledEmbeddings, class_means
-from facefast.evaluation.embed import Mirror, embed_rows
+from facefast.evaluation.embed import Mirror, embed_rows, single
 from facefast.labels.clustering import assign
 from facefast.models import STUDENTS, FaceModel, Source, build_model, checkpoint, inherit, load_source
 from facefast.models.batchnorm import takes_statistics
@@ -199,15 +199,19 @@ def begin(
     # One pass over the pictures serves all four. A run that goes on needs none: its head is in the checkpoint, the
     # names are in a file, and what the source did untrained is in the log.
     fresh: tuple[Tensor, Tensor] | None = None
+    plain: Tensor | None = None
+    chooses = phase.adapt.choose == "auto"
     if not saved and (from_source or wants_means or phase.labels == "pseudo" or phase.adapt.active):
         network = model
         if phase.start == "teacher" and teacher is not None and teacher.embedding_size == model.embedding_size:
             network = teacher  # the layers that a student took over do not fit each other yet
-        fresh = embed_training_rows(state, network, data, mirror="mean")
+        # Apart where the adaptation is to be chosen, for which pictures are taken as they are.
+        both, seen = embed_training_rows(state, network, data, mirror="joined" if chooses else "mean")
+        fresh, plain = (single(both, network.embedding_size), seen), both[:, : network.embedding_size]
     before, untouched = fresh, None
     if phase.adapt.active and fresh is not None:
         untouched = copy.deepcopy(model)
-        fresh = _adapted(state, phase, model, data, fresh, log)
+        fresh = _adapted(state, phase, model, data, fresh, plain if chooses else None, log)
     if phase.labels == "pseudo":
         data = with_pseudo_labels(
             folder / f"pseudo-labels-{phase.name}.csv", state, data, phase.pseudo_confidence, fresh, log
@@ -227,6 +231,8 @@ def begin(
     state.enter(number, model, side_inputs(state, number, model, data, source, teacher, counts))
     if saved:
         state.load(saved)
+    if state.run.device.type == "cuda" and state.unrecorded and state.recipe.compile != "never":
+        log.say(f"note: updates are not recorded as a CUDA graph: {state.unrecorded}")
     for warning in batchnorm_advice(state):
         log.say(f"note: {warning}")
     if before is None or not from_source:
@@ -241,6 +247,7 @@ def _adapted(
     model: FaceModel,
     data: PhaseData,
     known: tuple[Tensor, Tensor],
+    plain: Tensor | None,
     log: RunLog,
 ) -> tuple[Tensor, Tensor]:
     """Adapts the model in place as the phase wants it; returns its embeddings of the training pictures."""
@@ -259,6 +266,7 @@ def _adapted(
         measure=lambda network, index: statistics_of(network, index, run, precision, reading, seed),
         run=run,
         seed=seed,
+        plain=plain,
     )
     for text in done.told():
         log.say(text)

@@ -188,7 +188,7 @@ def report_phase(folder: Path, state: TrainState, data: PhaseData, log: RunLog) 
     The model is the best checkpoint where that is one of this phase, else the phase's last.
     """
     model = state.evaluated
-    state.run.barrier()  # rank 0 may still be writing it
+    state.saves.settle()  # rank 0 may still be writing it
     if state.chosen[0] == state.phase_number and state.chosen[1] > 0:
         model = checkpoint.load_model(_chosen(folder, state), state.run.device, state.sharing)
     state.run.broadcast_buffers(model)
@@ -256,7 +256,7 @@ def hand_on(folder: Path, state: TrainState, source: Source | None, data: PhaseD
     Where fine-tuning did not beat the class means on the validation part, `best` becomes the source model with these
     as its head; they are then taken over the validation pictures too.
     """
-    state.run.barrier()  # rank 0 may still be writing it
+    state.saves.settle()  # rank 0 may still be writing it
     row = handed_on(state)
     if row != CLASS_MEANS:
         best = _chosen(folder, state)

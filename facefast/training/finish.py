@@ -67,6 +67,7 @@ def reached(folder: Path) -> dict[str, Any]:
 
 def leave(folder: Path, state: TrainState, log: RunLog) -> int:
     """Ends a run that was asked to stop and whose state is on disk; returns the exit code."""
+    state.saves.settle()
     log.say(f"stopped at step {state.step}; the same command goes on from there")
     log.close()
     if state.run.is_main:
@@ -96,8 +97,7 @@ def finish(folder: Path, state: TrainState, source: Source | None, datasets: tup
     """Settles what is handed on and writes the summary on the terminal, the projector, report.html and the final
     status; returns the exit code."""
     recipe, run = state.recipe, state.run
-    with run.together():  # a folder that is gone is told before the slow part
-        pass
+    state.saves.settle()  # also, a folder that is gone is told before the slow part
     hand_on(folder, state, source, datasets[-1], log)
     # What travels in an update: a head that ranks share stays where it is.
     moving = (p for p in state.model.parameters() if p.requires_grad and p is not state.shared_weight)

@@ -135,7 +135,8 @@ class Lamb(torch.optim.Optimizer):
             torch.where((weight > 0) & (size > 0), weight / size, 1.0)
             for weight, size in zip(torch._foreach_norm(params), torch._foreach_norm(updates), strict=True)
         ]
-        rate = [torch.where(keep > 0, group["lr"] * ratio, 0.0) for ratio in trust]
+        lr = group["lr"].to(keep) if isinstance(group["lr"], Tensor) else group["lr"]
+        rate = [torch.where(keep > 0, lr * ratio, 0.0) for ratio in trust]
         for p, update, r in zip(params, updates, rate, strict=True):
             p.sub_(torch.where(keep > 0, update, 0.0) * r)
 

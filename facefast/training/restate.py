@@ -69,7 +69,8 @@ def statistics_of(
     sums = {name: torch.zeros(4, layer.num_features, dtype=torch.float64) for name, layer in found.items()}
     for name, layer in found.items():
         layer.train()  # each normalises by its batch, and the next one sees what came of that
-        layer.register_forward_pre_hook(functools.partial(_add, sums[name]))
+        layer.momentum = 1.0  # and remembers that batch alone
+        layer.register_forward_hook(functools.partial(_add, sums[name]))
     if sum(map(len, mine)):
         # Only the last batch of all may be short, and it is the last of its rank.
         sampler = EpochSampler(np.concatenate(mine), size, shuffle=False)
@@ -99,12 +100,13 @@ def statistics_of(
     return {name: _moments(total) for name, total in sums.items() if bool((total[0] > 0).all())}
 
 
-def _add(sums: Tensor, layer: nn.Module, given: tuple[Tensor]) -> None:
-    """Adds the statistics of what reaches a layer, [B, C, ...], to its sums."""
-    x = given[0].float()
-    variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
-    mean, variance = mean.double().cpu(), variance.double().cpu()
-    sums += len(x) * torch.stack([torch.ones_like(mean), mean, mean.square(), variance])
+def _add(sums: Tensor, layer: _BatchNorm, given: tuple[Tensor], out: Tensor) -> None:
+    """Adds the statistics of what reached a layer, [B, C, ...], to its sums, as the layer itself has taken them: a pass
+    of our own over every activation took longer than the network."""
+    assert layer.running_mean is not None and layer.running_var is not None
+    count = given[0].numel() // given[0].shape[1]
+    mean, variance = layer.running_mean.double().cpu(), layer.running_var.double().cpu() * ((count - 1) / count)
+    sums += len(given[0]) * torch.stack([torch.ones_like(mean), mean, mean.square(), variance])
 
 
 def _moments(total: Tensor) -> tuple[Tensor, Tensor]:

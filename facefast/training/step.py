@@ -7,6 +7,7 @@ there until a number is wanted.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,10 +30,12 @@ from facefast.models.precision import Precision
 from facefast.models.spread import Spread, own_rows
 from facefast.recipe import Phase, PhasePlan, Plan, Recipe, to_json
 from facefast.runtime import files
+from facefast.runtime.background import Background
 from facefast.runtime.log import STATS, Position
 from facefast.runtime.process import Runtime, World, decode_threads
 from facefast.training.distill import Teacher
 from facefast.training.drawn import DrawnRows
+from facefast.training.graphs import GraphRecorder, RecordedUpdates, Recorder, compiles, hold_rates, set_rate, why_not
 from facefast.training.guard import StatisticsGuard
 from facefast.training.objective import Objective, RowCounts
 from facefast.training.optim import build_optimizer, rate_factor
@@ -80,9 +83,14 @@ class TrainState:
     anchor: Anchor | None
     side_inputs: SideInputs
     guard: StatisticsGuard
+    recorded: RecordedUpdates | None
+    """What replays updates, where they are recorded."""
+    unrecorded: str | None
+    """Why they cannot be, in words."""
 
     def __init__(self, recipe: Recipe, plan: Plan, run: Runtime) -> None:
         self.recipe, self.plan, self.run = recipe, plan, run
+        self.saves = Background(run)  # the checkpoint that is being written
         require_statistics(recipe, plan)
         self.reading = recipe.data.reading(decode_threads(recipe.threads, run.world))
         self.precision = Precision.choose(recipe.precision, recipe.model.backbone, recipe.channels_last, run.device)
@@ -119,7 +127,7 @@ class TrainState:
             cached=side.embeddings is not None,
             teacher=side.teacher,
             autocast=self.precision.autocast(device),
-            compile=self.recipe.compile,
+            compile=compiles(self.recipe, phase, self.phase_plan, device),
         ).to(device)
         self.values = torch.zeros(0, 0) if side.values is None else side.values.to(device)
         own = [parameter for _, parameter in self.objective.own_parameters()]
@@ -146,6 +154,22 @@ class TrainState:
                 gradient_as_bucket_view=True,
             )
         self.set_modes()
+        self.recorded = None
+        self.unrecorded = why_not(self.recipe, phase, self.phase_plan, self.run.world, self.objective, self.optimizer)
+        if device.type == "cuda" and self.unrecorded is None:
+            self.record(GraphRecorder(device))
+
+    def record(self, recorder: Recorder) -> None:
+        """Lets the phase's updates be recorded and replayed."""
+        self.recorded = RecordedUpdates(recorder, self._forget_gradients)
+        hold_rates(self.optimizer, self.run.device)
+
+    def _forget_gradients(self) -> None:
+        """What an update that broke off has left of itself on the host."""
+        self.optimizer.zero_grad(set_to_none=True)
+        scaler = GradScaler(self.run.device.type)
+        scaler.load_state_dict(self.scaler.state_dict())
+        self.scaler = scaler
 
     def continues(self, number: int) -> bool:
         """Whether phase `number` goes on from the weights of the one before and is measured on the same set, so
@@ -275,6 +299,8 @@ class TrainState:
             for _, name in self._of_shared_weight({"optimizer": slots}):
                 slots[name] = own_rows(slots[name], self.model.head.block, self.model.num_classes)
         unpack_optimizer(self.optimizer, slots, document["optimizer"])
+        if self.recorded is not None:
+            hold_rates(self.optimizer, self.run.device)
         self.scaler.load_state_dict(document["scaler"])
         if self.average is not None:
             self.evaluated.load_state_dict(read_weights(path, self.evaluated, "ema"))
@@ -305,15 +331,40 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
         [6 + 2 T] float32 on the device, summed over ranks: `log.STATS`, then the objective's terms, then 1 for each
         term that is not finite.
     """
-    phase, world = state.phase, state.run.world
+    phase = state.phase
     # The schedule's factor on each group's own peak, which keeps layer_decay's and head_lr's ratios.
     for group in state.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * state.lr / phase.lr
+        set_rate(group, group["peak_lr"] * state.lr / phase.lr)
+    drawn = _draw_classes(state, batches)
+    # Dropout, stochastic depth and mixed pictures draw from generators that every update seeds: a resumed run draws
+    # what an uninterrupted one would, and no generator's state has to be saved.
+    torch.manual_seed(_seed(state.recipe.seed, state.step, state.run.world.rank))
+    update = functools.partial(_update, state, state.guard)
+    stats = update(batches, row_counts) if state.recorded is None else state.recorded(update, batches, row_counts)
+    if drawn is not None:
+        drawn.put_back()
+    # A skipped update counts: the host does not know of it, and schedule and sampler must go on alike on every rank.
+    state.step += 1
+    state.phase_step += 1
+    # After the optimiser, whose momentum moves pruned weights off 0; before the average, which would take that up.
+    if state.pruner is not None:
+        state.pruner.update(state.phase_step / state.phase_plan.steps)
+    if state.average is not None:
+        state.average.update_parameters(state.model)
+        # An average of a weight that became 0 only comes near 0: the mask makes it exact.
+        if state.pruner is not None:
+            assert isinstance(state.average.module, FaceModel)
+            state.pruner.apply_to(state.average.module)
+    return stats
+
+
+def _update(state: TrainState, guard: StatisticsGuard, batches: Sequence[Batch], row_counts: RowCounts) -> Tensor:
+    """What the device does in an update; a recording replays it without the host, see `facefast.training.graphs`."""
+    phase, world = state.phase, state.run.world
     # On the device: reading a loss makes the host wait for all work queued there. The log reads when a line is due.
     first, terms_end = len(STATS), len(STATS) + len(state.objective.names)
     stats = torch.zeros(terms_end + len(state.objective.names), device=state.run.device)
-    state.guard.remember()
-    drawn = _draw_classes(state, batches)
+    guard.remember()
     for batch, is_last in _in_turn(state, batches):
         # DDP averages gradients over the ranks once per update, in the last backward pass.
         with _no_sync(state.network, not is_last):
@@ -358,23 +409,9 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
         state.scaler.update(1.0)
     # None, not zeros: the next backward pass writes gradients instead of adding to them.
     state.optimizer.zero_grad(set_to_none=True)
-    if drawn is not None:
-        drawn.put_back()
-    # A skipped update counts: the host does not know of it, and schedule and sampler must go on alike on every rank.
-    state.step += 1
-    state.phase_step += 1
-    # Before the average, which takes statistics over as well.
+    # Before an average, which takes statistics over as well.
     finite = torch.isfinite(norm)
-    state.guard.settle(finite)
-    # After the optimiser, whose momentum moves pruned weights off 0; before the average, which would take that up.
-    if state.pruner is not None:
-        state.pruner.update(state.phase_step / state.phase_plan.steps)
-    if state.average is not None:
-        state.average.update_parameters(state.model)
-        # An average of a weight that became 0 only comes near 0: the mask makes it exact.
-        if state.pruner is not None:
-            assert isinstance(state.average.module, FaceModel)
-            state.pruner.apply_to(state.average.module)
+    guard.settle(finite)
     stats[3] = 1 - finite.float()  # not added over ranks: after DDP all have the same gradients
     # A log line adds up several updates: a loss that is not finite counts for nothing in it, and neither do its rows.
     broken = ~torch.isfinite(stats[first:terms_end])
@@ -394,9 +431,8 @@ def _in_turn(state: TrainState, batches: Sequence[Batch]) -> Iterator[tuple[Batc
     """
     passes, world = state.phase_plan.passes, state.run.world
     for turn in range(passes):
-        # Dropout, stochastic depth and mixed pictures draw from generators that every update seeds: a resumed run
-        # draws what an uninterrupted one would, and no generator's state has to be saved.
-        torch.manual_seed(_seed(state.recipe.seed, state.step, turn * world.size + world.rank))
+        if turn:
+            torch.manual_seed(_seed(state.recipe.seed, state.step, turn * world.size + world.rank))
         with state.guard.put_aside() if turn else contextlib.nullcontext():
             own = batches[turn::passes]
             for number, batch in enumerate(own):

@@ -12,7 +12,7 @@ import torch
 
 from facefast.data import FaceIndex, oracle, read_index
 from facefast.data.corrections import Correction, write_corrections
-from facefast.evaluation.embed import Mirror, embed_photographs, embed_rows, single
+from facefast.evaluation.embed import PART, Mirror, embed_photographs, embed_rows, encoded, single
 from facefast.models.precision import Precision
 from facefast.recipe import Photographs, Reading
 from facefast.runtime import process
@@ -63,6 +63,17 @@ def test_lengths_are_kept_and_the_mirror_image_counts_half(index: FaceIndex) -> 
     assert single(both, model.embedding_size) is both
     torch.testing.assert_close(single(joined, model.embedding_size), both)
     assert float(one[seen].norm(dim=1).std()) > 1e-3
+
+
+def test_a_processor_takes_a_batch_in_parts_that_its_caches_hold() -> None:
+    model, passes = small.make_model(), list[int]()
+    images = torch.randn(PART * torch.get_num_threads() * 2 + 3, 3, *model.image.shape)
+    with torch.no_grad():
+        whole = model.encode(images)
+        model.backbone.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+        torch.testing.assert_close(encoded(model, images), whole, rtol=1e-4, atol=1e-5)
+    part = PART * torch.get_num_threads()
+    assert passes == [part, part, 3]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8, 9, 1000])

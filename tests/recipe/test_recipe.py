@@ -135,9 +135,9 @@ def test_json_of_the_wrong_type_is_refused_by_name(kind: type, data: dict[str, A
         (lambda: run_of(head_start="previous"), "head_start previous needs start previous, it is scratch"),
         (
             lambda: run_of(
-                distill=DistillConfig(features=1.0), model=ModelConfig(teacher="x"), compile=True, labels="given"
+                distill=DistillConfig(features=1.0), model=ModelConfig(teacher="x"), compile="always", labels="given"
             ),
-            "compile hides the stages",
+            "compile always hides the stages",
         ),
         (lambda: LossConfig(weight=0.0, gamma=2.0), "loss.gamma 2.0 has no effect: loss.weight 0"),
         (lambda: LossConfig(margin="cos"), "set both or neither"),

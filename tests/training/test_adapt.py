@@ -136,12 +136,13 @@ def test_statistics_are_those_of_what_reaches_each_layer(drawn: Path) -> None:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     restate(model, found, 1.0)
     # The pictures that the statistics are of leave every layer with mean 0 and variance 1 before its own factors.
-    reached: dict[str, Tensor] = {}
+    reached: dict[str, list[Tensor]] = {name: [] for name in found}  # in as many passes as suit the processor
     for name, layer in layers(model).items():
-        layer.register_forward_hook(lambda layer, given, _, name=name: reached.__setitem__(name, given[0]))
+        layer.register_forward_hook(lambda layer, given, _, name=name: reached[name].append(given[0]))
     precision = Precision.choose("fp32", model.config.backbone, False, torch.device("cpu"))
     embed_rows(model, index, run_of(), precision, Reading(threads=1), batch_size=len(index), mirror="none")
-    for name, given in reached.items():
+    for name, parts in reached.items():
+        given = torch.cat(parts)
         axes, (mean, variance) = [0, *range(2, given.ndim)], found[name]
         assert (given.mean(axes) - mean).abs().max() < 1e-3 * variance.mean().sqrt(), name
         assert (given.var(axes, correction=0) - variance).abs().max() < 1e-3 * variance.mean(), name
@@ -218,6 +219,28 @@ def test_given_amounts_are_done_as_they_are(drawn: Path) -> None:
     assert not torch.equal(
         model.state_dict()["backbone.linear1.conv.weight"], untouched["backbone.linear1.conv.weight"]
     )
+
+
+def test_pictures_as_the_source_sees_them_are_not_embedded_again(drawn: Path) -> None:
+    index, model = read_index(drawn), small.make_model()
+    untouched, asked = model.state_dict()["backbone.conv1.bn.running_mean"].clone(), list[bool]()
+    precision = Precision.choose("fp32", model.config.backbone, False, torch.device("cpu"))
+
+    def embed(network: FaceModel, of: FaceIndex, mirror: bool) -> Known:
+        asked.append(torch.equal(network.state_dict()["backbone.conv1.bn.running_mean"], untouched))
+        return embed_rows(
+            network, of, run_of(), precision, Reading(threads=1), batch_size=64, mirror="mean" if mirror else "none"
+        )
+
+    known, (plain, _) = embed(model, index, True), embed(model, index, False)
+    asked.clear()
+    again, _ = adapt(model, index, None, AdaptConfig("auto"), known, embed, statistics, run_of(), seed=1)
+    assert asked.count(True) == 1
+    asked.clear()
+    model = small.make_model()
+    done, _ = adapt(model, index, None, AdaptConfig("auto"), known, embed, statistics, run_of(), seed=1, plain=plain)
+    assert asked.count(True) == 0 and len(asked) >= 4
+    assert done == again and len(done.trials) >= 2
 
 
 @pytest.mark.parametrize("people", [1, LEAST_PEOPLE - 1])
