@@ -15,6 +15,7 @@ from facefast.evaluation import report, report_page
 from facefast.evaluation.report_charts import bars, curves, forest, thinned
 from facefast.evaluation.report_files import EVALUATION, RunFiles
 from facefast.evaluation.report_page import Page
+from facefast.evaluation.report_results import TITLES
 from facefast.runtime import files
 from tests.support.reported import HOSTILE, write_run
 
@@ -34,7 +35,7 @@ def test_the_table_is_aligned_and_shows_only_numbers_that_somebody_has() -> None
 
 
 def test_the_table_fits_a_terminal_and_names_the_columns_that_do_not() -> None:
-    wide = {key: 0.5 for name in report.TITLES for key in (name, f"{name}_low", f"{name}_high")}
+    wide = {key: 0.5 for name in TITLES for key in (name, f"{name}_low", f"{name}_high")}
     lines = report.results_text({"adapted class means": wide, "last": wide}, "last")
     assert max(map(len, lines)) <= report.WIDTH
     assert "top-1" in lines[1] and "people never seen" in lines[1]
