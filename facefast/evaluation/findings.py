@@ -92,7 +92,7 @@ def document(asked: Asked, data: PhaseData, left_out: dict[str, int]) -> dict[st
     """
     test, train = data.evaluation.test, data.train
     return {
-        "data": _described(data, left_out),
+        "photographs": _described(data, left_out),
         "closed_set": None if asked.answers is None or test is None else closed_set(asked.answers, test, train),
         "verification": None if asked.embeddings is None or asked.seen is None else _verification(asked, data),
     }

@@ -128,7 +128,7 @@ def training(run: RunFiles, page: Page) -> Iterator[Any]:
 
 def data(run: RunFiles, page: Page, album: Album | None) -> Iterator[Any]:
     """The photographs, and what was wrong with them."""
-    found = run.evaluation.get("data")
+    found = run.evaluation.get("photographs")
     if not found:
         return
     rows = []
@@ -333,7 +333,7 @@ def _groups(found: Mapping[str, Any]) -> Iterator[Any]:
 def limits(run: RunFiles) -> Iterator[str]:
     """What the numbers do not say."""
     found = run.evaluation
-    closed, verified, parts = found.get("closed_set") or {}, found.get("verification"), found.get("data") or {}
+    closed, verified, parts = found.get("closed_set") or {}, found.get("verification"), found.get("photographs") or {}
     if data_name(run) == DRAWN:
         yield "The faces are drawn, not photographed: the numbers say nothing of photographs."
     if closed and (closed["pictures"] < FEW_PICTURES or closed["people"] < FEW_PEOPLE):

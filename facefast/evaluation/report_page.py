@@ -17,6 +17,11 @@ from facefast.runtime.terminal import escape_letter
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; img-src data:"
 """The page asks nobody for anything, whatever stands in it. Vega makes functions of its expressions, hence eval."""
+CREDIT = (
+    "Charts are drawn by Vega, Vega-Lite and Vega-Embed, copyright University of Washington Interactive Data Lab and "
+    "contributors, under the BSD 3-clause licence (github.com/vega)."
+)
+"""Whose scripts the page holds, as their licence asks."""
 MOST_ROWS = 200
 """Of a table behind a chart; more are thinned evenly."""
 DRAW = """
@@ -234,7 +239,7 @@ class Page:
             head=head + notice,
             links=links,
             body=body,
-            foot=foot,
+            foot=foot + (Markup("<br>") + CREDIT if scripts else EMPTY),
             scripts=scripts,
         )
 

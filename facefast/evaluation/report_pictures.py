@@ -16,7 +16,7 @@ from facefast.evaluation.report_files import RunFiles
 from facefast.evaluation.report_page import EMPTY, joined, name, plain
 from facefast.recipe import AugmentSpec, ImageSpec, from_json
 
-SIZE = 112
+SIZE = 120
 """Pixels on the longer side."""
 MOST = 150
 """Photographs on a page: each takes about 4 KB."""

@@ -65,9 +65,10 @@ def interval_of(run: RunFiles, row: str, key: str) -> tuple[Any, Any]:
     if f"{key}_low" in found:
         return found[f"{key}_low"], found[f"{key}_high"]
     verification, short = run.evaluation.get("verification"), key.removeprefix("known_")
-    if row == run.handed_on and isinstance(verification, dict) and short in verification["intervals"]:
-        low, high = verification["intervals"][short]
-        return low, high
+    if row == run.handed_on and isinstance(verification, dict):
+        inside = verification.get("intervals", {}).get(short)
+        if inside:
+            return inside[0], inside[1]
     return None, None
 
 
@@ -102,7 +103,7 @@ def headline(run: RunFiles) -> Markup:
 def _said(run: RunFiles) -> Iterator[Markup]:
     image, best, key = run.model.get("image") or run.recipe.get("image") or {}, run.best, run.best.get("metric", "")
     backbone = run.model.get("backbone") or (run.recipe.get("model") or {}).get("backbone", "a model")
-    source, parts = source_name(run), (run.evaluation.get("data") or {}).get("parts") or {}
+    source, parts = source_name(run), (run.evaluation.get("photographs") or {}).get("parts") or {}
     size = f"{image.get('size')}" + (f" × {image['width']}" if image.get("width") else "")
     begun = (
         Markup("moved from <strong>{}</strong> to").format(name(source)) if source else "trained from random weights on"
@@ -354,7 +355,7 @@ def verification(run: RunFiles, page: Page, album: Album | None) -> Iterator[Any
     found = run.evaluation.get("verification")
     if not found:
         return
-    held_out = (run.evaluation.get("data") or {}).get("held_out")
+    held_out = (run.evaluation.get("photographs") or {}).get("held_out")
     who = "people whom no training saw" if held_out else "people who were trained on: easier than strangers"
     inside = found["intervals"]
     yield paragraph(

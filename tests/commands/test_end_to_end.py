@@ -88,7 +88,7 @@ def test_the_report_and_the_summary_name_the_phases(finished: Path) -> None:
     assert "finetune" in page and "this part cannot be shown" not in page.lower()
     found = files.read_json(finished / "evaluation.json")
     assert (found["row"], found["step"]) == ("finetune", 12)
-    assert found["closed_set"]["pictures"] == 3 and found["data"]["left_out"] == {}
+    assert found["closed_set"]["pictures"] == 3 and found["photographs"]["left_out"] == {}
 
 
 def test_the_same_seed_gives_the_same_bits_twice(finished: Path, drawn: Path, tmp_path: Path) -> None:

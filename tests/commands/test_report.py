@@ -97,8 +97,8 @@ def test_photographs_are_shown_to_whoever_asks_for_them_and_lie_in_the_page(tmp_
         "--eval.folds=2",
     ]
     assert train.main([*words, f"--data.root={root}", f"--out={out}"]) == 0
-    assert files.read_json(out / EVALUATION)["data"]["batch"]
-    assert "<img" not in (out / "report.html").read_text()
+    assert files.read_json(out / EVALUATION)["photographs"]["batch"]
+    assert "data:image" not in (out / "report.html").read_text().partition("<script")[0]
     page = tmp_path / "page.html"
     assert report.main([str(out), "--pictures", "--out", str(page)]) == 0
     text = page.read_text()

@@ -112,9 +112,9 @@ def test_where_nobody_is_named_and_nothing_is_compared_there_is_no_such_part(tmp
     data = PhaseData(index, nothing, EvaluationSet(index, None, None, held_out=False))
     found = findings.document(findings.Asked(None, None, None), data, {"empty": 2})
     assert found["closed_set"] is None and found["verification"] is None
-    assert found["data"]["left_out"] == {"empty": 2} and found["data"]["pairs"] is None
-    assert found["data"]["parts"]["training"] == {"pictures": 6, "people": 3, "nameless": 0}
-    assert sum(row["people"] for row in found["data"]["pictures_per_person"]) == 3
+    assert found["photographs"]["left_out"] == {"empty": 2} and found["photographs"]["pairs"] is None
+    assert found["photographs"]["parts"]["training"] == {"pictures": 6, "people": 3, "nameless": 0}
+    assert sum(row["people"] for row in found["photographs"]["pictures_per_person"]) == 3
 
 
 def test_precision_and_recall_are_of_names_and_of_pairs_with_scores_from_0_to_1(tmp_path: Path) -> None:

@@ -199,7 +199,12 @@ DAMAGE: dict[str, Any] = {
     "recipe.json": [{}, {"phases": 3}, {"data": "x", "model": []}],
     "plan.json": [{"phases": [{}]}, {"phases": "no"}],
     "environment.json": [{"packages": [1], "command": 4}],
-    EVALUATION: [{"data": 3}, {"closed_set": {"pictures": "<b>"}}, {"verification": [1]}, {"data": {"parts": 1}}],
+    EVALUATION: [
+        {"photographs": 3},
+        {"closed_set": {"pictures": "<b>"}},
+        {"verification": [1]},
+        {"photographs": {"parts": 1}},
+    ],
     "checkpoints/best/model.json": [{"thresholds": 1}, {"provenance": 3, "image": "x"}, {"metrics": {"selected": {}}}],
     "status.json": [{}, {"best": 4, "state": ["<b>"]}, {"best": {"value": "high", "metric": 3}}],
 }

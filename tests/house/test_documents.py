@@ -319,7 +319,7 @@ def test_every_field_of_status_is_documented_and_every_documented_field_is_writt
 def test_every_field_of_the_evaluation_is_documented_and_every_documented_field_is_written(run: Path) -> None:
     found = files.read_json(run / "evaluation.json")
     parts = {name for name, value in found.items() if isinstance(value, dict)}
-    assert parts == {"data", "closed_set", "verification"}
+    assert parts == {"photographs", "closed_set", "verification"}
     fields = {name for name in found if name not in parts} | {
         f"{part}.{name}" for part in parts for name in found[part]
     }
