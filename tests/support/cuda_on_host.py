@@ -80,7 +80,9 @@ def digest(rows: int, classes: int) -> list[str]:
         loss, grad = derive(lambda leaf: focal_loss(leaf, y, label_smoothing=smoothing), x)  # noqa: B023
         truth = derive(lambda leaf: reference.focal_loss(leaf, y, label_smoothing=smoothing), x.double())  # noqa: B023
         torch.testing.assert_close(loss.double(), truth[0], rtol=1e-6, atol=0)
-        torch.testing.assert_close(grad.double(), truth[1], rtol=2**-7, atol=0)
+        # Where a class is as probable as smoothing wants it, its gradient is what two greater numbers leave.
+        near = 1e-5 * truth[1].abs().amax().item()
+        torch.testing.assert_close(grad.double(), truth[1], rtol=2**-7, atol=near)
         found = loss.numpy().tobytes() + grad.view(torch.int16).numpy().tobytes()
         hashes.append(hashlib.sha256(found).hexdigest())
     return hashes
