@@ -84,7 +84,11 @@ def _drawing(network: nn.Module) -> Iterator[str]:
     """Kinds of layers that draw in training: dropout and stochastic depth, timm's included."""
     for module in network.modules():
         rates = (getattr(module, name, 0) for name in ("p", "drop_prob", "drop_rate"))
-        if "drop" in type(module).__name__.lower() and any(isinstance(rate, float) and rate > 0 for rate in rates):
+        if (
+            module.training
+            and "drop" in type(module).__name__.lower()
+            and any(isinstance(rate, float) and rate > 0 for rate in rates)
+        ):
             yield type(module).__name__
 
 
