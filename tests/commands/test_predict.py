@@ -247,7 +247,7 @@ def test_a_model_without_identities_gives_embeddings_only(
 ) -> None:
     run = small.save_run(tmp_path / "headless", small.make_model(classes=()), photographs)
     assert predict.main([str(run), str(photographs)]) == 64
-    assert "knows no identities; give --gallery G, or --embeddings OUT.npz" in capsys.readouterr().err
+    assert "knows no identities; give --gallery G, --embeddings OUT.npz or --annotate DIR" in capsys.readouterr().err
     flags = (*AS_THEY_ARE, f"--embeddings={tmp_path / 'vectors.npz'}", "--json")
     assert predict.main([str(run), str(photographs), *flags]) == 0
     assert all(set(answer) == {"path", "faces"} for answer in answers_of(capsys).values())
