@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer import event_file_writer
 from tensorboard.util.tensor_util import make_ndarray
 
 from facefast.runtime.exits import NumericsError
@@ -198,7 +199,12 @@ def test_tensorboard_has_precision_and_recall_at_every_threshold(tmp_path: Path)
     assert "test/none" not in board(tmp_path).Tags()["tensors"]
 
 
-def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_no_later_or_torn_one(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_no_later_or_torn_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # TensorBoard reads a folder's files by name, which ends in how many this process wrote: within one second 10 would
+    # come before 9. Runs that go on are other processes.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     with open_log(tmp_path) as run_log:
         for step in range(1, 7):
             run_log.step(at(step), stats(loss_sum=8 * step), 8, 0.0)
