@@ -26,6 +26,7 @@ COMMANDS = {
     "compress": "Write an int8 copy of a model, refused where it recognises worse",
     "submit": "Hand a run to a cluster's scheduler, or print what would be handed in",
     "doctor": "Look for what a cluster gets wrong: versions, network, disks, clocks",
+    "bench": "Measure how fast this machine trains, and what holds it back",
 }
 """What each command does, in a line."""
 
