@@ -113,10 +113,8 @@ class Contender:
         """Ends it, by SIGKILL where it does not end when asked to."""
         for number in (signal.SIGTERM, signal.SIGCONT):
             self._signal(number)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.communicate(timeout=GRACE)
-        except subprocess.TimeoutExpired:
-            pass
         self._signal(signal.SIGKILL)  # a worker that outlives its parent, too
         self._process.wait()
         self._complaints.close()

@@ -210,9 +210,8 @@ def verdict(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
 def table(measured: Sequence[Mapping[str, Any]], verdicts: Sequence[str]) -> str:
     """A line a mode, the numbers in columns."""
     width = max(len(str(row["network"])) for row in measured)
-    lines = [
-        f"{'':{width}}  {'px':>4}{'batch':>6}  {'':12}{'images/s':>10}{'lowest':>9}{'highest':>9}{'of compute':>12}  before"
-    ]
+    rates = f"{'images/s':>10}{'lowest':>9}{'highest':>9}{'of compute':>12}"
+    lines = [f"{'':{width}}  {'px':>4}{'batch':>6}  {'':12}{rates}  before"]
     for row, said in zip(measured, verdicts, strict=True):
         share = row["ratio_to_compute"]
         told = "-" if share is None else f"{share:.1f} x" if row["mode"] == LOADER else f"{share:.1%}"
