@@ -176,7 +176,9 @@ def shown(table: Table, kept: list[dict[str, Any]]) -> list[str]:
     common = [n for n in table.same if len({str(r.get(n)) for r in kept}) == 1 and len(kept) > 1]
     columns = [name for name in (*table.same, *table.values) if name not in common]
     columns = [name for name in columns if any(row.get(name) not in (None, "") for row in kept)]
-    said = ", ".join(f"{n.replace('_', ' ')} {cell(kept[0].get(n))}" for n in common if kept[0].get(n) not in (None, ""))
+    said = ", ".join(
+        f"{n.replace('_', ' ')} {cell(kept[0].get(n))}" for n in common if kept[0].get(n) not in (None, "")
+    )
     loads = [row["machine"]["load"] for row in kept]
     load = f"load {min(loads):g} to {max(loads):g}" if min(loads) != max(loads) else f"load {loads[0]:g}"
     names = [*(name.replace("_", " ") for name in columns), "commit"]

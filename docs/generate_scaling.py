@@ -29,6 +29,7 @@ DISK, OPENS = 40e9, 100_000
 MEMORY = 1e12
 """Bytes of a machine that its page cache may take."""
 CLASSES = 10_177
+MLCOMMONS = "https://raw.githubusercontent.com/mlcommons"
 
 
 class Training(NamedTuple):
@@ -135,17 +136,23 @@ still learns is another question.
 
 | number | value | where it is from |
 |---|---|---|
-| updates alone | 13 187, 7249, 5765 images/s | measured: one H100 SXM, bf16, channels-last, the compiled loop (MobileFaceNet also captured as a graph), commit 38a4e01 |
-| loader alone | 22 300 (112 px, 12 KB), 14 800 (224 px, 58 KB) images/s | measured: the same, DALI on the GPU, 8 threads; a machine of 8 GPUs with 112 cores has 14 for each |
-| NVLink | 450 GB/s one way | [900 GB/s both ways](https://raw.githubusercontent.com/mlcommons/inference_results_v4.1/main/closed/NVIDIA/systems/H200-SXM-141GBx8_TRT_MaxQ.json), 18 links of the 4th generation: the description of a machine with the same links, as are its 2 x 56 cores and 2 TB |
-| between machines | 50 GB/s a GPU, or 12.5 GB/s a machine | [8 x 400 Gb/s InfiniBand](https://github.com/mlcommons/inference_results_v3.1/blob/main/closed/Dell/systems/XE9680_H100_SXM_80GBx8_TRT.json), or one Ethernet of 100 Gb/s |
+| updates alone | 13 187, 7249, 5765 images/s | measured: one H100 SXM, bf16, channels-last, the compiled loop \
+(MobileFaceNet also captured as a graph), commit 38a4e01 |
+| loader alone | 22 300 (112 px, 12 KB), 14 800 (224 px, 58 KB) images/s | measured: the same, DALI on the GPU, \
+8 threads; a machine of 8 GPUs with 112 cores has 14 for each |
+| NVLink | 450 GB/s one way | [900 GB/s both ways]({MLCOMMONS}/inference_results_v4.1/main/closed/NVIDIA/systems/\
+H200-SXM-141GBx8_TRT_MaxQ.json), 18 links of the 4th generation: the description of a machine with the same links, and \
+with 2 x 56 cores and 2 TB |
+| between machines | 50 GB/s a GPU, or 12.5 GB/s a machine | [8 x 400 Gb/s InfiniBand]({MLCOMMONS}/\
+inference_results_v3.1/main/closed/Dell/systems/XE9680_H100_SXM_80GBx8_TRT.json), or one Ethernet of 100 Gb/s |
 | part of a link that is reached | {USED:.0%} | assumed |
 | a step of an all-reduce | {STEP * 1e6:.0f} us | assumed |
 | gradients | 4 bytes a parameter | counted: backbone, and a head of {CLASSES:,} classes on every GPU |
-| shared file system | {DISK / 1e9:.0f} GB/s, {OPENS:,} files opened a second | assumed; `facefast doctor --data.root DIR` measures yours |
+| shared file system | {DISK / 1e9:.0f} GB/s, {OPENS:,} files opened a second | assumed; \
+`facefast doctor --data.root DIR` measures yours |
 | page cache | {MEMORY / 1e12:.0f} TB a machine | assumed: half of its memory |
 
-An update of b pictures takes b / rate. An all-reduce of P bytes over N GPUs, g = {NODE} a machine and m = N / g machines:
+An update of b pictures takes b / rate. An all-reduce of P bytes over N GPUs, g = {NODE} a machine, m = N / g machines:
 2 (g - 1) / g P / NVLink within the machine, 2 (m - 1) / m (P / g) / network across, and 2 log2 N steps. DDP sends while
 the backward pass goes on, two thirds of an update; what is longer than that, and the last bucket of 25 MiB in any case,
 is waited for. A part's ceiling is what it would allow if there were nothing else; the lowest is the first bottleneck.
@@ -157,11 +164,11 @@ ENDING = """## What follows
 
 Numbers in threes are of the trainings above, in their order.
 
-- **Loose files are the first thing to go**: {OPENS:,} files opened a second feed {files} GPUs. Use shards, or a set that
-  fits the page cache (the first epoch pays), or copy it to each machine's disk.
+- **Loose files are the first thing to go**: {OPENS:,} files opened a second feed {files} GPUs. Use shards, or a set
+  that fits the page cache (the first epoch pays), or copy it to each machine's disk.
 - **Bytes are next**: {DISK} GB/s feed {bytes} GPUs. Faces cut out once (`facefast align --crops`) are a fraction of a
   photograph.
-- **Decoding needs cores**: with 8 threads a GPU the loader alone is {ahead} times as fast as updates are. It works on the
+- **Decoding needs cores**: with 8 threads a GPU the loader alone is {ahead} times as fast as updates. It works on the
   same GPU, which is not in these tables: one H100 ran 88 to 96 % of compute only as a whole job.
 - **The network hides behind the backward pass at 400 Gb/s a GPU.** At 100 Gb/s a machine, 1024 GPUs wait for it during
   {waits} of an update: there halve what is sent (bf16, below), or raise the batch on each GPU.
@@ -171,8 +178,8 @@ Numbers in threes are of the trainings above, in their order.
 - **Whether to send gradients in bf16**: DDP's hook halves the bytes, so it halves what is waited for where the network
   is the bottleneck, and changes nothing where it hides. On two gloo ranks it was measured:
   [benchmarks.md](benchmarks.md#averaging-gradients-ddps-buckets-and-hooks).
-- What a single GPU does today, whole job, is less than what this page begins with: IResNet-50 4674 and ResNet-50 3536 to
-  3715 images/s eager. All tables scale with that number; a slower GPU meets every bottleneck later.
+- What a single GPU did as a whole job, eager, is less than what this page begins with: IResNet-50 4674 and ResNet-50
+  3536 to 3715 images/s. All tables scale with that number; a slower GPU meets every bottleneck later.
 """
 
 

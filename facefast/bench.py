@@ -22,7 +22,7 @@ from facefast.data.drawn import synthetic
 from facefast.recipe.options import parse
 from facefast.recipe.ranges import MOST, require
 from facefast.runtime import exits, files, machine
-from facefast.runtime.terminal import say, tell
+from facefast.runtime.terminal import say, speaking, tell
 from facefast.runtime.turns import ContenderError
 from facefast.training import throughput
 
@@ -85,12 +85,12 @@ def main(arguments: list[str] | None = None) -> int:
         words = sys.argv[1:] if arguments is None else arguments
         own, further = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
         given = parse(BenchArguments, own, "bench")
-        rows, verdicts = measured(given, tuple(further))
+        with speaking("json" if given.json else "words"):
+            rows, verdicts = measured(given, tuple(further))
         if given.json:
             say(json.dumps(rows, indent=2))
         else:
             say(throughput.table(rows, verdicts))
-        outcome.code = exits.EXIT_DONE
     return outcome.code
 
 
@@ -111,6 +111,9 @@ def measured(given: BenchArguments, further: tuple[str, ...]) -> tuple[list[dict
         further,
     )
     files.require_writable(given.rows)
+    if given.plot is not None:
+        throughput.require_svg(given.plot)
+        files.require_writable(given.plot)
     earlier = throughput.read_rows(given.rows)
     with tempfile.TemporaryDirectory() as folder:
         root = given.data.root or str(synthetic.write(Path(folder) / "drawn", DRAWN))

@@ -179,7 +179,7 @@ def in_turns(
     entries: Mapping[str, Entry],
     rounds: int,
     told: Callable[[str], None] = lambda text: None,
-    seconds: float = TURN,
+    seconds: float | None = None,
 ) -> dict[str, list[float]]:
     """Pictures a second of each contender, one number a round; the order turns round from one round to the next.
 
@@ -187,7 +187,7 @@ def in_turns(
         entries: contenders by name.
         rounds: turns of each.
         told: is told what goes on.
-        seconds: of a turn at least.
+        seconds: of a turn at least; by default `TURN`.
 
     Raises:
         ContenderError: one of them cannot be measured.
@@ -200,7 +200,7 @@ def in_turns(
             running[name] = stack.enter_context(Contender(name, entry))
         for number in range(rounds):
             for name in list(running) if number % 2 == 0 else reversed(list(running)):
-                rates[name].append(running[name].turn(seconds))
+                rates[name].append(running[name].turn(TURN if seconds is None else seconds))
             told(f"round {number + 1} of {rounds}: " + ", ".join(f"{n} {r[-1]:.0f}" for n, r in rates.items()))
     return rates
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -264,6 +263,12 @@ def chart(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def require_svg(path: Path) -> None:
+    """Raises ValueError where a file's name does not say that it holds SVG."""
+    if path.suffix.lower() != ".svg":
+        raise ValueError(f"{path} is to hold a drawing, which is SVG; give a name that ends in .svg")
+
+
 def draw(measured: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Writes the chart as SVG, by vl-convert.
 
@@ -271,8 +276,7 @@ def draw(measured: Sequence[Mapping[str, Any]], path: Path) -> None:
         ValueError: the file's name ends otherwise.
         ImportError: vl-convert-python is not installed.
     """
-    if not re.search(r"\.svg$", path.name, re.I):
-        raise ValueError(f"{path} is to hold a drawing, which is SVG; give a name that ends in .svg")
+    require_svg(path)
     import vl_convert  # a large library of its own
 
     path.parent.mkdir(parents=True, exist_ok=True)
