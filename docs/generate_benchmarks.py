@@ -124,6 +124,13 @@ TABLES = (
         ("seconds", "lowest", "highest", "memory_to_embeddings"),
     ),
     Table(
+        "many_people",
+        "Training very many people",
+        "python benchmarks/many_people.py",
+        ("people", "ranks", "steps"),
+        ("gibibytes", "checkpoint_gibibytes", "seconds"),
+    ),
+    Table(
         "int8",
         "Int8 packages",
         "python benchmarks/bench_int8.py",
@@ -131,8 +138,8 @@ TABLES = (
         ("milliseconds", *SPREAD, "int8_ratio"),
     ),
 )
-ELSEWHERE = {"transfer", "many_people", "index_scale"}
-"""Rows that other pages tell of: what recipes are worth, and what millions of rows take."""
+ELSEWHERE = {"transfer": "transfer.md", "index_scale": "runs.md"}
+"""Files of rows that other pages tell of."""
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -165,6 +172,8 @@ def cell(value: Any) -> str:
     """A value as people read it."""
     if value is None or value == "":
         return "-"
+    if isinstance(value, list):
+        return ", ".join(map(cell, value))
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
     return str(value)
