@@ -110,11 +110,14 @@ def main() -> None:
     parser.add_argument("--hooks", nargs="+", choices=HOOKS, default=list(HOOKS))
     given = parser.parse_args()
     given.port = free_port()
-    answers = mp.get_context("spawn").SimpleQueue()
-    started = mp.spawn(rank_main, (given, answers), nprocs=given.ranks, join=False)
+    context = mp.get_context("spawn")
+    answers = context.Queue()
+    ranks = [context.Process(target=rank_main, args=(rank, given, answers)) for rank in range(given.ranks)]
+    for process in ranks:
+        process.start()
     seconds, apart, size = answers.get()
-    while not started.join():
-        pass
+    for process in ranks:
+        process.join()
     report(given, seconds, apart, size)
 
 

@@ -121,7 +121,7 @@ def measured(given: BenchArguments, further: tuple[str, ...]) -> tuple[list[dict
             rates = throughput.measure(setting, root, Path(folder) / "run", device, given.rounds, told=tell)
         except ContenderError as error:
             raise ValueError(str(error)) from error
-    facts = {
+    facts: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "facefast": __version__,
         "machine": machine.machine(),

@@ -180,7 +180,7 @@ def rows(setting: Setting, rates: Mapping[str, Sequence[float]], device: str) ->
     return found
 
 
-def before(row: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], own: str) -> Mapping[str, Any] | None:
+def before(row: Mapping[str, Any], earlier: Sequence[dict[str, Any]], own: str) -> dict[str, Any] | None:
     """The last of earlier rows that says the same of a machine of the same kind; None where none does.
 
     Args:
@@ -188,10 +188,9 @@ def before(row: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], own: st
         earlier: rows with a `machine`, oldest first.
         own: `machine.key` of this one.
     """
-    for other in reversed(earlier):
-        if machine.key(other.get("machine", {})) == own and all(other.get(name) == row.get(name) for name in SAME):
-            return other
-    return None
+    same = [other for other in earlier if machine.key(other.get("machine", {})) == own]
+    same = [other for other in same if all(other.get(name) == row.get(name) for name in SAME)]
+    return same[-1] if same else None
 
 
 def verdict(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from facefast import bench
+from facefast.data.drawn import synthetic
 from facefast.runtime.turns import ContenderError
 from facefast.training import throughput
 from facefast.training.throughput import COMPUTE, LOADER, WHOLE
@@ -83,7 +84,12 @@ def test_json_is_the_rows_and_nothing_else(
 
 def test_without_photographs_faces_are_drawn(tmp_path: Path, measured: list[Any], monkeypatch: Any) -> None:
     drawn: list[Path] = []
-    monkeypatch.setattr(bench.synthetic, "write", lambda folder, spec: drawn.append(folder) or folder)
+
+    def write(folder: Path, spec: synthetic.DrawnSpec) -> Path:
+        drawn.append(folder)
+        return folder
+
+    monkeypatch.setattr(synthetic, "write", write)
     assert bench.main(words(tmp_path, tmp_path)[1:]) == 0
     assert [str(folder) for folder in drawn] == [measured[0][1]]
 

@@ -16,6 +16,7 @@ from facefast.recipe import flags
 from facefast.runtime import machine
 from facefast.runtime.process import Runtime, World
 from facefast.training import pace, throughput
+from facefast.training.step import train_step
 from facefast.training.throughput import COMPUTE, LOADER, WHOLE, Setting
 from tests.support import small
 
@@ -41,7 +42,6 @@ def test_an_epoch_has_exactly_the_updates_that_were_asked_for(root: Path, tmp_pa
     recipe = flags.command_line(SETTING.words(tmp_path / "index.npz")).recipe
     updates = pace.begun(SETTING.words(tmp_path / "index.npz"), "compute", tmp_path, here())
     assert [next(updates), next(updates)] == [3, 6] and recipe.log_every == 3
-    updates.close()
     # What the run wrote down of its photographs: those of the index, six batches of four to train on.
     assert (FaceIndex.load(tmp_path / "index.npz").splits == 0).sum() == 24
 
@@ -60,7 +60,7 @@ def test_updates_alone_are_those_of_training_on_batches_that_stay(
 ) -> None:
     throughput.write_index(root, tmp_path / "index.npz", 24)
     seen: list[tuple[int, int, float]] = []
-    step = pace.train_step
+    step = train_step
 
     def watched(state: Any, batches: Any, row_counts: Any) -> Any:
         stats = step(state, batches, row_counts)
@@ -120,9 +120,9 @@ def test_the_three_programs_are_the_same_training(root: Path, tmp_path: Path) ->
 
 
 def test_a_batch_of_one_picture_and_an_epoch_of_no_update_are_refused() -> None:
-    for fields in ({"batch": 1}, {"updates_per_epoch": 0}):
+    for batch, updates in ((1, 6), (4, 0)):
         with pytest.raises(ValueError, match="must be at least 2 and 1"):
-            dataclasses.replace(SETTING, **fields)
+            dataclasses.replace(SETTING, batch=batch, updates_per_epoch=updates)
 
 
 def test_rows_hold_medians_and_the_share_of_updates_alone_round_by_round() -> None:
