@@ -54,8 +54,8 @@ format: setup  ## rewrites the sources in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
-bench: setup  ## every benchmark, peers interleaved; rows go to benchmarks/results
-	$(BIN)/python -m pytest benchmarks --benchmark-enable $(ARGS)
+bench: setup  ## every benchmark: peers in turns, rows go to benchmarks/results; pytest-benchmark's to .benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-autosave --benchmark-group-by=group $(ARGS)
 
 clean:  ## removes .venv and what was built
 	rm -rf $(VENV) build dist facefast/*.so facefast.egg-info

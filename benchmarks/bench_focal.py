@@ -1,5 +1,5 @@
 """How fast the focal loss is, forward and backward, beside torch (eager row operations, torch.compile of them) and,
-on a GPU, beside Liger and apex where they are importable.
+on a GPU, beside Liger, quack and apex where they are importable.
 
     python benchmarks/bench_focal.py [--device cuda --dtype bfloat16] [--shapes 256x1000 ...] [--rounds 15]
     python -m pytest benchmarks/bench_focal.py --benchmark-enable
@@ -12,13 +12,13 @@ beside the bandwidth of a plain copy measured in the same rounds; on a GPU every
 from __future__ import annotations
 
 import functools
-import importlib
 import statistics
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from libraries import library, missing
 from record import record
 from timing import interleaved, options, ratio, summary
 from torch import Tensor
@@ -54,17 +54,15 @@ def peers(device: str) -> dict[str, Loss]:
     """torch's two ways, and the cross entropies of other libraries that are here, each with the same row operations."""
     found: dict[str, Loss] = {"eager": eager, "torch.compile": torch.compile(eager)}
     if device == "cuda":
-        try:
-            liger = importlib.import_module("liger_kernel.transformers.functional").liger_cross_entropy
+        if liger := library("liger"):
             # Liger writes the gradient over its input: it gets a copy, or the next run would read gradients.
-            found["liger"] = lambda x, y: _focal(liger(x.clone(), y, reduction="none").float())
-        except ImportError:
-            print("liger_kernel is not importable: left out")
-        try:
-            apex = importlib.import_module("apex.contrib.xentropy").SoftmaxCrossEntropyLoss.apply
-            found["apex"] = lambda x, y: _focal(apex(x, y, 0.0, -100, x.dtype == torch.float16).float())
-        except ImportError:
-            print("apex is not importable: left out")
+            cross = liger.liger_cross_entropy
+            found["liger"] = lambda x, y: _focal(cross(x.clone(), y, reduction="none").float())
+        if quack := library("quack"):
+            found["quack"] = lambda x, y: _focal(quack.cross_entropy(x, y, reduction="none").float())
+        if apex := library("apex"):
+            fused = apex.SoftmaxCrossEntropyLoss.apply
+            found["apex"] = lambda x, y: _focal(fused(x, y, 0.0, -100, x.dtype == torch.float16).float())
     return found
 
 
@@ -119,6 +117,8 @@ def report(rows: int, classes: int, device: str, dtype: torch.dtype, seconds: di
             gigabytes_per_second=round(bandwidth, 1),
             facefast_ratio=None if name in MOVED else round(times_ours, 3),
         )
+    for name in missing("liger", "quack", "apex"):
+        print(f"{name:18}{'not run: not importable here':>35}")
 
 
 @pytest.mark.parametrize(("rows", "classes"), SHAPES["cpu"])

@@ -27,6 +27,7 @@ COMMANDS = {
     "report": "Write a run's report anew, or compare runs",
     "submit": "Hand a run to a cluster's scheduler, or print what would be handed in",
     "doctor": "Look for what a cluster gets wrong: versions, network, disks, clocks",
+    "bench": "Measure how fast this machine trains, and what holds it back",
 }
 """What each command does, in a line."""
 

@@ -1,0 +1,154 @@
+"""Whole trainings beside ours: the usual loaders with the usual loop, all in turns.
+
+    python benchmarks/peers.py [--network mobilefacenet] [--device cuda] [--rounds 5] [--contenders NAME ...]
+        [--data ../shared/data/celeba-mini | --data drawn]
+
+Contenders are a loader and a loop each. Loaders: torchvision's v2 transforms in a DataLoader, DALI's stock operators,
+FFCV where it is importable (`benchmarks/bench_input.py` has them), or one batch that stays in memory. Loops: forward,
+cross entropy, backward, fused SGD, in autocast where ours is; eager, or compiled by torch.compile. Beside them
+`facefast train` as it is, and its update on batches in memory. Losses have their peers, Liger and quack among them, in
+`benchmarks/bench_focal.py`, heads in `benchmarks/bench_linear_focal.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from bench_input import Way, stock, with_ffcv, with_torchvision
+from libraries import missing
+from record import record
+from throughput import DRAWN, NETWORKS, SHARED
+from torch import Tensor
+
+from facefast.data import FaceIndex
+from facefast.data.drawn import synthetic
+from facefast.models import build_model
+from facefast.models.precision import Precision
+from facefast.recipe import ImageSpec, ModelConfig
+from facefast.runtime import process
+from facefast.runtime.turns import Entry, Rate, in_turns, ratio
+from facefast.training import throughput
+
+OURS = {"facefast": throughput.WHOLE, "facefast, in memory": throughput.COMPUTE}
+LOADERS = ("torchvision", "DALI stock", "FFCV", "in memory")
+LOOPS = ("eager", "compiled")
+PEERS = tuple(f"{loader}, {loop}" for loader in LOADERS for loop in LOOPS)
+UPDATES = 20
+EVERY = 10
+"""Updates between two lines of a peer."""
+
+
+def images(loader: str, way: Way, folder: Path) -> Iterator[Tensor]:
+    """Batches [B, 3, H, W] without end."""
+    if loader == "torchvision":
+        return with_torchvision(way, pil=False)
+    if loader == "DALI stock":
+        return stock(way, region=False)
+    if loader == "FFCV":
+        return with_ffcv(way, folder)
+    return itertools.repeat(torch.randn(way.batch, 3, *way.image.shape, device=way.device))
+
+
+def train(peer: str, network: str, way: Way, folder: Path) -> None:
+    """A peer's training; prints a line every `EVERY` updates and does not end."""
+    loader, _, loop = peer.rpartition(", ")
+    device = torch.device(way.device)
+    precision = Precision.choose("auto", network, True, device)
+    # The same network with the same head; its cosines go straight into cross entropy.
+    model = build_model(ModelConfig(backbone=network, head="cosine"), way.index.num_classes, way.image)
+    model = model.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    forward = torch.compile(model) if loop == "compiled" else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
+    labels = torch.arange(way.batch, device=device) % way.index.num_classes
+    for done, batch in enumerate(images(loader, way, folder), 1):
+        with precision.autocast(device):
+            logits = forward(batch.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(24 * logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if done % EVERY == 0:
+            print(json.dumps({"done": done, "loss": loss.item()}), flush=True)
+
+
+def main() -> None:
+    given = arguments(sys.argv[1:])
+    network = NETWORKS[given.network]
+    batch, size = given.batch or getattr(network, given.device), given.size or network.size
+    if given.child:
+        with process.start(given.device):
+            way = Way(FaceIndex.load(given.index), ImageSpec(size), given.device, batch, given.threads)
+            train(given.child, given.network, way, Path(given.index).parent)
+    setting = throughput.Setting(given.network, size, batch, UPDATES)
+    left_out = {name for name in missing("FFCV") for name in PEERS if name.startswith("FFCV")}
+    with tempfile.TemporaryDirectory() as folder:
+        root = synthetic.write(Path(folder) / "drawn", DRAWN) if given.data == "drawn" else given.data
+        ours = throughput.entries(setting, root, Path(folder), given.device)
+        index = Path(folder) / "index.npz"
+        entries = {name: ours[mode] for name, mode in OURS.items() if name in given.contenders}
+        own = ["--network", given.network, "--device", given.device, "--threads", str(given.threads)]
+        own += ["--batch", str(batch), "--size", str(size), "--index", str(index)]
+        environment = {"CUDA_VISIBLE_DEVICES": ""} if given.device == "cpu" else None
+        for name in given.contenders:
+            if name in PEERS and name not in left_out:
+                command = [sys.executable, __file__, *own, "--child", name]
+                entries[name] = Entry(command, 2, 1, UPDATES // EVERY, EVERY * batch, environment)
+        report(setting, given.device, in_turns(entries, given.rounds, told=print), left_out & {*given.contenders})
+
+
+def report(setting: throughput.Setting, device: str, rates: dict[str, list[float]], left_out: set[str]) -> None:
+    """Prints the table and records its rows; the ratio is how many times as fast as a contender our whole job is, or
+    our update alone where the contender's pictures are in memory."""
+    print(f"\n{setting.network}, {setting.size} px, batch {setting.batch} on {device}")
+    print(f"{'':24}{'images/s':>10}{'lowest':>9}{'highest':>9}{'facefast is':>13}")
+    for name, values in rates.items():
+        rate = Rate.of(values)
+        ours = rates.get("facefast, in memory" if "in memory" in name else "facefast")
+        times = None if ours is None else ratio(ours, values)
+        shown = "-" if times is None else f"{times:.2f}x"
+        print(f"{name:24}{rate.median:10.1f}{rate.lowest:9.1f}{rate.highest:9.1f}{shown:>13}")
+        record(
+            "peers",
+            contender=name,
+            network=setting.network,
+            size=setting.size,
+            batch=setting.batch,
+            updates_per_epoch=setting.updates_per_epoch,
+            device=device,
+            images_per_second=round(rate.median, 1),
+            lowest=round(rate.lowest, 1),
+            highest=round(rate.highest, 1),
+            rounds=rate.rounds,
+            facefast_ratio=None if times is None else round(times, 3),
+        )
+    for name in sorted(left_out):
+        print(f"{name:24}{'not run: not importable here':>32}")
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, default="mobilefacenet")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--contenders", nargs="+", choices=(*OURS, *PEERS), default=[*OURS, *PEERS])
+    parser.add_argument("--batch", type=int, default=0, help="pictures of an update; 0 is the network's own")
+    parser.add_argument("--size", type=int, default=0, help="pixels on a side; 0 is the network's own")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="decoding threads or workers")
+    parser.add_argument("--data", default=SHARED, help="a set that read_index knows, or drawn: faces drawn for this")
+    parser.add_argument("--child", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--index", help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    main()
