@@ -28,7 +28,7 @@ template <typename T>
 FACEFAST_INLINE void moments_loop(const T* x, int64_t rows, int64_t width, const Acc<T>* shift, Acc<T>* sums,
                                   Acc<T>* squares) {
   for (int64_t r = 0; r < rows; ++r, x += width) {
-#pragma omp simd
+#pragma GCC ivdep
     for (int64_t j = 0; j < width; ++j) {
       const Acc<T> d = load(x[j]) - shift[j];
       sums[j] += d;
@@ -40,7 +40,7 @@ FACEFAST_INLINE void moments_loop(const T* x, int64_t rows, int64_t width, const
 template <Activation kActivation, bool kResidual, typename T>
 FACEFAST_INLINE void forward_loop(const T* x, const T* residual, int64_t rows, int64_t width, Columns<Acc<T>> c, T* y) {
   for (int64_t r = 0; r < rows; ++r, x += width, y += width) {
-#pragma omp simd
+#pragma GCC ivdep
     for (int64_t j = 0; j < width; ++j) {
       Acc<T> z = normalised(Acc<T>(load(x[j])), c[j]);
       if constexpr (kResidual) z += load(residual[j]);
@@ -67,14 +67,13 @@ template <Mask kMask, typename T>
 FACEFAST_INLINE void sums_loop(const T* grad, const T* x, const T* output, int64_t rows, int64_t width,
                                Columns<Acc<T>> c, Sums<Acc<T>> sums) {
   for (int64_t r = 0; r < rows; ++r, x += width, grad += width) {
-#pragma omp simd
+#pragma GCC ivdep
     for (int64_t j = 0; j < width; ++j) {
       const Acc<T> value = load(x[j]), out = kMask == Mask::kOutput ? Acc<T>(load(output[j])) : Acc<T>(0);
-      Acc<T> by_slope;
-      const Acc<T> g = masked<kMask>(Acc<T>(load(grad[j])), value, out, c[j], by_slope);
-      sums.grad[j] += g;
-      sums.product[j] += g * (value - c.mean[j]);
-      if constexpr (kMask == Mask::kPReLU) sums.slope[j] += by_slope;
+      const Masked<Acc<T>> g = masked<kMask>(Acc<T>(load(grad[j])), value, out, c[j]);
+      sums.grad[j] += g.grad;
+      sums.product[j] += g.grad * (value - c.mean[j]);
+      if constexpr (kMask == Mask::kPReLU) sums.slope[j] += g.slope;
     }
     if constexpr (kMask == Mask::kOutput) output += width;
   }
@@ -85,13 +84,12 @@ template <Mask kMask, bool kX, bool kResidual, typename T>
 FACEFAST_INLINE void gradient_loop(const T* grad, const T* x, const T* output, int64_t rows, int64_t width,
                                    Columns<Acc<T>> c, const Acc<T>* share, const Acc<T>* along, T* dx, T* dresidual) {
   for (int64_t r = 0; r < rows; ++r, x += width, grad += width) {
-#pragma omp simd
+#pragma GCC ivdep
     for (int64_t j = 0; j < width; ++j) {
       const Acc<T> value = load(x[j]), out = kMask == Mask::kOutput ? Acc<T>(load(output[j])) : Acc<T>(0);
-      Acc<T> by_slope;
-      const Acc<T> g = masked<kMask>(Acc<T>(load(grad[j])), value, out, c[j], by_slope);
-      if constexpr (kX) store(dx + j, c.scale[j] * (g - share[j] - (value - c.mean[j]) * along[j]));
-      if constexpr (kResidual) store(dresidual + j, g);
+      const Masked<Acc<T>> g = masked<kMask>(Acc<T>(load(grad[j])), value, out, c[j]);
+      if constexpr (kX) store(dx + j, c.scale[j] * (g.grad - share[j] - (value - c.mean[j]) * along[j]));
+      if constexpr (kResidual) store(dresidual + j, g.grad);
     }
     if constexpr (kMask == Mask::kOutput) output += width;
     if constexpr (kX) dx += width;

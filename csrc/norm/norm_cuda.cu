@@ -346,11 +346,10 @@ __global__ void __launch_bounds__(kThreads, 2)
       if constexpr (kMask == Mask::kOutput) unpack<T>(known[u], out);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        float by_slope;
-        const float behind = masked<kMask>(g[i], value[i], out[i], channels[i], by_slope);
-        sums[0][i] += behind;
-        sums[1][i] = fmaf(behind, value[i] - channels[i].mean, sums[1][i]);
-        if constexpr (kMask == Mask::kPReLU) sums[2][i] += by_slope;
+        const Masked<float> behind = masked<kMask>(g[i], value[i], out[i], channels[i]);
+        sums[0][i] += behind.grad;
+        sums[1][i] = fmaf(behind.grad, value[i] - channels[i].mean, sums[1][i]);
+        if constexpr (kMask == Mask::kPReLU) sums[2][i] += behind.slope;
       }
     }
   });
@@ -439,8 +438,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if constexpr (kMask == Mask::kOutput) unpack<T>(known[u], out);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        float by_slope;
-        g[i] = masked<kMask>(g[i], value[i], out[i], channels[i], by_slope);
+        g[i] = masked<kMask>(g[i], value[i], out[i], channels[i]).grad;
         const float away = value[i] - channels[i].mean;
         value[i] = channels[i].scale * (g[i] - share[i].share - away * share[i].along);
       }
