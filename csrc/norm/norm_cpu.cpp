@@ -254,28 +254,38 @@ class CpuNorm : public NormBackend {
     std::vector<double> means(blocks.count * norm.channels), squares(means.size());
     blocks.each(norm, [&](int64_t block, int64_t first, int64_t rows) {
       double *block_mean = &means[block * norm.channels], *block_square = &squares[block * norm.channels];
-      // Differences from a value of the block itself: what cancels below is at most `rows` times what is left.
-      const auto settle = [&](int64_t c, double shift, double sum, double square, double n) {
-        block_mean[c] = shift + sum / n;
-        block_square[c] = std::max(0.0, square - sum * sum / n);
-        if (square != square) block_square[c] = square;
-      };
+      // Twice: the mean first, then squares of distances from it, which lose nothing. The block is in the cache by
+      // then.
       if (!blocks.planes) {
         std::vector<A> shift(norm.channels), sum(norm.channels, A(0)), square(norm.channels, A(0));
         const T* from = x + first * norm.channels;
         for (int64_t c = 0; c < norm.channels; ++c) shift[c] = load(from[c]);
         moments(from, rows, norm.channels, shift.data(), sum.data(), square.data());
-        for (int64_t c = 0; c < norm.channels; ++c) settle(c, shift[c], sum[c], square[c], double(rows));
+        for (int64_t c = 0; c < norm.channels; ++c) {
+          shift[c] += sum[c] / A(rows);
+          sum[c] = square[c] = A(0);
+        }
+        moments(from, rows, norm.channels, shift.data(), sum.data(), square.data());
+        for (int64_t c = 0; c < norm.channels; ++c) {
+          block_mean[c] = double(shift[c]) + double(sum[c]) / double(rows);
+          block_square[c] = double(square[c]) - double(sum[c]) * double(sum[c]) / double(rows);
+        }
         return;
       }
       Lanes<A> shift, sum, square;
       for (int64_t c = 0; c < norm.channels; ++c) {
         const int64_t plane = (first * norm.channels + c) * norm.inner;
-        shift = A(load(x[plane])), sum = A(0), square = A(0);
-        each_part(plane, norm.inner, [&](int64_t begin, int64_t part_rows, int64_t width) {
-          moments(x + begin, part_rows, width, shift.at, sum.at, square.at);
-        });
-        settle(c, shift.at[0], sum.sum(), square.sum(), double(norm.inner));
+        const auto take = [&](A from) {
+          shift = from, sum = A(0), square = A(0);
+          each_part(plane, norm.inner, [&](int64_t begin, int64_t part_rows, int64_t width) {
+            moments(x + begin, part_rows, width, shift.at, sum.at, square.at);
+          });
+        };
+        const double count = double(norm.inner);
+        take(A(load(x[plane])));
+        take(A(double(shift.at[0]) + sum.sum() / count));
+        block_mean[c] = double(shift.at[0]) + sum.sum() / count;
+        block_square[c] = square.sum() - sum.sum() * sum.sum() / count;
       }
     });
     const double n = double(norm.count());
