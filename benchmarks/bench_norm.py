@@ -77,7 +77,11 @@ def measure(shape: tuple[int, ...], kind: str, rounds: int, device: str, dtype: 
     weight, bias, slope = torch.rand(3, shape[1], device=device).unbind()
     tensors = tuple(t.detach().requires_grad_() for t in (x, weight, bias, slope, residual))
     eager: Layers = functools.partial(torchs, kind)
-    contenders = {"facefast": functools.partial(ours, kind), "torch": eager, "torch.compile": torch.compile(eager)}
+    contenders: dict[str, Layers] = {
+        "facefast": functools.partial(ours, kind),
+        "torch": eager,
+        "torch.compile": torch.compile(eager),
+    }
     runs = {name: functools.partial(both_ways, layers, tensors, upstream) for name, layers in contenders.items()}
     return interleaved(runs, rounds, device)
 

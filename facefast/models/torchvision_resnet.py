@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from facefast.models.fused import Layers, norm_act
 
 
-class FusedBasicBlock(BasicBlock):
+class FusedBasicBlock(BasicBlock):  # type: ignore[misc] # torchvision has no types
     """torchvision's, in fewer passes."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ class FusedBasicBlock(BasicBlock):
         return norm_act(self.bn2, self.relu, self.conv2(out), identity, training=self.training)
 
 
-class FusedBottleneck(Bottleneck):
+class FusedBottleneck(Bottleneck):  # type: ignore[misc] # torchvision has no types
     """torchvision's, in fewer passes."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class FusedBottleneck(Bottleneck):
         return norm_act(self.bn3, self.relu, self.conv3(out), identity, training=self.training)
 
 
-class FusedResNet(ResNet):
+class FusedResNet(ResNet):  # type: ignore[misc] # torchvision has no types
     """torchvision's, in fewer passes."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:

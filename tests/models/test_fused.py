@@ -41,7 +41,8 @@ def trained(network: nn.Module, images: Tensor, upstream: Tensor) -> dict[str, T
 def test_training_gives_what_the_layers_give_one_by_one(name: str, frozen: bool) -> None:
     assert name in NAMES
     torch.manual_seed(0)
-    network = build_backbone(name, (SIZE, SIZE)).module.double().to(memory_format=torch.channels_last).train()
+    network = build_backbone(name, (SIZE, SIZE)).module.double().train()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -115,7 +116,7 @@ def test_the_statistics_move_once_a_pass() -> None:
     other = copy.deepcopy(norm)
     norm_act(norm, act, x, training=True)
     act(other(x))
-    assert int(norm.num_batches_tracked) == 1
+    assert norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 1
     for one, expected in zip(norm.buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(one, expected)
 
