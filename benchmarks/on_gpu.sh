@@ -24,11 +24,11 @@ step() {  # step NAME SECONDS COMMAND...: at most so long, and never past the de
 if [ "$dry" = 1 ]; then
   export OUT=${OUT:-$(mktemp -d)}
   device=(--device cpu --rounds 2)
-  focal=(--shapes 64x2 16x1000) heads=(--shapes 16x16x1000) input=(--sizes 112)
+  focal=(--shapes 64x2 16x1000) norm=(--shapes 2x16x8x8) heads=(--shapes 16x16x1000) input=(--sizes 112)
   tests=(--collect-only --quiet)
   step build 300 env FACEFAST_CUDA="${FACEFAST_CUDA:-auto}" "$python" setup.py -q build_ext --inplace
 else
-  device=(--device cuda) focal=() heads=() input=(--device cuda)
+  device=(--device cuda) focal=() norm=() heads=() input=(--device cuda)
   tests=(--maxfail=20 --durations=5)
   export FACEFAST_REQUIRE_GPU=1 FACEFAST_REQUIRE_NATIVE=1
   arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || exit 1
@@ -41,6 +41,7 @@ step tests 240 "$python" -W ignore::pytest.PytestConfigWarning -m pytest -m gpu 
 for dtype in float32 bfloat16; do
   step "focal loss, $dtype" 120 "$python" benchmarks/bench_focal.py "${device[@]}" --dtype "$dtype" "${focal[@]}"
 done
+step "normalisation" 120 "$python" benchmarks/bench_norm.py "${device[@]}" --dtype bfloat16 "${norm[@]}"
 step "input" 90 "$python" benchmarks/bench_input.py --quick --data drawn "${input[@]}"
 step "heads" 90 "$python" benchmarks/bench_linear_focal.py "${device[@]}" --dtype bfloat16 "${heads[@]}"
 
