@@ -25,7 +25,7 @@ CHOSEN = {
     "cross_entropy_peers": "every_width or first_and_the_last",
     "sigmoid_focal": "exact or half or mask or infinite",
     "sharded_focal": "any_sizes and kernels or close_to_the_float64_truth or held_by_one_rank",
-    "batch_norm_act": "every_type or running or thousand or not_finite and not double",
+    "batch_norm_act": "every_type or running_statistics",
     "linear_focal": "float32_is_close or floor or own_upstream or chunks_wider or one_class",
 }
 
