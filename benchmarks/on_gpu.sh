@@ -55,12 +55,14 @@ tests() {
 }
 
 kernels() {
-  local device=(--device cuda) focal=() heads=() input=(--device cuda --batch 256 --threads 8) types=(float32 bfloat16) dtype
+  local device=(--device cuda) focal=() norm=() heads=() input=(--device cuda --batch 256 --threads 8) types=(float32 bfloat16) dtype
   [ "$mode" = gpu ] || device=(--device cpu --rounds 2) focal=(--shapes 64x2 16x1000) heads=(--shapes 16x16x1000)
+  [ "$mode" = gpu ] || norm=(--shapes 2x16x8x8)
   [ "$mode" = gpu ] || input=(--sizes 32 --batch 64)
   for dtype in "${types[@]}"; do
     step "focal loss, $dtype" 120 "$python" benchmarks/bench_focal.py "${device[@]}" --dtype "$dtype" "${focal[@]}"
   done
+  step normalisation 90 "$python" benchmarks/bench_norm.py "${device[@]}" --dtype bfloat16 "${norm[@]}"
   step heads 90 "$python" benchmarks/bench_linear_focal.py "${device[@]}" --dtype bfloat16 "${heads[@]}"
   step input 120 "$python" benchmarks/bench_input.py --quick --data drawn "${input[@]}"
 }

@@ -14,7 +14,7 @@
 #include "focal.h"
 
 // Raised with every change of a schema; facefast/ops/native.py holds the same number.
-#define FACEFAST_KERNEL_VERSION 5
+#define FACEFAST_KERNEL_VERSION 6
 
 namespace facefast {
 

@@ -11,6 +11,7 @@ import math
 
 from torch import Tensor, nn
 
+from facefast.models.fused import Layers, adds_nothing
 from facefast.models.residual import drop_paths
 
 # Blocks of the four stages. The published IR-101 has 100 layers by this count.
@@ -32,8 +33,8 @@ class Block(nn.Module):
         if channels == out:
             self.shortcut_layer: nn.Module = nn.MaxPool2d(1, stride)
         else:
-            self.shortcut_layer = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-        self.res_layer = nn.Sequential(
+            self.shortcut_layer = Layers(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        self.res_layer = Layers(
             nn.BatchNorm2d(channels),
             nn.Conv2d(channels, out, 3, padding=1, bias=False),
             nn.BatchNorm2d(out),
@@ -45,7 +46,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, out, H / stride, W / stride]."""
-        out: Tensor = self.drop(self.res_layer(x)) + self.shortcut_layer(x)
+        shortcut = self.shortcut_layer(x)
+        out: Tensor = (
+            self.res_layer(x, shortcut) if adds_nothing(self.drop) else self.drop(self.res_layer(x)) + shortcut
+        )
         return out
 
 
@@ -68,7 +72,7 @@ class AdaFaceIR(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
+        self.input_layer = Layers(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
         drop = drop_paths(drop_path, sum(depths))
         blocks, channels = [], 64
         for out, count in zip(CHANNELS, depths, strict=True):
@@ -77,7 +81,7 @@ class AdaFaceIR(nn.Module):
                 channels = out
         self.body = nn.Sequential(*blocks)
         cells = math.ceil(shape[0] / REDUCTION) * math.ceil(shape[1] / REDUCTION)
-        self.output_layer = nn.Sequential(
+        self.output_layer = Layers(
             nn.BatchNorm2d(channels),
             nn.Dropout(DROPOUT),
             nn.Flatten(),

@@ -126,9 +126,9 @@ def _no_drop_path(name: str, drop_path: float) -> ValueError:
 
 
 def _build_resnet(name: str) -> Backbone:
-    import torchvision
+    from facefast.models import torchvision_resnet
 
-    network: nn.Module = torchvision.models.get_model(name, weights=None)
+    network = torchvision_resnet.build(name)
     classifier = network.get_submodule("fc")
     assert isinstance(classifier, nn.Linear)
     network.register_module("fc", nn.Identity())

@@ -36,6 +36,14 @@ def takes_statistics(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) and module.training for module in model.modules())
 
 
+def is_plain(norm: _BatchNorm) -> bool:
+    """Whether a layer computes what torch's BatchNorm of this process's pictures does, and nothing else."""
+    if isinstance(norm, _Synchronised):
+        alone = not norm.training or not dist.is_initialized() or dist.get_world_size() == 1
+        return alone and type(norm).__mro__[2] is nn.BatchNorm2d
+    return type(norm) is nn.BatchNorm2d
+
+
 class _Synchronised(_BatchNorm):
     """What `synchronise` puts before a layer's own class."""
 

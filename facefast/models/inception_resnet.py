@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from facefast.models.fused import RELU, norm_act
+
 EPSILON = 0.001  # TensorFlow's for BatchNorm, with which the published weights were trained
 DROPOUT = 0.6
 FEATURES = 1792
@@ -35,7 +37,7 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, out, H', W']."""
-        return F.relu(self.bn(self.conv(x)))
+        return norm_act(self.bn, RELU, self.conv(x), training=self.training)
 
 
 class Residual(nn.Module):

@@ -11,6 +11,7 @@ import math
 
 from torch import Tensor, nn
 
+from facefast.models.fused import Layers, adds_nothing
 from facefast.models.residual import drop_paths
 
 # Channels, channels inside a block, stride and number of blocks, residual or not, after the two first layers.
@@ -48,15 +49,15 @@ class Unit(nn.Module):
         linear: bool = False,
     ) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
+        self.layers = Layers(
             nn.Conv2d(channels, out, kernel, stride, padding, groups=groups, bias=False), nn.BatchNorm2d(out)
         )
         if not linear:
             self.layers.append(nn.PReLU(out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] to [B, out, H', W']."""
-        out: Tensor = self.layers(x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[B, channels, H, W] to [B, out, H', W'], plus what is like it."""
+        out: Tensor = self.layers(x, residual)
         return out
 
 
@@ -65,7 +66,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, channels: int, out: int, wide: int, stride: int, residual: bool, drop: nn.Module) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
+        self.layers = Layers(
             Unit(channels, wide),
             Unit(wide, wide, 3, stride=stride, padding=1, groups=wide),
             Unit(wide, out, linear=True),
@@ -75,7 +76,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, out, H / stride, W / stride]."""
-        out: Tensor = self.drop(self.layers(x))
+        if self.residual and adds_nothing(self.drop):
+            out: Tensor = self.layers(x, x)
+            return out
+        out = self.drop(self.layers(x))
         return x + out if self.residual else out
 
 

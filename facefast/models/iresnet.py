@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from facefast.models.fused import Layers, adds_nothing, norm_act
 from facefast.models.residual import drop_paths
 
 DEPTHS = {
@@ -45,14 +46,18 @@ class Block(nn.Module):
         self.bn3 = nn.BatchNorm2d(out)
         self.downsample: nn.Module | None = None
         if stride != 1 or channels != out:
-            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            self.downsample = Layers(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
         self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, out, H / stride, W / stride]."""
-        out: Tensor = self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x))))))
-        out = self.drop(out)
-        return out + (x if self.downsample is None else self.downsample(x))
+        out = self.conv1(norm_act(self.bn1, None, x, training=self.training))
+        out = self.conv2(norm_act(self.bn2, self.prelu, out, training=self.training))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        if adds_nothing(self.drop):
+            return norm_act(self.bn3, None, out, shortcut, training=self.training)
+        dropped: Tensor = self.drop(norm_act(self.bn3, None, out, training=self.training))
+        return dropped + shortcut
 
 
 class FixedScaleBatchNorm(nn.BatchNorm1d):
@@ -104,9 +109,10 @@ class IResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pictures [B, 3, H, W] to embeddings [B, embedding], not normalised."""
-        x = self.prelu(self.bn1(self.conv1(images)))
+        x = norm_act(self.bn1, self.prelu, self.conv1(images), training=self.training)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        embeddings: Tensor = self.features(self.fc(self.bn2(x).flatten(1)))
+        x = norm_act(self.bn2, None, x, training=self.training)
+        embeddings: Tensor = self.features(self.fc(x.flatten(1)))
         return embeddings
 
 

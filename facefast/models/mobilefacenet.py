@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from facefast.models.fused import Layers, adds_nothing, norm_act
 from facefast.models.residual import drop_paths
 
 # Expansion, channels, blocks, stride of the first block: table 1 of the paper.
@@ -62,8 +63,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, out, H', W']."""
-        out: Tensor = self.prelu(self.bn(self.conv(x)))
-        return out
+        return norm_act(self.bn, self.prelu, self.conv(x), training=self.training)
 
 
 class Bottleneck(nn.Module):
@@ -75,7 +75,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         wide = channels * expansion
         self.connect = stride == 1 and channels == out
-        self.conv = nn.Sequential(
+        self.conv = Layers(
             nn.Conv2d(channels, wide, 1, bias=False),
             nn.BatchNorm2d(wide),
             activation(wide),
@@ -89,7 +89,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, out, H / stride, W / stride]."""
-        out: Tensor = self.drop(self.conv(x))
+        if self.connect and adds_nothing(self.drop):
+            out: Tensor = self.conv(x, x)
+            return out
+        out = self.drop(self.conv(x))
         return x + out if self.connect else out
 
 

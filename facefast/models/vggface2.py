@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from facefast.models.fused import RELU, Layers, norm_act
+
 DEPTHS = (3, 4, 6, 3)
 FEATURES = 2048
 SQUEEZE = 16
@@ -42,17 +44,19 @@ class Bottleneck(nn.Module):
             self.conv5 = nn.Conv2d(out // SQUEEZE, out, 1)
         self.downsample: nn.Module | None = None
         if first:
-            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            self.downsample = Layers(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] to [B, 4 width, H / stride, W / stride]."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        if self.squeeze:
-            excitation = self.conv5(F.relu(self.conv4(out.mean((2, 3), keepdim=True))))
-            out = out * excitation.sigmoid()
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        out = norm_act(self.bn1, RELU, self.conv1(x), training=self.training)
+        out = norm_act(self.bn2, RELU, self.conv2(out), training=self.training)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        if not self.squeeze:
+            return norm_act(self.bn3, RELU, self.conv3(out), shortcut, training=self.training)
+        out = norm_act(self.bn3, None, self.conv3(out), training=self.training)
+        excitation = self.conv5(F.relu(self.conv4(out.mean((2, 3), keepdim=True))))
+        out = out * excitation.sigmoid()
+        return F.relu(out + shortcut)
 
 
 class VGGFace2Net(nn.Module):
@@ -76,7 +80,7 @@ class VGGFace2Net(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pictures [B, 3, H, W] to features [B, 2048]."""
-        x = F.relu(self.bn1(self.conv1(images)))
+        x = norm_act(self.bn1, RELU, self.conv1(images), training=self.training)
         x = F.max_pool2d(x, 3, 2, ceil_mode=True)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         # The published 7 x 7 average pooling is this one at 224 pixels.

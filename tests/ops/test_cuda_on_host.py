@@ -1,4 +1,4 @@
-"""The losses' CUDA kernels without a GPU: their code run on the host, and what the compiler said of them."""
+"""The CUDA kernels without a GPU: their code run on the host, and what the compiler said of them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ CHOSEN = {
     "cross_entropy_peers": "every_width or first_and_the_last",
     "sigmoid_focal": "exact or half or mask or infinite",
     "sharded_focal": "any_sizes and kernels or close_to_the_float64_truth or held_by_one_rank",
+    "batch_norm_act": "every_type or running_statistics",
     "linear_focal": "float32_is_close or floor or own_upstream or chunks_wider or one_class",
 }
 
@@ -45,7 +46,7 @@ def run(*arguments: str, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_the_kernels_pass_the_losses_own_tests(name: str, library: Path) -> None:
+def test_the_kernels_pass_the_operators_own_tests(name: str, library: Path) -> None:
     """60-digit arithmetic, derivatives, peers' cases."""
     printed = run(str(library), f"tests/ops/test_{name}.py", "-q", "-k", CHOSEN[name])
     passed = re.search(r"(\d+) passed", printed)
@@ -65,7 +66,14 @@ def test_every_kernel_fits_its_registers_on_every_architecture() -> None:
     kernels = [kernel for source in cuda_on_host.CUDA_SOURCES for kernel in ptxas.kernels(source)]
     for arch in ARCHS:
         names = {kernel.name for kernel in kernels if kernel.arch == arch}
-        for kind in ("stats_kernel", "gradient_kernel", "loss_kernel", "sigmoid_forward_kernel", "norm_kernel"):
+        for kind in (
+            "stats_kernel",
+            "gradient_kernel",
+            "loss_kernel",
+            "sigmoid_forward_kernel",
+            "norm_kernel",
+            "moments_kernel",
+        ):
             assert any(kind in name for name in names), (arch, kind)
     assert [kernel for kernel in kernels if kernel.spills] == []
     # Blocks of 256 threads of the streaming kernels, whose mode, the last number of their names, is kPlain.
@@ -83,3 +91,5 @@ def test_the_operators_are_registered_for_cuda_as_well() -> None:
             assert "\nCUDA: registered" in torch._C._dispatch_dump(f"facefast::{name}_{way}")
     for part in ("statistics", "losses", "backward"):
         assert "\nCUDA: registered" in torch._C._dispatch_dump(f"facefast::block_{part}")
+    for name in ("batch_statistics", "normalise_forward", "normalise_backward"):
+        assert "\nCUDA: registered" in torch._C._dispatch_dump(f"facefast::{name}")

@@ -1,4 +1,4 @@
-"""Builds the CUDA back end of the losses as host code (cuda_on_host.h), and stands it in for `facefast._C`.
+"""Builds the CUDA back ends as host code (cuda_on_host.h), and stands it in for `facefast._C`.
 
 `python tests/support/cuda_on_host.py LIBRARY PYTEST_ARGUMENTS...` runs tests in a process whose CPU kernels are the
 CUDA ones; with `--digest` instead it prints a hash of a few losses and gradients.
@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCES = (
     *(f"csrc/loss/{name}.cpp" for name in ("linear_focal", "ops", "products")),
+    "csrc/norm/ops.cpp",
     "tests/support/cuda_on_host.cpp",
 )
 # Rows and classes, one for each number of threads a row; the last two are divided, in one bundle of rows and in two.
@@ -42,7 +43,7 @@ def build(folder: Path) -> Path:
     for source in (*SOURCES, *CUDA_SOURCES):
         cuda = source in CUDA_SOURCES
         emulation = ["-include", str(HERE / "cuda_on_host.h"), "-x", "c++"] if cuda else []
-        objects.append(folder / f"{Path(source).stem}.o")
+        objects.append(folder / f"{source.replace('/', '_')}.o")
         command = [compiler, *flags, *emulation, "-c", str(ROOT / source), "-o", str(objects[-1])]
         jobs.append(subprocess.Popen(command))
     if any([job.wait() for job in jobs]):

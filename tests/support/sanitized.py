@@ -9,7 +9,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
 
-from facefast.ops import Combined, Cos, focal_loss, linear_focal_loss, sigmoid_focal_loss
+from facefast.ops import Combined, Cos, batch_norm_act, focal_loss, linear_focal_loss, sigmoid_focal_loss
 
 for dtype in (torch.float32, torch.bfloat16, torch.float64):
     for classes in (1, 2, 7, 33, 1001, 9001, 70001):
@@ -21,4 +21,11 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
     x, weight = (torch.randn(n, 24, device="cuda", dtype=dtype, requires_grad=True) for n in (5, 333))
     y = torch.arange(5, device="cuda")
     linear_focal_loss(x, weight, y, normalize=True, margin=Cos(0.1), chunk=100).backward()
+    if dtype != torch.float64:  # which batch normalisation leaves to torch
+        for channels, places in ((8, 1), (24, 3), (264, 9)):
+            x, added = torch.randn(2, 3, channels, places, places, device="cuda", dtype=dtype).unbind()
+            x, added = (t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, added))
+            weight, bias, mean, var = torch.rand(4, channels, device="cuda").unbind()
+            for how in ({}, {"relu": True}, {"slope": weight}, {"residual": added}, {"relu": True, "residual": added}):
+                batch_norm_act(x, weight, bias, mean, var, **how).sum().backward()
 torch.cuda.synchronize()
