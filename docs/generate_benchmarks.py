@@ -89,6 +89,13 @@ TABLES = (
         ("milliseconds", *SPREAD, "peak_mebibytes", "facefast_ratio"),
     ),
     Table(
+        "norm",
+        "BatchNorm, its activation and a residual, forward and backward",
+        "python benchmarks/bench_norm.py",
+        ("shape", "kind", "dtype", "device", "threads", "contender"),
+        ("milliseconds", *SPREAD, "facefast_ratio"),
+    ),
+    Table(
         "sharded_head",
         "A head whose classes lie on several ranks",
         "python benchmarks/bench_sharded_head.py",
