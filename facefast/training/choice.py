@@ -263,7 +263,9 @@ def best_of(state: TrainState) -> dict[str, Any] | None:
         return None
     asked = state.reported.get(row, {})
     name = next((known for known in (name, name.removeprefix("known_")) if known in asked), name)
-    return {"phase": row, "metric": name, "value": asked.get(name), "validation": state.best}
+    # What took no update may have named more than the best checkpoint.
+    validation = state.validated[row]["top1"] if row in FOLDERS else state.best
+    return {"phase": row, "metric": name, "value": asked.get(name), "validation": validation}
 
 
 def said(state: TrainState, data: PhaseData) -> str:

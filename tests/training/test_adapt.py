@@ -13,16 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from facefast import train
-from facefast.data import FaceIndex, read_index
+from facefast.data import FaceIndex, divide, read_index
 from facefast.data.drawn import synthetic
+from facefast.deploy import gallery
 from facefast.evaluation.embed import embed_rows
 from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
 from facefast.recipe import AdaptConfig, Phase, Reading
 from facefast.runtime import files, process
+from facefast.runtime.exits import NumericsError
 from facefast.runtime.log import read_lines
 from facefast.training import adapt as adapting
-from facefast.training import leftout
+from facefast.training import choice, leftout
 from facefast.training import restate as restating
 from facefast.training.adapt import LEAST_PEOPLE, adapt, adapt_embeddings, choose_map, gather
 from facefast.training.leftout import Trial, choose, groups_of_people, rows_to_ask, tar_of_people
@@ -351,6 +353,72 @@ def test_adapted_model_that_no_update_improves_is_handed_on_by_its_name(
     assert files.read_json(tmp_path / "status.json")["best"]["phase"] == "adapted class means"
     rows = [line["phase"] for line in lines(tmp_path) if line["split"] == "test"]
     assert rows == ["adapted class means", "last", "all"]
+
+
+def test_probe_on_the_adapted_model_is_handed_on_as_the_same_model_adapted_once_more(
+    drawn: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "handed_on", lambda state: choice.ADAPTED_PROBE)
+    words = [
+        "adapt", f"--data.root={drawn}", f"--model.source={source}", f"--out={tmp_path}", *WORDS,
+        "--phases.adapt.adapt.choose=given", "--phases.adapt.adapt.batchnorm=1", "--phases.adapt.adapt.centre",
+        "--phases.adapt.adapt.shrinkage=0.2", "--data.test-fraction=0.2",
+    ]  # fmt: skip
+    monkeypatch.setattr(divide, "LEAST_TO_CHOOSE", 8)  # names choose
+    assert train.main(words) == 0
+    best = tmp_path / "checkpoints" / "best"
+    assert best.readlink() == Path("adapted-linear-probe")
+    adapted_before, probed = checkpoint.load_model(checkpoint.of_step(tmp_path, 0)), checkpoint.load_model(best)
+    assert probed.adaptation == adapted_before.adaptation is not None
+    for name, tensor in adapted_before.state_dict().items():
+        if not name.startswith("head."):
+            torch.testing.assert_close(probed.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(probed.state_dict()["head.weight"], adapted_before.state_dict()["head.weight"], atol=1e-3)
+    row = [line for line in lines(tmp_path) if line["phase"] == choice.ADAPTED_PROBE][-1]
+    assert files.read_json(tmp_path / "status.json")["best"]["value"] == row["top1"]
+
+
+def test_l2sp_pulls_to_the_adapted_weights_also_in_a_run_that_goes_on(
+    drawn: Path, source: Path, tmp_path: Path
+) -> None:
+    words = [
+        "finetune", f"--data.root={drawn}", f"--model.source={source}", *WORDS, "--phases.last.adapt.choose=given",
+        "--phases.last.adapt.shrinkage=0.2", "--phases.last.adapt.centre", "--phases.last.steps=2",
+        "--phases.all.steps=4", "--phases.last.batch-size=8", "--phases.all.batch-size=8", "--save-every=2",
+        "--keep=9", "--phases.all.l2sp=100000", "--phases.all.lr=1e-5", "--phases.all.warmup=0",
+        "--phases.all.schedule=constant", "--phases.all.momentum=0", "--phases.all.layer-decay=1",
+        "--eval.no-baselines",
+    ]  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train.main([*words, f"--out={whole}"]) == 0
+    name = "backbone.linear1.conv.weight"
+    start = checkpoint.load_model(checkpoint.of_step(whole, 0)).state_dict()[name]
+    end = checkpoint.load_model(checkpoint.of_step(whole, 6)).state_dict()[name]
+    unadapted = checkpoint.load_model(source).state_dict()[name]
+    # A pull of the whole way a step: it ends where it is pulled to, but for the last gradient.
+    assert (end - start).norm() < 0.05 * (unadapted - start).norm()
+    assert train.main([*words, f"--out={cut}", f"--resume={checkpoint.of_step(whole, 4)}"]) == 0
+    assert torch.equal(checkpoint.load_model(checkpoint.of_step(cut, 6)).state_dict()[name], end)
+
+
+def test_gallery_enrolled_by_the_source_is_refused_by_the_adapted_model(drawn: Path, tmp_path: Path) -> None:
+    model = small.make_model().eval()
+    path = tmp_path / "people.gallery"
+    width = model.embedding_size
+    offered = gallery.Offer(["ann", "bo"], torch.randn(2, width), np.arange(1, 5, dtype=np.uint64).reshape(2, 2))
+    gallery.enroll(path, offered, gallery.fingerprint(model))
+    gallery.Gallery(path, gallery.fingerprint(model))
+    _, _, changed = adapted(read_index(drawn), AdaptConfig("given", centre=True), model)
+    with pytest.raises(ValueError, match="enrolled with another model"):
+        gallery.Gallery(path, gallery.fingerprint(changed))
+
+
+def test_pictures_whose_embeddings_are_not_finite_end_before_anything_is_adapted(drawn: Path) -> None:
+    model = small.make_model()
+    with torch.no_grad():
+        next(iter(layers(model).values())).weight[0] = torch.nan  # type: ignore[index]
+    with pytest.raises(NumericsError, match="not finite"):
+        adapted(read_index(drawn), AdaptConfig("auto"), model)
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
