@@ -1,73 +1,135 @@
 """What adaptation wins back of what a shift of the pictures costs, on people who had no part in it.
 
     python benchmarks/adaptation.py --root CELEBA --sets DIR --source WEIGHTS [--kinds clean grey small blur jpeg all]
-        [--seeds 0 1 2] [--shots 0 5]
+        [--seeds 0 1 2] [--shots 10 5] [--cache DIR]
 
-DIR holds the sets of `shifted.py`. People are divided into three parts by the seed: two that are adapted to, each of
-which serves in turn to choose by what the other says, as in `facefast train adapt`, and a third of them that nothing
-but the reported numbers is asked of. A row of results/transfer.jsonl has TAR over all pairs of the third part's
-pictures (with mirror images) by the source on the unshifted set, by the source on this set, and by the adapted model
-on this set; `gain` has a 95 % interval over people.
+`--sets` holds the sets of `shifted.py`. Of every person with four pictures or more, ten at most are embedded, without
+mirror images, by the source and with the BatchNorm statistics of one half of the people and of the other; with
+`--cache` this is done once. People are then divided into three parts: that half, a sixth and a third. BatchNorm statistics are of
+the first part, and their weight is chosen on the second; the map is chosen and made on both, as in `facefast train
+adapt`; and nothing but the reported numbers is asked of the third. A row of results/transfer.jsonl has TAR over all
+pairs of the third part's pictures by the source on the unshifted set, by the source on this set and by the adapted
+model; `gain` has a 95 % interval over people.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import copy
 import json
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from record import record
 from shifted import KINDS
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from facefast.data import FaceIndex, read_index
-from facefast.data.subsets import with_shots
-from facefast.evaluation.embed import embed_rows
+from facefast.data import make_loader, read_index
 from facefast.models import FaceModel, load_source, model_from_source
 from facefast.models.heads import unit
-from facefast.models.precision import Precision
-from facefast.recipe import AdaptConfig, Reading
+from facefast.recipe import AdaptConfig
 from facefast.runtime.process import Runtime, World
-from facefast.training.adapt import adapt, adapt_embeddings
-from facefast.training.restate import statistics_of
+from facefast.training.adapt import FEW_SHRINKAGES, WEIGHTS, adapt_embeddings
+from facefast.training.leftout import choose, tar_of_people
+from facefast.training.restate import layers, restate
+from facefast.training.whiten import Whitening, centring, mean_of, sums_of, within_scatter
 
 CLEAN = "clean"
-UNSEEN = 1 / 3
-FARS = (1e-2, 1e-3)
+LEAST, MOST = 4, 10
+"""Pictures of a person."""
+BATCHES = 6
+"""That statistics are taken of."""
+FARS = {"tar@1e-2": 1e-2, "tar@1e-3": 1e-3}
 DRAWS = 1000
-BATCH = 16
-"""Pictures embedded at once: what a processor's caches hold."""
 RUN = Runtime(World(0, 1, 0, 1), torch.device("cpu"))
 
 
-class Embedder:
-    """The source, and how pictures are embedded by it and what becomes of it."""
+class People(NamedTuple):
+    """Which pictures are looked at, and whose they are."""
 
-    def __init__(self, source: str, threads: int) -> None:
-        self.weights, self.reading = load_source(source), Reading(threads=threads)
-        self.precision = Precision.choose("fp32", self.model().config.backbone, False, RUN.device)
-
-    def model(self) -> FaceModel:
-        """The source as it is."""
-        return model_from_source(self.weights).eval()
-
-    def __call__(self, network: FaceModel, index: FaceIndex, mirror: bool) -> tuple[Tensor, Tensor]:
-        return embed_rows(
-            network, index, RUN, self.precision, self.reading, batch_size=BATCH, mirror="mean" if mirror else "none"
-        )
-
-    def measure(self, network: FaceModel, index: FaceIndex, seed: int) -> Any:
-        return statistics_of(network, index, RUN, self.precision, self.reading, seed)
+    rows: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    first: NDArray[np.bool_]
+    """[P] who is in the first half."""
 
 
-@dataclasses.dataclass
-class Passed:
+def people_of(identities: NDArray[np.int32]) -> People:
+    """The same whatever the set."""
+    generator, rows = np.random.default_rng(7), []
+    labels = np.unique(identities, return_inverse=True)[1]
+    for person in np.unique(labels):
+        own = np.flatnonzero(labels == person)
+        if len(own) >= LEAST:
+            rows += generator.permutation(own)[:MOST].tolist()
+    chosen = np.sort(np.array(rows))
+    whose = np.unique(labels[chosen], return_inverse=True)[1].astype(np.int64)
+    count = int(whose.max()) + 1
+    return People(chosen, whose, np.random.default_rng(3).permutation(count) < count // 2)
+
+
+def embedded(model: FaceModel, pictures: Tensor, batch: int = 16) -> NDArray[np.float32]:
+    """[N, D] of uint8 pictures [N, 3, H, W]."""
+    with torch.inference_mode():
+        found = [model.encode(model.preprocess(part)) for part in pictures.split(batch)]
+    return torch.cat(found).numpy()
+
+
+def moments(model: FaceModel, pictures: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """BatchNorm statistics as PyTorch itself gathers them."""
+    network = copy.deepcopy(model)
+    for layer in network.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.train()
+            layer.reset_running_stats()
+            layer.momentum = None
+    parts = np.array_split(np.random.default_rng(0).permutation(len(pictures)), BATCHES)
+    with torch.inference_mode():
+        for part in parts:
+            network.encode(network.preprocess(pictures[torch.from_numpy(part)]))
+    return {name: (_own(layer.running_mean), _own(layer.running_var)) for name, layer in layers(network).items()}
+
+
+def _own(buffer: Tensor | None) -> Tensor:
+    assert buffer is not None
+    return buffer.clone()
+
+
+def name_of(weights: tuple[float, float], half: int) -> str:
+    """Of embeddings in the cache."""
+    return f"{weights[0]:g}-{weights[1]:g}/{half}"
+
+
+def embeddings_of(root: Path, model: FaceModel, people: People, cache: Path | None) -> dict[str, Tensor]:
+    """By `name_of`, and `source`: embeddings of one set."""
+    if cache is not None and cache.exists():
+        held = np.load(cache)
+        return {name: torch.from_numpy(held[name]) for name in held.files}
+    index = read_index(root, "celeba").select(people.rows)
+    pictures = torch.zeros(len(index), 3, *model.image.shape, dtype=torch.uint8)
+    with make_loader(index, model.image, batch_size=64, dtype=torch.float32, threads=1) as loader:
+        for batch in loader:
+            levels = batch.images * model.pixel_std + model.pixel_mean
+            pictures[batch.rows[batch.rows >= 0]] = levels[batch.rows >= 0].round().clamp(0, 255).byte()
+    found = {"source": embedded(model, pictures)}
+    for half in range(2):
+        own = torch.from_numpy(people.first[people.labels] == (half == 0))
+        statistics = moments(model, pictures[own])
+        for weights in WEIGHTS:
+            changed = copy.deepcopy(model)
+            restate(changed, statistics, *weights)
+            found[name_of(weights, half)] = embedded(changed, pictures)
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(cache, allow_pickle=False, **found)
+    return {name: torch.from_numpy(values) for name, values in found.items()}
+
+
+class Passed(NamedTuple):
     """Pairs of one person's pictures, by person."""
 
     passed: NDArray[np.int64]
@@ -79,7 +141,7 @@ class Passed:
         return float(self.passed.sum() / self.pairs.sum())
 
 
-def verified(embeddings: Tensor, labels: NDArray[np.int32], far: float) -> Passed:
+def verified(embeddings: Tensor, labels: NDArray[np.int64], far: float) -> Passed:
     """All pairs of pictures [N, D] against the lowest threshold that at most `far` of those of two people reach."""
     number = torch.from_numpy(np.unique(labels, return_inverse=True)[1])
     directions = unit(embeddings)
@@ -95,78 +157,74 @@ def verified(embeddings: Tensor, labels: NDArray[np.int32], far: float) -> Passe
 
 def gain_interval(before: Passed, after: Passed, seed: int) -> list[float]:
     """95 % interval of the difference of two TARs on the same people, drawn with replacement."""
-    generator = np.random.default_rng(seed)
-    weights = generator.multinomial(len(before.pairs), np.full(len(before.pairs), 1 / len(before.pairs)), DRAWS)
+    count = len(before.pairs)
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), DRAWS)
     gains = (weights @ (after.passed - before.passed)) / (weights @ before.pairs)
     return [round(float(value), 5) for value in np.quantile(gains, [0.025, 0.975])]
 
 
+def choose_weights(
+    known: dict[str, Tensor], half: int, labels: NDArray[np.int64], estimate: NDArray[np.bool_], ask: NDArray[np.bool_]
+) -> tuple[float, float]:
+    """The BatchNorm weights that are best on the rows to `ask` with the map that goes best with them."""
+    best: dict[tuple[float, float], Tensor] = {}
+    for weights in ((0.0, 0.0), *WEIGHTS):
+        embeddings = known[name_of(weights, half) if any(weights) else "source"]
+        own = embeddings[torch.from_numpy(estimate)]
+        seen, nobody = torch.ones(len(own), dtype=torch.bool), np.zeros(len(own), np.int64)
+        centre = mean_of(sums_of(own, seen, nobody, 1))
+        people = np.unique(labels[estimate], return_inverse=True)[1]
+        maps = Whitening(within_scatter(own, people, np.zeros(people.max() + 1, np.int64), 1, centre)[0])
+        tried: list[Callable[[Tensor], Tensor]] = [nn.Identity()]
+        tried += [centring(centre) if s == 1 else maps.map(s, centre) for s in FEW_SHRINKAGES]
+        tars = [tar_of_people(each(embeddings[torch.from_numpy(ask)].double()), labels[ask]) for each in tried]
+        best[weights] = max(tars, key=lambda each: float(each.mean()))
+    before = best.pop((0.0, 0.0))
+    place, _ = choose([(str(weights), tars) for weights, tars in best.items()], before)
+    return WEIGHTS[place] if place >= 0 else (0.0, 0.0)
+
+
 def measure(
-    kind: str, index: FaceIndex, known: dict[str, tuple[Tensor, Tensor]], embedder: Embedder, seed: int, shots: int
+    kind: str, people: People, clean: Tensor, known: dict[str, Tensor], seed: int, shots: int
 ) -> dict[str, Any]:
-    """Adapts to two parts of the people, measures on the third, and records the row."""
-    named = np.flatnonzero(index.labels >= 0)
-    people = index.labels[named]
-    held = np.random.default_rng(seed).permutation(np.unique(people))
-    held = held[: round(UNSEEN * len(held))]
-    unseen, rest = named[np.isin(people, held)], named[~np.isin(people, held)]
-    mine = index.select(rest).compact()
-    if shots:
-        places = mine.random_places(seed) < shots
-        rest, mine = rest[places], with_shots(mine, shots, seed)
-    embeddings, seen = (part[torch.from_numpy(rest)].clone() for part in known[kind])
-    model = embedder.model()
-    start = time.process_time()
-    done, _ = adapt(
-        model,
-        mine,
-        None,
-        AdaptConfig("auto"),
-        (embeddings, seen),
-        embed=embedder,
-        measure=lambda network, of: embedder.measure(network, of, seed),
-        run=RUN,
-        seed=seed,
-    )
-    seconds = time.process_time() - start
-    asked = index.select(unseen)
-    rows = torch.from_numpy(unseen)
-    after = known[kind][0][rows].clone()
-    if max(done.batchnorm, done.batchnorm_last) > 0:
-        after = embedder(model, asked, True)[0]
-    elif done.changes:  # the map alone, which the folded model agrees with (tests/models/test_fold.py)
-        config = AdaptConfig("given", centre=done.centre, shrinkage=done.shrinkage)
-        mapped = adapt_embeddings(known[kind][0][torch.from_numpy(rest)].clone(), seen, mine.labels, config, RUN, seed)
-        assert mapped.map is not None
-        after = mapped.map(after)
+    """Divides, adapts, measures and records one row."""
+    half, labels = seed % 2, people.labels
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(people.first != (half == 0)))
+    asked, unseen = order[: len(order) // 3], order[len(order) // 3 :]
+    place = np.arange(len(labels)) - np.searchsorted(labels, labels)
+    estimate = (people.first[labels] == (half == 0)) & (place < shots)
+    ask = np.isin(labels, asked) & (place < shots)
+    third = torch.from_numpy(np.isin(labels, unseen))
+    weights = choose_weights(known, half, labels, estimate, ask)
+    embeddings = known[name_of(weights, half) if any(weights) else "source"]
+    mine = estimate | ask
+    own = embeddings[torch.from_numpy(mine)].clone()
+    names = np.unique(labels[mine], return_inverse=True)[1]
+    seen = torch.ones(len(own), dtype=torch.bool)
+    done = adapt_embeddings(own, seen, names, AdaptConfig("auto"), RUN, seed)
+    after = embeddings[third] if done.map is None else done.map(embeddings[third])
     fields: dict[str, Any] = {}
-    for far in FARS:
-        name = f"tar@{far:.0e}".replace("e-0", "e-")
-        clean = verified(known[CLEAN][0][rows], asked.labels, far)
-        before, now = (verified(each, asked.labels, far) for each in (known[kind][0][rows], after))
-        fields |= {
-            f"clean_{name}": round(clean.tar, 5),
-            f"source_{name}": round(before.tar, 5),
-            name: round(now.tar, 5),
-            f"gain_{name}": gain_interval(before, now, seed),
-        }
+    for name, far in FARS.items():
+        on = labels[third.numpy()]
+        best, before, now = (verified(each, on, far) for each in (clean[third], known["source"][third], after))
+        fields |= {f"clean_{name}": round(best.tar, 5), f"source_{name}": round(before.tar, 5)}
+        fields |= {name: round(now.tar, 5), f"gain_{name}": gain_interval(before, now, seed)}
     cost = fields["clean_tar@1e-2"] - fields["source_tar@1e-2"]
     gain = fields["tar@1e-2"] - fields["source_tar@1e-2"]
     return record(
         "transfer",
-        row=f"adapt-{kind}" + (f"-shots{shots}" if shots else ""),
-        title=f"adaptation, {kind}" + (f", {shots} pictures a person" if shots else ""),
+        row=f"adapt-{kind}" + (f"-shots{shots}" if shots < MOST else ""),
+        title=f"adaptation, {kind}" + (f", {shots} pictures a person" if shots < MOST else ""),
         seed=seed,
-        training_people=mine.num_classes,
-        training_pictures=len(mine),
-        unseen_people=len(held),
-        unseen_pictures=len(unseen),
+        adapted_people=int(names.max()) + 1,
+        adapted_pictures=int(mine.sum()),
+        unseen_people=len(unseen),
+        unseen_pictures=int(third.sum()),
         **fields,
         regained=round(gain / cost, 3) if kind != CLEAN else None,
-        batchnorm=[done.batchnorm, done.batchnorm_last],
+        batchnorm=list(weights),
         centre=done.centre,
         shrinkage=done.shrinkage,
-        core_seconds=round(seconds, 1),
     )
 
 
@@ -178,32 +236,24 @@ def main() -> None:
     parser.add_argument("--source", required=True)
     parser.add_argument("--kinds", nargs="+", choices=(CLEAN, *KINDS), default=[CLEAN, *KINDS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--shots", nargs="+", type=int, default=[0, 5], help="pictures a person; 0 takes all")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cache", type=Path, help="folder in which the source's embeddings are kept")
+    parser.add_argument("--shots", nargs="+", type=int, default=[MOST, 5], help="pictures a person, 2 to 10")
+    parser.add_argument("--cache", type=Path, help="folder in which embeddings are kept")
     given = parser.parse_args()
-    embedder = Embedder(given.source, given.threads)
-    known: dict[str, tuple[Tensor, Tensor]] = {}
-    indices: dict[str, FaceIndex] = {}
-    for kind in dict.fromkeys([CLEAN, *given.kinds]):
-        indices[kind] = read_index(given.root if kind == CLEAN else given.sets / kind, "celeba")
-        known[kind] = _embedded(kind, indices[kind], embedder, given.cache)
-        for shots in given.shots if kind in given.kinds else ():
+    model = model_from_source(load_source(given.source)).eval().to(memory_format=torch.channels_last)
+    people = people_of(read_index(given.root, "celeba").labels)
+
+    def of(kind: str) -> dict[str, Tensor]:
+        root = given.root if kind == CLEAN else given.sets / kind
+        return embeddings_of(root, model, people, given.cache and given.cache / f"{kind}.npz")
+
+    clean = of(CLEAN)
+    for kind in given.kinds:
+        known = clean if kind == CLEAN else of(kind)
+        for shots in given.shots:
             for seed in given.seeds:
-                line = measure(kind, indices[kind], known, embedder, seed, shots)
+                line = measure(kind, people, clean["source"], known, seed, shots)
                 shown = ("row", "seed", "clean_tar@1e-2", "source_tar@1e-2", "tar@1e-2", "gain_tar@1e-2", "regained")
                 print(json.dumps({key: line[key] for key in (*shown, "batchnorm", "shrinkage")}), flush=True)
-
-
-def _embedded(kind: str, index: FaceIndex, embedder: Embedder, cache: Path | None) -> tuple[Tensor, Tensor]:
-    if cache is None:
-        return embedder(embedder.model(), index, True)
-    path = cache / f"{kind}.pt"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.save(embedder(embedder.model(), index, True), path)
-    embeddings, seen = torch.load(path)
-    return embeddings, seen
 
 
 if __name__ == "__main__":
