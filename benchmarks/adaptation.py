@@ -5,11 +5,11 @@
 
 `--sets` holds the sets of `shifted.py`. Of every person with four pictures or more, ten at most are embedded, without
 mirror images, by the source and with the BatchNorm statistics of one half of the people and of the other; with
-`--cache` this is done once. People are then divided into three parts: that half, a sixth and a third. BatchNorm statistics are of
-the first part, and their weight is chosen on the second; the map is chosen and made on both, as in `facefast train
-adapt`; and nothing but the reported numbers is asked of the third. A row of results/transfer.jsonl has TAR over all
-pairs of the third part's pictures by the source on the unshifted set, by the source on this set and by the adapted
-model; `gain` has a 95 % interval over people.
+`--cache` this is done once. People are then divided into three parts: that half, a sixth and a third. BatchNorm
+statistics are of the first part, and their weight is chosen on the second; the map is chosen and made on both, as in
+`facefast train adapt`; and nothing but the reported numbers is asked of the third. A row of results/transfer.jsonl has
+TAR over all pairs of the third part's pictures by the source on the unshifted set, by the source on this set and by the
+adapted model; `gain` has a 95 % interval over people.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def choose_weights(
         people = np.unique(labels[estimate], return_inverse=True)[1]
         maps = Whitening(within_scatter(own, people, np.zeros(people.max() + 1, np.int64), 1, centre)[0])
         tried: list[Callable[[Tensor], Tensor]] = [nn.Identity()]
-        tried += [centring(centre) if s == 1 else maps.map(s, centre) for s in FEW_SHRINKAGES]
+        tried.extend(centring(centre) if s == 1 else maps.map(s, centre) for s in FEW_SHRINKAGES)
         tars = [tar_of_people(each(embeddings[torch.from_numpy(ask)].double()), labels[ask]) for each in tried]
         best[weights] = max(tars, key=lambda each: float(each.mean()))
     before = best.pop((0.0, 0.0))
@@ -239,7 +239,8 @@ def main() -> None:
     parser.add_argument("--shots", nargs="+", type=int, default=[MOST, 5], help="pictures a person, 2 to 10")
     parser.add_argument("--cache", type=Path, help="folder in which embeddings are kept")
     given = parser.parse_args()
-    model = model_from_source(load_source(given.source)).eval().to(memory_format=torch.channels_last)
+    model = model_from_source(load_source(given.source)).eval()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     people = people_of(read_index(given.root, "celeba").labels)
 
     def of(kind: str) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from facefast.training.whiten import (
     Whitening,
     added,
     centring,
+    finite,
     map_rows,
     mean_of,
     sums_of,
@@ -194,7 +195,7 @@ def adapt_embeddings(
     trials: tuple[Trial, ...] = ()
     if config.choose == "given" and shrinkage == 1 and not centre:
         return Mapped(centre, shrinkage)
-    labels = np.where(seen.numpy(), labels, -1)
+    labels = np.where(seen.numpy() & finite(embeddings), labels, -1)
     groups = groups_of_people(labels, FOLDS, seed)
     people = gather(embeddings, seen, labels, groups, FOLDS, centre=centre or config.choose == "auto")
     if config.choose == "auto":

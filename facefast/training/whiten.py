@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from facefast.models.fold import LinearMap
-from facefast.models.heads import unit
+from facefast.models.heads import SHORTEST
 
 LEAST_SPREAD = 1e-8
 """Mean squared difference of a unit vector to the person's mean; copies of one picture have less."""
@@ -58,7 +58,7 @@ def sums_of(embeddings: Tensor, seen: Tensor, groups: NDArray[np.int64], count: 
         count: groups.
     """
     sums = torch.zeros(count, embeddings.shape[1] + 1, dtype=torch.float64)
-    rows = seen & torch.from_numpy(_finite(embeddings))
+    rows = seen & torch.from_numpy(finite(embeddings))
     for block, counts, group in zip(
         embeddings.split(BLOCK), rows.split(BLOCK), torch.from_numpy(groups).split(BLOCK), strict=True
     ):
@@ -92,7 +92,7 @@ def within_scatter(
         count: groups.
         centre: [D], subtracted before they are made 1 long.
     """
-    labels = np.where(_finite(embeddings), labels, -1)
+    labels = np.where(finite(embeddings), labels, -1)
     pictures = np.bincount(labels[labels >= 0], minlength=len(folds))
     found = []
     for fold in range(count):
@@ -106,7 +106,7 @@ def within_scatter(
     return found
 
 
-def _finite(embeddings: Tensor) -> NDArray[np.bool_]:
+def finite(embeddings: Tensor) -> NDArray[np.bool_]:
     """[N] whether a row holds numbers that can be used; rows of zeros have no direction."""
     # A length makes no copy of the embeddings, as a sum of their squares would.
     lengths: NDArray[np.float32] = torch.linalg.vector_norm(embeddings, dim=1).numpy()
@@ -123,9 +123,13 @@ def _blocks(people: NDArray[np.int64] | NDArray[np.int32]) -> Iterator[slice]:
         start = int(ends[last])
 
 
-def _directions(embeddings: Tensor, centre: Tensor | None) -> Tensor:
-    vectors = embeddings.float()
-    return unit(vectors if centre is None else vectors - centre.float())
+def _directions(embeddings: Tensor, rows: Tensor, centre: Tensor | None) -> Tensor:
+    """[K, D] of some rows, centred and 1 long; taking them out makes the only copy."""
+    vectors = embeddings[rows].float()
+    if centre is not None:
+        vectors -= centre.float()
+    vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=SHORTEST)
+    return vectors
 
 
 def _products(
@@ -141,13 +145,13 @@ def _products(
     of_whom = number.split(BLOCK)
     away: Tensor | None = None
     for piece, whom in zip(pieces, of_whom, strict=True):  # more than one only for a person of many pictures
-        away = _directions(embeddings[piece], centre)
+        away = _directions(embeddings, piece, centre)
         means.index_add_(0, whom, away)
     means /= number.bincount()[:, None]
     total = torch.zeros(embeddings.shape[1], embeddings.shape[1], dtype=torch.float64)
     for piece, whom in zip(pieces, of_whom, strict=True):
         if away is None or len(pieces) > 1:  # one alone is still at hand
-            away = _directions(embeddings[piece], centre)
+            away = _directions(embeddings, piece, centre)
         away -= means[whom]
         total += (away.T @ away).double()
     return total
@@ -199,12 +203,13 @@ def map_rows(mapped: LinearMap, embeddings: Tensor, seen: Tensor) -> tuple[Tenso
     for block, read in zip(embeddings.split(BLOCK), seen.split(BLOCK), strict=True):
         moved = mapped(block)
         block.copy_(moved)
-        if not bool(read.all()) or not bool(moved.isfinite().all()):
+        if not bool(read.all()) or not bool(moved.sum().isfinite()):
             moved = moved[read & moved.isfinite().all(1)]
         if len(moved):
             shift = moved.mean(0) if shift is None else shift  # squares of what is far from 0 would round
             moved -= shift
-            sums += torch.stack([torch.full_like(shift, len(moved)), moved.sum(0), moved.square().sum(0)]).double()
+            squares = torch.linalg.vector_norm(moved, dim=0).square()
+            sums += torch.stack([torch.full_like(shift, len(moved)), moved.sum(0), squares]).double()
     if shift is None:
         raise ValueError("no embedding could be read; there is nothing to map")
     mean = sums[1] / sums[0]

@@ -154,6 +154,19 @@ def test_groups_divide_people_evenly_and_rows_are_whole_people_up_to_the_most(mo
     assert np.bincount(labels[rows_to_ask(labels, np.ones(15, bool))]).tolist() == [3, 3]
 
 
+def test_rows_that_are_not_finite_have_no_part_in_the_choice() -> None:
+    embeddings, labels = embeddings_of(4.0)
+    broken = torch.cat([embeddings, torch.full((20, 24), torch.nan)])
+    names = np.concatenate([labels, np.arange(20)])
+    everyone = [torch.ones(len(each), dtype=torch.bool) for each in (embeddings, broken)]
+    alone = adapt_embeddings(embeddings, everyone[0], labels, AdaptConfig("auto"), run_of(), 0)
+    found = adapt_embeddings(broken, everyone[1], names, AdaptConfig("auto"), run_of(), 0)
+    assert found.shrinkage == alone.shrinkage < 1
+    assert [trial.name for trial in found.trials] == [trial.name for trial in alone.trials]
+    for one, other in zip(found.trials, alone.trials, strict=True):
+        assert one.gain == pytest.approx(other.gain, abs=1e-6)
+
+
 # BatchNorm's statistics.
 
 
@@ -416,7 +429,7 @@ def test_gallery_enrolled_by_the_source_is_refused_by_the_adapted_model(drawn: P
 def test_pictures_whose_embeddings_are_not_finite_end_before_anything_is_adapted(drawn: Path) -> None:
     model = small.make_model()
     with torch.no_grad():
-        next(iter(layers(model).values())).weight[0] = torch.nan  # type: ignore[index]
+        next(iter(layers(model).values())).weight[0] = torch.nan
     with pytest.raises(NumericsError, match="not finite"):
         adapted(read_index(drawn), AdaptConfig("auto"), model)
 
