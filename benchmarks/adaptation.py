@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from facefast.data import make_loader, read_index
 from facefast.models import FaceModel, load_source, model_from_source
+from facefast.models.fold import LinearMap
 from facefast.models.heads import unit
 from facefast.recipe import AdaptConfig
 from facefast.runtime.process import Runtime, World
@@ -175,7 +175,7 @@ def choose_weights(
         centre = mean_of(sums_of(own, seen, nobody, 1))
         people = np.unique(labels[estimate], return_inverse=True)[1]
         maps = Whitening(within_scatter(own, people, np.zeros(people.max() + 1, np.int64), 1, centre)[0])
-        tried: list[Callable[[Tensor], Tensor]] = [nn.Identity()]
+        tried: list[LinearMap | nn.Identity] = [nn.Identity()]
         tried.extend(centring(centre) if s == 1 else maps.map(s, centre) for s in FEW_SHRINKAGES)
         tars = [tar_of_people(each(embeddings[torch.from_numpy(ask)].double()), labels[ask]) for each in tried]
         best[weights] = max(tars, key=lambda each: float(each.mean()))
