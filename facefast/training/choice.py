@@ -91,6 +91,8 @@ def measure_untrained(state: TrainState, data: PhaseData, log: RunLog, start: St
             embed = remembering(functools.partial(_embedded, state, untouched))
             state.validated |= with_baselines(_evaluate(state, untouched, data.validation, known, embed))
         _report_baselines(state, data, known, embed, log)
+    # A probe is fitted on each rank, and two kinds of processors may end a picture apart.
+    state.validated = state.run.broadcast(state.validated)
     state.set_modes()
     return improved
 
