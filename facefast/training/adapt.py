@@ -273,7 +273,7 @@ def tars_left_out(
         for tars, shrinkage in zip(found[1:], shrinkages, strict=True):
             mapped = centring(centre) if maps is None or shrinkage == 1 else maps.map(shrinkage, centre)
             tars.append(tar_of_people(mapped(asked), labels[rows]))
-    return [torch.cat(tars) for tars in found]
+    return [torch.cat(tars) if tars else torch.zeros(0, dtype=torch.float64) for tars in found]
 
 
 def choose_map(

@@ -72,16 +72,20 @@ def choose(tried: Sequence[tuple[str, Tensor]], before: Tensor) -> tuple[int, tu
         before: [P] their TARs where nothing is changed.
 
     Returns:
-        The place of the one with the largest gain among those whose gain is above chance, -1 where none is; and all.
+        The place of the one with the largest gain among those whose gain is above chance, -1 where none is; and all of
+        which something can be told.
     """
-    trials = []
-    for name, tars in tried:
+    trials, places = [], []
+    for place, (name, tars) in enumerate(tried):
         told = tars.isfinite() & before.isfinite()
         gains = (tars - before)[told]
-        mean, error = float(gains.mean()), float(gains.std()) / math.sqrt(max(1, len(gains)))
+        if len(gains) < 2:  # nothing can be told
+            continue
+        mean, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
+        places.append(place)
         trials.append(Trial(name, float(tars[told].mean()), mean, mean - ERRORS * error, mean + ERRORS * error))
-    sure = [place for place, trial in enumerate(trials) if trial.low > 0]
-    return max(sure, key=lambda place: trials[place].gain, default=-1), tuple(trials)
+    sure = [(trial.gain, -place) for place, trial in zip(places, trials, strict=True) if trial.low > 0]
+    return -max(sure, default=(0.0, 1))[1], tuple(trials)
 
 
 def groups_of_people(labels: Labels, count: int, seed: int) -> NDArray[np.int64]:

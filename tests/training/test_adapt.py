@@ -154,6 +154,15 @@ def test_groups_divide_people_evenly_and_rows_are_whole_people_up_to_the_most(mo
     assert np.bincount(labels[rows_to_ask(labels, np.ones(15, bool))]).tolist() == [3, 3]
 
 
+def test_where_hardly_anything_can_be_read_nothing_is_chosen() -> None:
+    embeddings, labels = embeddings_of(4.0)
+    for readable in (0, 8):  # nothing, and two people, who are left out one at a time
+        seen = torch.arange(len(labels)) < readable
+        found = adapt_embeddings(embeddings.clone(), seen, labels, AdaptConfig("auto"), run_of(), 0)
+        assert (found.map, found.shrinkage, found.trials) == (None, 1.0, ())
+    assert choose([("one person", torch.ones(1).double())], torch.zeros(1).double()) == (-1, ())
+
+
 def test_rows_that_are_not_finite_have_no_part_in_the_choice() -> None:
     embeddings, labels = embeddings_of(4.0)
     broken = torch.cat([embeddings, torch.full((20, 24), torch.nan)])
