@@ -1,11 +1,13 @@
 """What each way of moving a source model to new people is worth: one run of `facefast train` a row, on real faces.
 
     python benchmarks/transfer.py --root CELEBA --source WEIGHTS [--rows NAME...] [--seeds 0 1 2] [--runs DIR]
+    python benchmarks/transfer.py --root SETS/small --set small --rows shots8 --source WEIGHTS
     python benchmarks/transfer.py --table          # the table of docs/transfer.md from results/transfer.jsonl
 
 A fifth of the identities is kept out of training for verification, a fifth of each other one's pictures for testing;
-seed chooses both. Every row has the same budget of pictures where its method allows. Rows go to
-results/transfer.jsonl; one that stands there with its seed is not measured again.
+seed chooses both. Every row has the same budget of pictures where its method allows. Rows go to results/transfer.jsonl;
+one that stands there with its seed is not measured again, and a run that stands finished in DIR is read. Rows of
+another set than CelebA's own, such as those of `shifted.py`, are named ROW@SET and have every row of the run's table.
 """
 
 from __future__ import annotations
@@ -113,13 +115,18 @@ ROWS: dict[str, Row] = {
     "int8": Row("staged, then int8", COMPRESS, needs="staged"),
     "int8-student": Row("half as many blocks, distilled, then int8", COMPRESS, needs="distill"),
     "prune": Row("half of the weights pruned", "prune", (NO_BASELINES,)),
+    "shots8": Row("8 a person: default", "finetune", ("--data.shots=8",)),
+    "shots8-unadapted": Row(
+        "8 a person: default, not adapted", "finetune",
+        ("--data.shots=8", "--phases.last.adapt.choose=none", NO_BASELINES),
+    ),
     **{name: row for shots in (1, 2, 5, 10) for name, row in _few(shots).items()},
 }  # fmt: skip
 
 
-def measure(name: str, seed: int, root: str, source: str, runs: Path) -> dict[str, Any]:
-    """Runs one row and returns its line."""
-    row, folder = ROWS[name], runs / f"{name}-{seed}"
+def measure(name: str, seed: int, root: str, source: str, runs: Path, of: str = "") -> dict[str, Any]:
+    """Runs one row, of a set with a name where that is not the usual one, and returns its line."""
+    row, folder = ROWS[name], runs / f"{titled(name, of)}-{seed}"
     needed = runs / f"{row.needs}-{seed}"
     if row.recipe == COMPRESS:
         return _measure_int8(name, seed, root, needed, folder)
@@ -127,22 +134,37 @@ def measure(name: str, seed: int, root: str, source: str, runs: Path) -> dict[st
         _run("facefast.audit", source, f"--data.root={root}", "--data.format=celeba", f"--out={needed}/audit")
     flags = [flag.replace("{run}", str(needed)) for flag in row.flags]
     given = [f"--model.source={source}"] if row.sourced else []
-    minutes = _run(
-        "facefast.train", row.recipe, f"--data.root={root}", "--data.format=celeba", *given, *COMMON, *flags,
-        f"--seed={seed}", f"--out={folder}", "--resume=never",
-    )  # fmt: skip
+    minutes, status = None, folder / "status.json"
+    if not status.exists() or json.loads(status.read_text(encoding="utf-8"))["state"] != "done":
+        minutes = _run(
+            "facefast.train", row.recipe, f"--data.root={root}", "--data.format=celeba", *given, *COMMON, *flags,
+            f"--seed={seed}", f"--out={folder}", "--resume=never",
+        )  # fmt: skip
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     asked = {line["phase"]: line for line in lines if line["split"] == "test"}  # a row is its last line
-    best = json.loads((folder / "status.json").read_text(encoding="utf-8"))["best"]
+    best = json.loads(status.read_text(encoding="utf-8"))["best"]
     last = asked[best["phase"]]
     found = {"top1": last.get("top1"), "tar": last["tar@1e-2"], "verification": last["verification_accuracy"]}
     found |= {key: value for key, value in last.items() if "/" in key}
+    if of:
+        shown = ("top1", "top1_low", "top1_high", "tar@1e-2", "validation")
+        found |= {
+            "handed_on": best["phase"],
+            "rows": {title: {key: line[key] for key in shown if key in line} for title, line in asked.items()},
+        }
     found |= {key: asked[title]["top1"] for key, title in BASELINES.items() if title in asked}
     if CLASS_MEANS in asked:
         untrained = asked[CLASS_MEANS]
         found |= {"source_tar": untrained["tar@1e-2"], "source_verification": untrained["verification_accuracy"]}
     rows = json.loads((folder / "plan.json").read_text())["phases"][-1]["num_rows"]
-    return record(NAME, row=name, title=row.title, seed=seed, core_minutes=minutes, training_pictures=rows, **found)
+    return record(
+        NAME, row=titled(name, of), title=row.title, seed=seed, core_minutes=minutes, training_pictures=rows, **found
+    )
+
+
+def titled(name: str, of: str) -> str:
+    """The name of a row on a set."""
+    return f"{name}@{of}" if of else name
 
 
 def _measure_int8(name: str, seed: int, root: str, needed: Path, folder: Path) -> dict[str, Any]:
@@ -251,6 +273,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/transfer"))
+    parser.add_argument("--set", default="", help="name of the set, where it is not CelebA as it is")
     parser.add_argument("--table", action="store_true", help="write the table of docs/transfer.md")
     given = parser.parse_args()
     if not given.table:
@@ -258,8 +281,8 @@ def main() -> None:
             parser.error("--root and --source are needed to measure")
         for seed in given.seeds:
             for name in given.rows:
-                if (name, seed) not in measured():
-                    line = measure(name, seed, given.root, given.source, given.runs)
+                if (titled(name, given.set), seed) not in measured():
+                    line = measure(name, seed, given.root, given.source, given.runs, given.set)
                     print(
                         json.dumps({key: line[key] for key in ("row", "seed", "top1", "tar", "core_minutes")}),
                         flush=True,

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from facefast.models.heads import unit
+from facefast.models.heads import START_SCALE, unit
 
 NEIGHBOURS = 5
 TEMPERATURE = 0.07
 """Of the neighbours' votes, exp(cosine / temperature), as Wu et al. 2018 (arXiv:1805.01978) take it."""
-PROBE_PENALTY = 1e-3
-"""Half the probe's squared weights in its loss."""
+PROBE_MARGIN = 0.1
+"""Taken from the right class's cosine while the probe is fitted."""
+PROBE_PENALTY = 1e-2
+"""Of the probe's squared distances to the class means in its loss."""
 CLASS_MEANS = "class means"
+PROBE = "linear probe"
 BASELINES = {
     "class_means_top1": CLASS_MEANS,
     "neighbours_top1": f"{NEIGHBOURS} nearest neighbours",
-    "probe_top1": "linear probe",
+    "probe_top1": PROBE,
 }
 """Their names in an evaluation's results, and for people."""
 
@@ -61,7 +63,7 @@ def baseline_accuracies(
     found = (
         (test @ means.T).argmax(1),
         nearest_neighbours(*there, known.num_classes).cpu(),
-        linear_probe(*there, known.num_classes).cpu(),
+        (there[2] @ linear_probe(*there[:2], known.num_classes).T).argmax(1).cpu(),
     )
     return {name: float((predicted == labels).float().mean()) for name, predicted in zip(BASELINES, found, strict=True)}
 
@@ -85,24 +87,35 @@ def nearest_neighbours(train: Tensor, labels: Tensor, test: Tensor, num_classes:
     return torch.cat(predicted)
 
 
-def linear_probe(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Tensor:
-    """[M] int64: the prediction of a multinomial logistic regression, fitted by L-BFGS; arguments as for
-    `nearest_neighbours`."""
-    spread = math.sqrt(train.shape[1])  # coordinates of about 1
-    weight = torch.zeros(num_classes, train.shape[1], device=train.device, requires_grad=True)
-    bias = torch.zeros(num_classes, device=train.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+def linear_probe(train: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """[C, D] unit vectors whose cosines to a picture name its class: a softmax on frozen embeddings, fitted by L-BFGS
+    from the class means, as a cosine head would be.
+
+    Args:
+        train: [N, D] of any length.
+        labels: [N] int64, below 0 for rows that do not count.
+        num_classes: C.
+
+    Raises:
+        ValueError: as `class_means`.
+    """
+    means = class_means(train.cpu(), labels.cpu(), num_classes).to(train.device)  # summed in one order
+    vectors, known = unit(train[labels >= 0]), labels[labels >= 0]
+    weight = means.clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(train * spread, weight, bias), labels)
-        loss = loss + PROBE_PENALTY / 2 * weight.square().sum()
+        cosines = F.linear(vectors, F.normalize(weight, dim=1))
+        right = cosines.gather(1, known[:, None]) - PROBE_MARGIN
+        loss = F.cross_entropy(START_SCALE * cosines.scatter(1, known[:, None], right), known)
+        loss = loss + PROBE_PENALTY * (weight - means).square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad(), torch.inference_mode(False):  # callers that measure may have gradients off
         optimizer.step(closure)
-    return F.linear(test * spread, weight, bias).argmax(1).detach()
+    return F.normalize(weight.detach(), dim=1)
 
 
 def class_means(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:

@@ -52,6 +52,8 @@ JUDGED = {
 }
 """What the deciding number says."""
 MEANS = "class means"
+UNTRAINED = (MEANS, "adapted class means", "linear probe", "adapted linear probe")
+"""Rows of models that no update made."""
 DRAWN = "drawn faces"
 """What is trained on where no photographs are."""
 SHOWN = 12
@@ -136,9 +138,9 @@ def _said(run: RunFiles) -> Iterator[Markup]:
         yield Markup('<p class="lead"><strong>{}</strong> {}{}{}.</p>').format(
             percent(best["value"]), what, inside, against
         )
-    if run.handed_on == MEANS:
+    if run.handed_on in UNTRAINED:
         yield paragraph(
-            "Fine-tuning did not beat the class means of the source on the validation part: they are handed on."
+            f"Fine-tuning did not beat the {run.handed_on} on the validation part: no update made what is handed on."
         )
     yield Markup('<p class="small">{}</p>').format(chosen(run))
 

@@ -129,21 +129,28 @@ class AdaptConfig:
     """auto tries several amounts on people left out and takes none that gains nothing there; given is what the two
     below say; none leaves the source as it is."""
     batchnorm: float = 0.0
-    """Weight of these pictures' BatchNorm statistics in place of the source's (AdaBN, Li et al. 2016), 0 to 1."""
+    """Weight of these pictures' BatchNorm statistics in place of the source's (AdaBN, Li et al. 2016), 0 to 1, at the
+    first layer."""
+    batchnorm_last: float = 0.0
+    """The same at the last layer; layers between them lie on a line."""
+    centre: bool = False
+    """Subtracts the mean of these pictures' embeddings."""
     shrinkage: float = 1.0
     """Of the within-person covariance that embeddings are whitened by (WCCN, Hatch et al. 2006), towards a multiple of
     the identity: 1 whitens nothing, 0.1 nearly everything."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.batchnorm <= 1 or not LEAST_SHRINKAGE <= self.shrinkage <= 1:
+        weights = min(self.batchnorm, self.batchnorm_last), max(self.batchnorm, self.batchnorm_last)
+        if not (weights[0] >= 0 and weights[1] <= 1 and LEAST_SHRINKAGE <= self.shrinkage <= 1):
             raise ValueError(
-                f"adapt.batchnorm {self.batchnorm} must lie in [0, 1], adapt.shrinkage {self.shrinkage} in "
-                f"[{LEAST_SHRINKAGE}, 1]"
+                f"adapt.batchnorm {self.batchnorm} and adapt.batchnorm_last {self.batchnorm_last} must lie in [0, 1], "
+                f"adapt.shrinkage {self.shrinkage} in [{LEAST_SHRINKAGE}, 1]"
             )
-        neutral = self.batchnorm == 0 and self.shrinkage == 1
+        neutral = weights[1] == 0 and self.shrinkage == 1 and not self.centre
         if (self.choose == "given") == neutral:
             raise ValueError(
-                f"adapt.choose {self.choose} with adapt.batchnorm {self.batchnorm:g} and adapt.shrinkage "
+                f"adapt.choose {self.choose} with adapt.batchnorm {self.batchnorm:g}, adapt.batchnorm_last "
+                f"{self.batchnorm_last:g}, adapt.centre {str(self.centre).lower()} and adapt.shrinkage "
                 f"{self.shrinkage:g}: give an amount of one of them together with choose given, and only then"
             )
 

@@ -1,13 +1,14 @@
-"""What a source model can be told of the user's pictures without training: how the embeddings of one person scatter,
-and the BatchNorm statistics. How much of either is chosen on people left out, since it costs where it does not help.
+"""What a source model can be told of the user's pictures without training: the BatchNorm statistics, where the
+embeddings lie, and how those of one person scatter. How much of each is chosen on people left out, since it costs
+where it does not help.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,52 +18,50 @@ from torch import Tensor
 from facefast.data import FaceIndex
 from facefast.data.subsets import joined
 from facefast.models import FaceModel
-from facefast.models.fold import fold
-from facefast.models.heads import unit
+from facefast.models.fold import LinearMap, fold
 from facefast.recipe import AdaptConfig
 from facefast.runtime.process import Runtime
+from facefast.training.leftout import FAR, Labels, Trial, choose, groups_of_people, rows_to_ask, tar_of_people
 from facefast.training.restate import Statistics, layers, restate
-from facefast.training.whiten import Scatter, added, whitening, within_scatter
+from facefast.training.whiten import (
+    Scatter,
+    Whitening,
+    added,
+    centring,
+    finite,
+    map_rows,
+    mean_of,
+    sums_of,
+    whitening,
+    within_scatter,
+)
 
-WEIGHTS = (0.5, 1.0)
-"""Of the user's BatchNorm statistics, tried beside 0."""
-SHRINKAGES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Tried beside 1, which changes nothing."""
-Labels = NDArray[np.int64] | NDArray[np.int32]
-FAR = 1e-2
-"""At which people left out are verified."""
+WEIGHTS = ((0.5, 0.5), (1.0, 0.0), (1.0, 1.0))
+"""Of the user's BatchNorm statistics at the first layer and the last, tried beside none."""
+SHRINKAGES = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1)
+"""Tried, on centred embeddings, beside changing nothing; 1 only centres."""
+FEW_SHRINKAGES = (1.0, 0.5)
+"""Enough to compare BatchNorm statistics by."""
 FOLDS = 5
+FEW_FOLDS = 3
+"""Of half of the people."""
+FEW_EACH = 6
+"""Pictures of a person by which BatchNorm statistics are compared: each is embedded once for every weight."""
 LEAST_PEOPLE = 10
 """With two pictures or more: with fewer left out, a gain cannot be told from chance."""
-MOST_ASKED = 1000
-"""Pictures of the people left out, in one fold."""
-MOST_EACH = 20
-"""Of them, of one person."""
-ERRORS = 2.0
-"""Standard errors over people by which a gain has to be above 0: about one chance in forty."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """What one setting does to verification of people left out."""
-
-    name: str
-    tar: float
-    """At `FAR`, the mean over people."""
-    gain: float
-    """Over doing nothing."""
-    low: float
-    high: float
-    """`ERRORS` standard errors below and above the gain."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
     """What was done to a model, and on which grounds."""
 
-    batchnorm: float
-    """Weight of the pictures' own BatchNorm statistics; 0 keeps the source's."""
-    shrinkage: float
+    batchnorm: float = 0.0
+    """Weight of the pictures' own BatchNorm statistics at the first layer; 0 keeps the source's."""
+    batchnorm_last: float = 0.0
+    """At the last layer."""
+    centre: bool = False
+    """Whether the embeddings' mean was subtracted."""
+    shrinkage: float = 1.0
     """Of the within-person covariance; 1 whitens nothing."""
     people: int = 0
     """With two pictures or more, who were left out in turn; 0 where nothing was tried."""
@@ -73,7 +72,7 @@ class Adaptation:
     @property
     def changes(self) -> bool:
         """Whether the model is another one."""
-        return self.batchnorm > 0 or self.shrinkage < 1
+        return max(self.batchnorm, self.batchnorm_last) > 0 or self.centre or self.shrinkage < 1
 
     def told(self) -> Iterator[str]:
         """For people."""
@@ -85,14 +84,24 @@ class Adaptation:
                 f"TAR at FAR {FAR:.0%} by more than chance does"
             )
         else:
-            done = [f"BatchNorm statistics of these pictures, weight {self.batchnorm:g}"] if self.batchnorm else []
-            done += [f"whitened, shrinkage {self.shrinkage:g}"] if self.shrinkage < 1 else []
-            yield f"the source model is adapted: {' and '.join(done)}"
+            done = [_statistics_named(self.batchnorm, self.batchnorm_last)]
+            done += [_map_named(self.shrinkage, self.centre)]
+            yield f"the source model is adapted: {' and '.join(filter(None, done))}"
         for trial in self.trials:
             yield (
                 f"  {trial.name}: TAR at FAR {FAR:.0%} of people left out {trial.tar:.1%}, "
                 f"{100 * trial.gain:+.1f} points ({100 * trial.low:+.1f} to {100 * trial.high:+.1f})"
             )
+
+
+def _statistics_named(first: float, last: float) -> str:
+    if first == last:
+        return f"BatchNorm statistics of these pictures, weight {first:g}" if first else ""
+    return f"BatchNorm statistics of these pictures, weight {first:g} at the first layer to {last:g} at the last"
+
+
+def _map_named(shrinkage: float, centre: bool) -> str:
+    return " and ".join(["centred"] * centre + [f"whitened, shrinkage {shrinkage:g}"] * (shrinkage < 1))
 
 
 Embedding = Callable[[FaceModel, FaceIndex, bool], tuple[Tensor, Tensor]]
@@ -120,7 +129,7 @@ def adapt(
         index: the training pictures.
         unnamed: more of the same kind, without a name.
         config: what to do.
-        known: the model's embeddings of `index`, as `embed` gives them.
+        known: the model's embeddings of `index`, as `embed` gives them; they are changed.
         embed: as its type says.
         measure: gives BatchNorm statistics, as `statistics_of` does.
         run: whose ranks do the same.
@@ -133,147 +142,158 @@ def adapt(
     people = int((np.bincount(index.labels[index.labels >= 0], minlength=1) > 1).sum())
     if config.choose == "auto" and people < LEAST_PEOPLE:
         why = f"{people} people have two pictures or more; {LEAST_PEOPLE} are needed to choose an adaptation by"
-        return Adaptation(0.0, 1.0, why=why), known
+        return Adaptation(why=why), known
     statistical = bool(layers(model))
-    weight, shrinkage = config.batchnorm, config.shrinkage
+    weights = config.batchnorm, config.batchnorm_last
     trials: tuple[Trial, ...] = ()
     if config.choose == "auto" and statistical:
         told = embed(model, index, False) if plain is None else (plain, known[1])
-        weight, trials = choose_statistics(model, index, unnamed, told, embed, measure, seed)
-        weight = run.broadcast(weight)  # two kinds of processors may round to either side of chance
-    elif weight and not statistical:
-        raise ValueError(f"adapt.batchnorm {weight:g} has no effect: {model.config.backbone} has no BatchNorm")
-    if weight:
-        restate(model, measure(model, _with(index, unnamed)), weight)
+        weights, trials = choose_statistics(model, index, unnamed, told, embed, measure, seed)
+        weights = run.broadcast(weights)  # two kinds of processors may round to either side of chance
+    elif any(weights) and not statistical:
+        raise ValueError(
+            f"adapt.batchnorm {weights[0]:g} and adapt.batchnorm_last {weights[1]:g} have no effect: "
+            f"{model.config.backbone} has no BatchNorm"
+        )
+    if any(weights):
+        restate(model, measure(model, _with(index, unnamed)), *weights)
         known = embed(model, index, True)
-    if config.choose == "given" and shrinkage == 1:
-        return Adaptation(weight, shrinkage, people), known
-    labels = np.where(known[1].numpy(), index.labels, -1)
+    mapped = adapt_embeddings(*known, index.labels, config, run, seed)
+    if mapped.map is not None:
+        fold(model, mapped.map, mapped.mean, mapped.variance)
+    return Adaptation(*weights, mapped.centre, mapped.shrinkage, people, trials + mapped.trials), known
+
+
+class Mapped(NamedTuple):
+    """What was done to embeddings."""
+
+    centre: bool
+    shrinkage: float
+    trials: tuple[Trial, ...] = ()
+    map: LinearMap | None = None
+    """None where nothing was done."""
+    mean: Tensor = torch.zeros(0, dtype=torch.float64)
+    """[D] of the mapped embeddings, and"""
+    variance: Tensor = torch.zeros(0, dtype=torch.float64)
+    """[D]."""
+
+
+def adapt_embeddings(
+    embeddings: Tensor, seen: Tensor, labels: Labels, config: AdaptConfig, run: Runtime, seed: int
+) -> Mapped:
+    """Centres and whitens embeddings in place, a block at a time: it needs hardly any memory beside them.
+
+    Args:
+        embeddings: [N, D] float32 of any length.
+        seen: [N] bool, False for rows that hold no embedding.
+        labels: [N], below 0 for rows without a person; `LEAST_PEOPLE` have two pictures where the config chooses.
+        config: what to do.
+        run: whose ranks do the same.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: a shrinkage is given, and there is no scatter.
+    """
+    centre, shrinkage = config.centre, config.shrinkage
+    trials: tuple[Trial, ...] = ()
+    if config.choose == "given" and shrinkage == 1 and not centre:
+        return Mapped(centre, shrinkage)
+    labels = np.where(seen.numpy() & finite(embeddings), labels, -1)
     groups = groups_of_people(labels, FOLDS, seed)
-    scatters = within_scatter(known[0], labels, groups, FOLDS)
+    people = gather(embeddings, seen, labels, groups, FOLDS, centre=centre or config.choose == "auto")
     if config.choose == "auto":
-        shrinkage, more = choose_shrinkage(known[0], labels, groups, scatters)
-        shrinkage, trials = run.broadcast(shrinkage), trials + more
+        chosen, trials = choose_map(embeddings, labels, groups, people)
+        chosen = run.broadcast(chosen)
+        if chosen is None:
+            return Mapped(False, 1.0, trials)
+        centre, shrinkage = True, chosen
+    middle = mean_of(people.sums)
+    mapped = centring(middle)
     if shrinkage < 1:
-        scatter = added(scatters)
+        scatter = added(people.scatters)
         if not scatter.spreads:
             raise ValueError(
                 f"adapt.shrinkage {shrinkage:g} has no effect: no person has two pictures that differ; set 1"
             )
-        mapped = whitening(scatter, shrinkage)
-        whitened = mapped(known[0].double())
-        read = whitened[known[1]]
-        fold(model, mapped, read.mean(0), read.var(0, correction=0))
-        known = whitened.float(), known[1]
-    return Adaptation(weight, shrinkage, people, trials), known
+        mapped = whitening(scatter, shrinkage, middle if centre else None)
+    return Mapped(centre, shrinkage, trials, mapped, *map_rows(mapped, embeddings, seen))
 
 
 def _with(index: FaceIndex, unnamed: FaceIndex | None) -> FaceIndex:
     return index if unnamed is None else joined(index, [unnamed])
 
 
-def tar_of_people(embeddings: Tensor, labels: Labels) -> Tensor:
-    """[P] for each person with two pictures, in the order of their labels: the part of pairs of their pictures above
-    the threshold that `FAR` of all pairs of different people pass.
+class People(NamedTuple):
+    """What is known of embeddings by groups of people."""
+
+    sums: Tensor
+    """Of `sums_of`; the last group is that of rows without a person, who are left out of nothing."""
+    scatters: list[Scatter]
+
+
+def gather(
+    embeddings: Tensor, seen: Tensor, labels: Labels, groups: NDArray[np.int64], count: int, *, centre: bool
+) -> People:
+    """Sums embeddings up.
 
     Args:
         embeddings: [N, D] of any length.
-        labels: [N], not below 0.
-    """
-    people, numbers = np.unique(labels, return_inverse=True)
-    number = torch.from_numpy(numbers)
-    directions = unit(embeddings)
-    scores = directions @ directions.T
-    same = number[:, None] == number
-    different = scores[~same]
-    rank = max(1, math.ceil(len(different) * FAR))
-    threshold = different.kthvalue(len(different) - rank + 1).values
-    above = ((scores >= threshold) & same).sum(1) - 1  # not with itself
-    counts = number.bincount()
-    passed = torch.zeros(len(people), dtype=torch.float64).index_add_(0, number, above.double())
-    several = counts > 1
-    return (passed / (counts * (counts - 1)))[several]
-
-
-def choose(tried: Sequence[tuple[str, Tensor]], before: Tensor) -> tuple[int, tuple[Trial, ...]]:
-    """Which of several settings to take, by the same people's TAR under each.
-
-    Args:
-        tried: names and [P] TARs of people left out.
-        before: [P] their TARs where nothing is changed.
-
-    Returns:
-        The place of the one with the largest gain among those whose gain is above chance, -1 where none is; and all.
-    """
-    trials = []
-    for name, tars in tried:
-        gains = tars - before
-        mean, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
-        trials.append(Trial(name, float(tars.mean()), mean, mean - ERRORS * error, mean + ERRORS * error))
-    sure = [place for place, trial in enumerate(trials) if trial.low > 0]
-    return max(sure, key=lambda place: trials[place].gain, default=-1), tuple(trials)
-
-
-def groups_of_people(labels: Labels, count: int, seed: int) -> NDArray[np.int64]:
-    """[C] int64, the group of each person, drawn at random; those with two pictures are in groups of one size.
-
-    Args:
+        seen: [N] bool, False for rows that hold no embedding.
         labels: [N], below 0 for rows that do not count.
-        count: groups.
-        seed: of the draw.
-    """
-    pictures = np.bincount(labels[labels >= 0], minlength=1)
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(pictures))
-    order = order[np.argsort(pictures[order] < 2, kind="stable")]
-    groups = np.empty(len(pictures), np.int64)
-    groups[order] = np.arange(len(pictures)) % count
-    return groups
-
-
-def rows_to_ask(labels: Labels, people: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Rows of people with two pictures or more, whole people until `MOST_ASKED` rows are reached.
-
-    Args:
-        labels: [N], below 0 for rows that do not count.
-        people: [C] whom to choose among.
-    """
-    pictures = np.bincount(labels[labels >= 0], minlength=len(people))
-    chosen = np.flatnonzero(people & (pictures > 1))
-    chosen = chosen[np.cumsum(pictures[chosen].clip(max=MOST_EACH)) <= MOST_ASKED]
-    rows = np.flatnonzero(np.isin(labels, chosen))
-    rows = rows[np.argsort(labels[rows], kind="stable")]
-    place = np.arange(len(rows)) - np.searchsorted(labels[rows], labels[rows])
-    return rows[place < MOST_EACH]
-
-
-def choose_shrinkage(
-    embeddings: Tensor, labels: Labels, groups: NDArray[np.int64], scatters: Sequence[Scatter]
-) -> tuple[float, tuple[Trial, ...]]:
-    """How far to whiten, by leaving out one group of people at a time.
-
-    Args:
-        embeddings: [N, D] of any length.
-        labels: [N], below 0 for rows that do not count; `LEAST_PEOPLE` have two pictures.
         groups: [C] the group of each person.
-        scatters: of each group.
+        count: groups.
+        centre: whether they are centred before they are made 1 long.
+    """
+    sums = sums_of(embeddings, seen, np.where(labels >= 0, groups[labels.clip(min=0)], count), count + 1)
+    # One middle for all scatters, for which it hardly matters whose it is: else each would be summed anew.
+    return People(sums, within_scatter(embeddings, labels, groups, count, mean_of(sums) if centre else None))
+
+
+def tars_left_out(
+    embeddings: Tensor, labels: Labels, groups: NDArray[np.int64], people: People, shrinkages: Sequence[float]
+) -> list[Tensor]:
+    """TARs [P] of people whose pictures are mapped by what the people of other groups say, in turn: as they are, then
+    centred and whitened with each shrinkage.
+
+    Args:
+        embeddings: [N, D] of any length.
+        labels: [N], below 0 for rows that do not count.
+        groups: [C] the group of each person.
+        people: what `gather` gives for the groups, centred.
+        shrinkages: 1 only centres.
+    """
+    sums, scatters = people
+    found: list[list[Tensor]] = [[] for _ in range(1 + len(shrinkages))]
+    for group in range(len(scatters)):
+        rows = rows_to_ask(labels, groups == group)
+        if not len(rows):
+            continue
+        others = added([*scatters[:group], *scatters[group + 1 :]])
+        centre = mean_of(torch.cat([sums[:group], sums[group + 1 :]]))
+        asked = embeddings[torch.from_numpy(rows)].double()
+        found[0].append(tar_of_people(asked, labels[rows]))
+        maps = Whitening(others) if others.spreads else None
+        for tars, shrinkage in zip(found[1:], shrinkages, strict=True):
+            mapped = centring(centre) if maps is None or shrinkage == 1 else maps.map(shrinkage, centre)
+            tars.append(tar_of_people(mapped(asked), labels[rows]))
+    return [torch.cat(tars) if tars else torch.zeros(0, dtype=torch.float64) for tars in found]
+
+
+def choose_map(
+    embeddings: Tensor, labels: Labels, groups: NDArray[np.int64], people: People
+) -> tuple[float | None, tuple[Trial, ...]]:
+    """How far to whiten centred embeddings, by leaving out one group of people at a time; arguments as for
+    `tars_left_out`.
 
     Returns:
-        The shrinkage, 1 where whitening gains nothing above chance; and what was tried.
+        The shrinkage, 1 where centring alone is best, None where nothing gains above chance; and what was tried.
     """
-    before: list[Tensor] = []
-    after: dict[float, list[Tensor]] = {shrinkage: [] for shrinkage in SHRINKAGES}
-    for group in range(len(scatters)):
-        others = added([*scatters[:group], *scatters[group + 1 :]])
-        if not others.spreads:
-            return 1.0, ()
-        rows = rows_to_ask(labels, groups == group)
-        asked = embeddings[torch.from_numpy(rows)].double()
-        before.append(tar_of_people(asked, labels[rows]))
-        for shrinkage, tars in after.items():
-            tars.append(tar_of_people(whitening(others, shrinkage)(asked), labels[rows]))
-    tried = [(f"whitened, shrinkage {shrinkage:g}", torch.cat(tars)) for shrinkage, tars in after.items()]
-    best, trials = choose(tried, torch.cat(before))
-    return (SHRINKAGES[best] if best >= 0 else 1.0), trials
+    spreads = added(people.scatters).spreads
+    shrinkages = SHRINKAGES if spreads else (1.0,)
+    before, *after = tars_left_out(embeddings, labels, groups, people, shrinkages)
+    names = [_map_named(shrinkage, True) for shrinkage in shrinkages]
+    best, trials = choose(list(zip(names, after, strict=True)), before)
+    return (shrinkages[best] if best >= 0 else None), trials
 
 
 def choose_statistics(
@@ -284,9 +304,12 @@ def choose_statistics(
     embed: Embedding,
     measure: Measuring,
     seed: int,
-) -> tuple[float, tuple[Trial, ...]]:
+) -> tuple[tuple[float, float], tuple[Trial, ...]]:
     """How much of the pictures' own BatchNorm statistics to take: those of one half of the people serve to verify the
     other half.
+
+    Each weight is judged with the map that goes best with it: whitening mends much of what other statistics would, and
+    they are worth only what they add to it.
 
     Args:
         model: unchanged afterwards.
@@ -297,26 +320,33 @@ def choose_statistics(
         seed: which people are in which half.
 
     Returns:
-        The weight, 0 where nothing is gained above chance; and what was tried.
+        The weights at the first layer and the last, 0 where nothing is gained above chance; and what was tried.
     """
     groups = groups_of_people(index.labels, 2, seed)
-    before: list[Tensor] = []
-    after: dict[float, list[Tensor]] = {weight: [] for weight in WEIGHTS}
+    tars: dict[tuple[float, float], list[list[Tensor]]] = {weights: [] for weights in ((0.0, 0.0), *WEIGHTS)}
     for half in range(2):
         others = index.select((index.labels < 0) | (groups[index.labels] != half))
         statistics = measure(model, _with(others, unnamed))
-        rows = rows_to_ask(index.labels, groups == half)
+        rows = rows_to_ask(index.labels, groups == half, FEW_EACH)
         asked = index.select(rows)
-        before.append(_tar_of_readable(plain[0][rows], plain[1][rows], asked))
+        folds = groups_of_people(asked.labels, FEW_FOLDS, seed)
         changed = copy.deepcopy(model)
-        for weight in WEIGHTS:
-            changed.load_state_dict(model.state_dict())
-            restate(changed, statistics, weight)
-            after[weight].append(_tar_of_readable(*embed(changed, asked, False), asked))
-    tried = [(f"BatchNorm statistics, weight {weight:g}", torch.cat(tars)) for weight, tars in after.items()]
-    best, trials = choose(tried, torch.cat(before))
-    return (WEIGHTS[best] if best >= 0 else 0.0), trials
-
-
-def _tar_of_readable(embeddings: Tensor, seen: Tensor, index: FaceIndex) -> Tensor:
-    return tar_of_people(embeddings[seen], index.labels[seen.numpy()])
+        for weights, found in tars.items():
+            if any(weights):
+                changed.load_state_dict(model.state_dict())
+                restate(changed, statistics, *weights)
+                embeddings, seen = embed(changed, asked, False)
+            else:
+                embeddings, seen = plain[0][rows], plain[1][rows]
+            labels = np.where(seen.numpy(), asked.labels, -1)
+            people = gather(embeddings, seen, labels, folds, FEW_FOLDS, centre=True)
+            found.append(tars_left_out(embeddings, labels, folds, people, FEW_SHRINKAGES))
+    # Of each weight the best of its maps, over both halves.
+    best_of = {
+        weights: max((torch.cat(one) for one in zip(*found, strict=True)), key=lambda each: float(each.nanmean()))
+        for weights, found in tars.items()
+    }
+    before = best_of.pop((0.0, 0.0))
+    tried = [(_statistics_named(*weights), found) for weights, found in best_of.items()]
+    best, trials = choose(tried, before)
+    return (WEIGHTS[best] if best >= 0 else (0.0, 0.0)), trials

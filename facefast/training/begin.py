@@ -21,10 +21,10 @@ from facefast.models import STUDENTS, FaceModel, Source, build_model, checkpoint
 from facefast.models.batchnorm import takes_statistics
 from facefast.models.build import DEFAULT_BACKBONE
 from facefast.models.provenance import of_run
-from facefast.recipe import ImageSpec, Phase, Recipe, to_json
+from facefast.recipe import AdaptConfig, ImageSpec, Phase, Recipe, to_json
 from facefast.runtime import files
 from facefast.runtime.log import RunLog
-from facefast.training.adapt import adapt
+from facefast.training.adapt import Adaptation, adapt
 from facefast.training.distill import Teacher, caches_teacher
 from facefast.training.losses import best_probability
 from facefast.training.restate import statistics_of
@@ -163,6 +163,8 @@ class Start:
     """The source model's embeddings of it, where the model is measured before any training."""
     untouched: FaceModel | None = None
     """The source model as it was before it was adapted, where it was."""
+    adapted: LabelledEmbeddings | None = None
+    """The adapted model's embeddings, where it was and the source's are wanted too."""
 
 
 def begin(
@@ -191,6 +193,7 @@ def begin(
         if document.get("linear_map"):
             model.add_linear_map()
         model.load_state_dict(checkpoint.read_weights(saved, model))
+        state.anchored = checkpoint.read_tensors(saved, "anchor") or None
     model.to(state.run.device)
     if state.precision.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -209,9 +212,14 @@ def begin(
         both, seen = embed_training_rows(state, network, data, mirror="joined" if chooses else "mean")
         fresh, plain = (single(both, network.embedding_size), seen), both[:, : network.embedding_size]
     before, untouched = fresh, None
+    if phase.start == "source" and not saved:
+        state.anchored = None
     if phase.adapt.active and fresh is not None:
         untouched = copy.deepcopy(model)
+        before = (fresh[0].clone(), fresh[1]) if from_source else None  # the adaptation changes what it is given
         fresh = _adapted(state, phase, model, data, fresh, plain if chooses else None, log)
+        if model.adaptation is not None and any(each.l2sp for each in state.recipe.phases):
+            state.anchored = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     if phase.labels == "pseudo":
         data = with_pseudo_labels(
             folder / f"pseudo-labels-{phase.name}.csv", state, data, phase.pseudo_confidence, fresh, log
@@ -235,10 +243,13 @@ def begin(
         log.say(f"note: updates are not recorded as a CUDA graph: {state.unrecorded}")
     for warning in batchnorm_advice(state):
         log.say(f"note: {warning}")
-    if before is None or not from_source:
+    if before is None or fresh is None or not from_source:
         return Start(data, None)
-    untouched = untouched if state.model.adaptation is not None else None
-    return Start(data, LabelledEmbeddings(before[0], labels.where(before[1], -1), plan.num_classes), untouched)
+    known = LabelledEmbeddings(before[0], labels.where(before[1], -1), plan.num_classes)
+    if state.model.adaptation is None:
+        return Start(data, known)
+    adapted = LabelledEmbeddings(fresh[0], labels.where(fresh[1], -1), plan.num_classes)
+    return Start(data, known, untouched, adapted)
 
 
 def _adapted(
@@ -251,14 +262,32 @@ def _adapted(
     log: RunLog,
 ) -> tuple[Tensor, Tensor]:
     """Adapts the model in place as the phase wants it; returns its embeddings of the training pictures."""
+    done, known = adapted_to(state, phase.adapt, model, data, known, plain)
+    for text in done.told():
+        log.say(text)
+    if done.changes:
+        model.adaptation = to_json(done)
+    return known
+
+
+def adapted_to(
+    state: TrainState,
+    config: AdaptConfig,
+    model: FaceModel,
+    data: PhaseData,
+    known: tuple[Tensor, Tensor],
+    plain: Tensor | None = None,
+) -> tuple[Adaptation, tuple[Tensor, Tensor]]:
+    """Adapts a source model in place to the training pictures, of which it has the embeddings `known`, and `plain`
+    where those without mirror images are there, too."""
     model.eval()
     run, precision, reading, seed = state.run, state.precision, state.reading, state.recipe.seed
     size = state.recipe.eval.batch_size
-    done, known = adapt(
+    return adapt(
         model,
         data.train,
         data.unnamed,
-        phase.adapt,
+        config,
         known,
         embed=lambda network, index, mirror: embed_rows(
             network, index, run, precision, reading, batch_size=size, mirror="mean" if mirror else "none"
@@ -268,11 +297,6 @@ def _adapted(
         seed=seed,
         plain=plain,
     )
-    for text in done.told():
-        log.say(text)
-    if done.changes:
-        model.adaptation = to_json(done)
-    return known
 
 
 FEW_FOR_BATCHNORM = 32
@@ -318,7 +342,9 @@ def side_inputs(
             teacher = whole.to(state.run.device).eval()
         assert teacher is not None
         asked = Teacher(teacher, embeddings_of(teacher) if caches_teacher(phase) else None)
-    return SideInputs(counts, data.values(), cached, asked, source.state if source and phase.l2sp else None)
+    # L2-SP pulls to where training starts: to the source's weights it would undo the adaptation.
+    start = state.anchored or (source.state if source else None)
+    return SideInputs(counts, data.values(), cached, asked, start if phase.l2sp else None)
 
 
 def with_pseudo_labels(

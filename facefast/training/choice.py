@@ -17,23 +17,27 @@ from torch import Tensor
 from facefast.data import FaceIndex
 from facefast.data.divide import EvaluationSet, PhaseData
 from facefast.evaluation import measured
-from facefast.evaluation.baselines import CLASS_MEANS, LabelledEmbeddings, class_means
+from facefast.evaluation.baselines import CLASS_MEANS, PROBE, LabelledEmbeddings, class_means, linear_probe
 from facefast.evaluation.embed import Embed, embed_rows, remembering
 from facefast.evaluation.measure import evaluate
 from facefast.evaluation.naming import Decisions, decide
 from facefast.evaluation.report import with_baselines
 from facefast.models import FaceModel, Source, build_model, checkpoint
 from facefast.models.heads import START_SCALE
-from facefast.recipe import EvalConfig, to_json
+from facefast.recipe import AdaptConfig, EvalConfig, to_json
 from facefast.runtime import files
 from facefast.runtime.log import RunLog
-from facefast.training.begin import Start
+from facefast.training.begin import Start, adapted_to
 from facefast.training.step import TrainState
 
 ADAPTED = "adapted class means"
 """The row of the final table for the adapted source model before any update."""
+ADAPTED_PROBE = f"adapted {PROBE}"
+"""The same for a probe on its embeddings."""
 MEANS = "class-means"
 """The folder beside the other checkpoints in which class means are handed on."""
+FOLDERS = {CLASS_MEANS: MEANS, PROBE: "linear-probe", ADAPTED_PROBE: "adapted-linear-probe"}
+"""By row, the folders of what is handed on without any update and was no checkpoint before."""
 ROUNDING = 1e-6
 MOST_DECIDING = 20_000
 """Training pictures that thresholds are found on."""
@@ -80,11 +84,15 @@ def measure_untrained(state: TrainState, data: PhaseData, log: RunLog, start: St
         if state.phase.name in state.validated:  # what `measure` has just found
             state.validated[ADAPTED] = state.validated[state.phase.name]
         _report(state, ADAPTED, _evaluate(state, state.evaluated, data.evaluation, embed=embed), log)
+    if start.adapted is not None and state.evaluated.adaptation is not None:
+        _report_adapted_probe(state, data, start.adapted, embed, log)
     if known is not None:
         if untouched is not None:
             embed = remembering(functools.partial(_embedded, state, untouched))
             state.validated |= with_baselines(_evaluate(state, untouched, data.validation, known, embed))
         _report_baselines(state, data, known, embed, log)
+    # A probe is fitted on each rank, and two kinds of processors may end a picture apart.
+    state.validated = state.run.broadcast(state.validated)
     state.set_modes()
     return improved
 
@@ -155,6 +163,20 @@ def _report_baselines(state: TrainState, data: PhaseData, known: LabelledEmbeddi
         _report(state, row, results, log)
 
 
+def _report_adapted_probe(
+    state: TrainState, data: PhaseData, known: LabelledEmbeddings, embed: Embed, log: RunLog
+) -> None:
+    """The probe on the adapted model's embeddings: for the choice, and a row of the final table."""
+    rows = with_baselines(_evaluate(state, state.evaluated, data.validation, known, embed))
+    if PROBE in rows:
+        state.validated[ADAPTED_PROBE] = {"top1": rows[PROBE]["top1"]}
+    if data.validation.test is not None:
+        known = known.joined(_labelled(data.validation.test, embed))
+    rows = with_baselines(_evaluate(state, state.evaluated, data.evaluation, known, embed))
+    if PROBE in rows:
+        _report(state, ADAPTED_PROBE, rows[PROBE], log)
+
+
 def _chosen(folder: Path, state: TrainState) -> Path:
     """The checkpoint that was chosen: `best` is another one where the class means were handed on, or where a run was
     killed between writing it and pointing there."""
@@ -176,7 +198,7 @@ def has_best(folder: Path, state: TrainState) -> bool:
     path, best = _chosen(folder, state), folder / checkpoint.FOLDER / "best"
     there = state.run.broadcast(path.exists())
     with state.run.together():
-        if state.run.is_main and there and best.resolve().name not in (path.name, MEANS):
+        if state.run.is_main and there and best.resolve().name not in (path.name, *FOLDERS.values()):
             with files.storing(best):
                 files.replace_link(best, path.name)
     return there
@@ -206,17 +228,25 @@ def _report(state: TrainState, row: str, results: dict[str, float], log: RunLog)
 
 
 def handed_on(state: TrainState) -> str:
-    """The row of the final table whose model `best` is: a phase's, the adapted source's before any update, or the class
-    means, which all of them have to beat."""
+    """The row of the final table whose model `best` is: a phase's, the adapted source's before any update, or what took
+    no update at all, which all of them have to beat."""
     phase = state.recipe.phases[state.chosen[0]]
     if state.recipe.learns_attributes:  # whose heads the class means would lack
         return phase.name
-    means = state.validated.get(CLASS_MEANS, {}).get("top1", -1.0)
-    chooses = state.best is not None and named_metric(state.recipe.eval, state.validated[phase.name])[1] == "top1"
-    # Fine-tuning has to name one picture more, not to be ahead by a rounding.
-    if chooses and means >= (state.best or 0.0) - ROUNDING:
-        return CLASS_MEANS
-    return ADAPTED if state.chosen[1] == 0 and ADAPTED in state.validated else phase.name
+    row, best = phase.name, state.best
+    if state.chosen[1] == 0 and ADAPTED in state.validated:
+        row = ADAPTED
+    if best is None or named_metric(state.recipe.eval, state.validated[phase.name])[1] != "top1":
+        return row
+    # Fine-tuning has to name one picture more than what took no update, not to be ahead by a rounding; and so has the
+    # source as it is over what was adapted, which people left out have already spoken for.
+    adapted = {ADAPTED, ADAPTED_PROBE} & state.validated.keys()
+    least = best + ROUNDING if adapted and state.chosen[1] == 0 else best - ROUNDING
+    for other in (ADAPTED_PROBE, CLASS_MEANS, PROBE):
+        top = state.validated.get(other, {}).get("top1", -1.0)
+        if top >= least:
+            row, least = other, top + ROUNDING
+    return row
 
 
 def best_of(state: TrainState) -> dict[str, Any] | None:
@@ -235,7 +265,9 @@ def best_of(state: TrainState) -> dict[str, Any] | None:
         return None
     asked = state.reported.get(row, {})
     name = next((known for known in (name, name.removeprefix("known_")) if known in asked), name)
-    return {"phase": row, "metric": name, "value": asked.get(name), "validation": state.best}
+    # What took no update may have named more than the best checkpoint.
+    validation = state.validated[row]["top1"] if row in FOLDERS else state.best
+    return {"phase": row, "metric": name, "value": asked.get(name), "validation": validation}
 
 
 def said(state: TrainState, data: PhaseData) -> str:
@@ -253,12 +285,12 @@ def said(state: TrainState, data: PhaseData) -> str:
 def hand_on(folder: Path, state: TrainState, source: Source | None, data: PhaseData, log: RunLog) -> None:
     """Settles what `best` is and what it may say: thresholds and the temperature of its probabilities.
 
-    Where fine-tuning did not beat the class means on the validation part, `best` becomes the source model with these
-    as its head; they are then taken over the validation pictures too.
+    Where fine-tuning did not beat the class means or the probe on the validation part, `best` becomes the source model,
+    or the adapted one, with these as its head; they are then taken over the validation pictures too.
     """
     state.saves.settle()  # rank 0 may still be writing it
     row = handed_on(state)
-    if row != CLASS_MEANS:
+    if row not in FOLDERS:
         best = _chosen(folder, state)
         model = checkpoint.load_model(best, state.run.device, state.sharing)
         embed: Embed = functools.partial(_embedded, state, model)
@@ -270,29 +302,44 @@ def hand_on(folder: Path, state: TrainState, source: Source | None, data: PhaseD
             checkpoint.amend(best, {"model": model.to_config()})
         state.run.barrier()
         return
+    kind = "adapted model" if row == ADAPTED_PROBE else "source model"
+    head = "class means" if row == CLASS_MEANS else "a linear probe"
     log.say(
-        "fine-tuning did not beat the class means on the validation part "
-        f"(top-1 {state.validated[CLASS_MEANS]['top1']:.2%}, at best {state.best:.2%}): checkpoints/best is the "
-        "source model with class means as its head"
+        f"fine-tuning did not beat {head} on the validation part (top-1 {state.validated[row]['top1']:.2%}, "
+        f"at best {state.best:.2%}): checkpoints/best is the {kind} with {head} as its head"
     )
+    model = _untrained(state, source, data, adapted=row == ADAPTED_PROBE)
+    assert model.head is not None
+    embed = remembering(functools.partial(_embedded, state, model))
+    known = _labelled(data.train, embed)
+    fitted = class_means if row == CLASS_MEANS else linear_probe
+    model.head.start_from(fitted(known.embeddings, known.labels, known.num_classes), 1.0)
+    decide_for(model, state, data, embed, log, known)
+    if data.validation.test is not None:
+        known = known.joined(_labelled(data.validation.test, embed))
+    model.head.start_from(fitted(known.embeddings, known.labels, known.num_classes), 1.0)
+    _report(state, row, _evaluate(state, model, data.evaluation), log)
+    model.metrics = _metrics(state, data)
+    if state.run.is_main:
+        documents = {"model": model.to_config(), "recipe": to_json(state.recipe), "plan": to_json(state.plan)}
+        checkpoint.hand_on(folder, FOLDERS[row], {"model": model.state_dict()}, documents)
+    state.run.barrier()
+
+
+def _untrained(state: TrainState, source: Source | None, data: PhaseData, *, adapted: bool) -> FaceModel:
+    """The source with a cosine head, adapted once more as it was where that is wanted."""
     config = dataclasses.replace(state.recipe.model, head="cosine")
     names = data.train.class_names
     model = build_model(config, len(names), state.recipe.image, names, source).to(state.run.device).eval()
     model.scale, model.faces = START_SCALE, state.faces
-    assert model.head is not None
-    embed = remembering(functools.partial(_embedded, state, model))
-    known = _labelled(data.train, embed)
-    model.head.start_from(class_means(known.embeddings, known.labels, known.num_classes), 1.0)
-    decide_for(model, state, data, embed, log, known)
-    if data.validation.test is not None:
-        known = known.joined(_labelled(data.validation.test, embed))
-    model.head.start_from(class_means(known.embeddings, known.labels, known.num_classes), 1.0)
-    _report(state, CLASS_MEANS, _evaluate(state, model, data.evaluation), log)
-    model.metrics = _metrics(state, data)
-    if state.run.is_main:
-        documents = {"model": model.to_config(), "recipe": to_json(state.recipe), "plan": to_json(state.plan)}
-        checkpoint.hand_on(folder, MEANS, {"model": model.state_dict()}, documents)
-    state.run.barrier()
+    model.provenance = state.evaluated.provenance
+    done = state.evaluated.adaptation
+    if adapted and done is not None:
+        known = _embedded(state, model, data.train)
+        again = AdaptConfig("given", done["batchnorm"], done["batchnorm_last"], done["centre"], done["shrinkage"])
+        adapted_to(state, again, model, data, known)
+        model.adaptation = done
+    return model
 
 
 def _metrics(state: TrainState, data: PhaseData) -> dict[str, Any] | None:

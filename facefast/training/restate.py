@@ -23,9 +23,9 @@ from facefast.models.precision import Precision
 from facefast.recipe import Reading
 from facefast.runtime.process import Runtime
 
-BATCH = 256
-"""Pictures whose statistics are taken at once."""
-MOST = 2048
+BATCH = 64
+"""Pictures whose statistics are taken at once: what a processor's caches hold."""
+MOST = 1024
 """Pictures that statistics are taken of; more change them by less than they differ between people."""
 Statistics = dict[str, tuple[Tensor, Tensor]]
 """By a layer's name: mean and variance [C] of what reaches it, float64."""
@@ -117,15 +117,18 @@ def _moments(total: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def restate(model: FaceModel, statistics: Statistics, weight: float) -> None:
+def restate(model: FaceModel, statistics: Statistics, first: float, last: float) -> None:
     """Mixes statistics into those of a model, in place.
 
     Args:
         model: whose BatchNorm layers are changed.
         statistics: of `statistics_of`.
-        weight: of the new ones, 0 to 1; the rest is the source's.
+        first: weight of the new ones at the first layer, 0 to 1; the rest is the source's.
+        last: at the last layer; those between them lie on a line.
     """
-    for name, layer in layers(model).items():
+    found = layers(model)
+    weights = np.linspace(first, last, len(found))
+    for (name, layer), weight in zip(found.items(), weights.tolist(), strict=True):
         if name not in statistics:
             continue
         assert layer.running_mean is not None and layer.running_var is not None

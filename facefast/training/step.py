@@ -66,7 +66,7 @@ class SideInputs:
     ones."""
     teacher: Teacher | None = None
     source: Mapping[str, Tensor] | None = None
-    """The source model's weights, for L2-SP."""
+    """The source model's weights, adapted where they were, for L2-SP."""
 
 
 class TrainState:
@@ -103,6 +103,7 @@ class TrainState:
         self.best: float | None = None
         self.chosen = (0, 0)
         self.validated: dict[str, dict[str, float]] = {}
+        self.anchored: dict[str, Tensor] | None = None  # the adapted source's weights, for L2-SP
         self.reported: dict[str, dict[str, float]] = {}  # on the test part, which chooses nothing: rows of the table
 
     def enter(self, number: int, model: FaceModel, side: SideInputs | None = None) -> None:
@@ -244,6 +245,8 @@ class TrainState:
         }
         if own := self.objective.own_state():
             found["objective"] = dict(own)
+        if self.anchored is not None:
+            found["anchor"] = dict(self.anchored)
         if self.average is not None:
             found["ema"] = dict(self.evaluated.state_dict())
         if (weight := self.shared_weight) is not None:

@@ -1,7 +1,10 @@
-"""How embeddings of one person scatter, and the linear map that makes them scatter alike in every direction.
+"""Where embeddings lie and how those of one person scatter, and the linear map that moves them to 0 and makes them
+scatter alike in every direction.
 
 Within-class covariance normalisation (Hatch et al. 2006): the map is the inverse square root of the within-person
-covariance, drawn towards a multiple of the identity by as much as verification on people left out asks for.
+covariance, drawn towards a multiple of the identity by as much as verification on people left out asks for. What all
+pictures have in common, such as a camera's blur, is subtracted before (Dehak et al. 2011): it says nothing of anybody,
+and makes all cosines large.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from facefast.models.fold import LinearMap
-from facefast.models.heads import unit
+from facefast.models.heads import SHORTEST
 
 LEAST_SPREAD = 1e-8
 """Mean squared difference of a unit vector to the person's mean; copies of one picture have less."""
@@ -45,8 +48,38 @@ def added(scatters: Sequence[Scatter]) -> Scatter:
     return Scatter(torch.stack(within).sum(0), sum(freedom), sum(people))
 
 
+def sums_of(embeddings: Tensor, seen: Tensor, groups: NDArray[np.int64], count: int) -> Tensor:
+    """[count, D + 1] float64: of each group's rows their sum and, last, their number.
+
+    Args:
+        embeddings: [N, D]; rows with numbers that are not finite do not count.
+        seen: [N] bool, which rows count.
+        groups: [N] the group of each row.
+        count: groups.
+    """
+    sums = torch.zeros(count, embeddings.shape[1] + 1, dtype=torch.float64)
+    rows = seen & torch.from_numpy(finite(embeddings))
+    for block, counts, group in zip(
+        embeddings.split(BLOCK), rows.split(BLOCK), torch.from_numpy(groups).split(BLOCK), strict=True
+    ):
+        members = torch.nn.functional.one_hot(group[counts], count).float()  # [b, count]
+        sums[:, :-1] += members.T @ block[counts].float()
+        sums[:, -1] += members.sum(0)
+    return sums
+
+
+def mean_of(sums: Tensor) -> Tensor:
+    """[D] float64 of one or more rows [K, D + 1] of `sums_of`; zeros where they are of nothing."""
+    total = sums.sum(0)
+    return total[:-1] / total[-1].clamp(min=1)
+
+
 def within_scatter(
-    embeddings: Tensor, labels: NDArray[np.int64] | NDArray[np.int32], folds: NDArray[np.int64], count: int
+    embeddings: Tensor,
+    labels: NDArray[np.int64] | NDArray[np.int32],
+    folds: NDArray[np.int64],
+    count: int,
+    centre: Tensor | None = None,
 ) -> list[Scatter]:
     """One `Scatter` for each group of people, of embeddings made 1 long.
 
@@ -57,8 +90,9 @@ def within_scatter(
         labels: [N], below 0 for rows that do not count.
         folds: [C] the group of each person, 0 to count - 1.
         count: groups.
+        centre: [D], subtracted before they are made 1 long.
     """
-    labels = np.where(_finite(embeddings), labels, -1)
+    labels = np.where(finite(embeddings), labels, -1)
     pictures = np.bincount(labels[labels >= 0], minlength=len(folds))
     found = []
     for fold in range(count):
@@ -67,12 +101,12 @@ def within_scatter(
         rows = rows[np.argsort(labels[rows], kind="stable")]
         within = torch.zeros(embeddings.shape[1], embeddings.shape[1], dtype=torch.float64)
         for block in _blocks(labels[rows]):
-            within += _products(embeddings, rows[block], labels[rows[block]])
+            within += _products(embeddings, rows[block], labels[rows[block]], centre)
         found.append(Scatter(within, len(rows) - int(wanted.sum()), int(wanted.sum())))
     return found
 
 
-def _finite(embeddings: Tensor) -> NDArray[np.bool_]:
+def finite(embeddings: Tensor) -> NDArray[np.bool_]:
     """[N] whether a row holds numbers that can be used; rows of zeros have no direction."""
     # A length makes no copy of the embeddings, as a sum of their squares would.
     lengths: NDArray[np.float32] = torch.linalg.vector_norm(embeddings, dim=1).numpy()
@@ -89,34 +123,94 @@ def _blocks(people: NDArray[np.int64] | NDArray[np.int32]) -> Iterator[slice]:
         start = int(ends[last])
 
 
-def _products(embeddings: Tensor, rows: NDArray[np.int64], people: NDArray[np.int64] | NDArray[np.int32]) -> Tensor:
+def _directions(embeddings: Tensor, rows: Tensor, centre: Tensor | None) -> Tensor:
+    """[K, D] of some rows, centred and 1 long; taking them out makes the only copy."""
+    vectors = embeddings[rows].float()
+    if centre is not None:
+        vectors -= centre.float()
+    vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=SHORTEST)
+    return vectors
+
+
+def _products(
+    embeddings: Tensor,
+    rows: NDArray[np.int64],
+    people: NDArray[np.int64] | NDArray[np.int32],
+    centre: Tensor | None,
+) -> Tensor:
     """[D, D] float64 sum of x x^T, x the differences to the means of people, who come in stretches."""
     number = torch.from_numpy(np.concatenate([[0], np.cumsum(np.diff(people) != 0)]))
     means = torch.zeros(int(number[-1]) + 1, embeddings.shape[1])
     pieces = [torch.from_numpy(rows[start : start + BLOCK]) for start in range(0, len(rows), BLOCK)]
     of_whom = number.split(BLOCK)
+    away: Tensor | None = None
     for piece, whom in zip(pieces, of_whom, strict=True):  # more than one only for a person of many pictures
-        means.index_add_(0, whom, unit(embeddings[piece].float()))
+        away = _directions(embeddings, piece, centre)
+        means.index_add_(0, whom, away)
     means /= number.bincount()[:, None]
     total = torch.zeros(embeddings.shape[1], embeddings.shape[1], dtype=torch.float64)
     for piece, whom in zip(pieces, of_whom, strict=True):
-        away = unit(embeddings[piece].float()).sub_(means[whom])
+        if away is None or len(pieces) > 1:  # one alone is still at hand
+            away = _directions(embeddings, piece, centre)
+        away -= means[whom]
         total += (away.T @ away).double()
     return total
 
 
-def whitening(scatter: Scatter, shrinkage: float) -> LinearMap:
+class Whitening:
     """The inverse square root of ((1 - s) S + s tr(S) / D I), S being the within-person covariance.
 
     Its scale is such that what scatters as much as the average direction keeps its length.
 
     Args:
         scatter: which `spreads`.
-        shrinkage: s, above 0 and at most 1, where nothing is changed.
     """
-    size = len(scatter.within)
-    covariance = scatter.within / scatter.freedom
-    mean = covariance.trace() / size
-    values, vectors = torch.linalg.eigh(covariance / mean)
-    factors = ((1 - shrinkage) * values.clamp(min=0) + shrinkage).rsqrt()
-    return LinearMap((vectors * factors) @ vectors.T, torch.zeros(size, dtype=torch.float64))
+
+    def __init__(self, scatter: Scatter) -> None:
+        covariance = scatter.within / scatter.freedom
+        self._values, self._vectors = torch.linalg.eigh(covariance / covariance.trace() * len(covariance))
+
+    def map(self, shrinkage: float, centre: Tensor | None = None) -> LinearMap:
+        """For s above 0 and at most 1, where nothing is changed but that `centre` [D] becomes 0."""
+        factors = ((1 - shrinkage) * self._values.clamp(min=0) + shrinkage).rsqrt()
+        matrix = (self._vectors * factors) @ self._vectors.T
+        return LinearMap(matrix, -matrix @ (torch.zeros(len(matrix)) if centre is None else centre).to(matrix))
+
+
+def whitening(scatter: Scatter, shrinkage: float, centre: Tensor | None = None) -> LinearMap:
+    """The map of `Whitening` for one shrinkage."""
+    return Whitening(scatter).map(shrinkage, centre)
+
+
+def centring(centre: Tensor) -> LinearMap:
+    """Subtracts [D] and changes nothing else."""
+    return LinearMap(torch.eye(len(centre), dtype=torch.float64), -centre.double())
+
+
+def map_rows(mapped: LinearMap, embeddings: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps embeddings in place, a block at a time.
+
+    Args:
+        mapped: what to do.
+        embeddings: [N, D] float32.
+        seen: [N] bool, which rows count below.
+
+    Returns:
+        Mean and variance [D] float64 of the mapped rows.
+    """
+    sums = torch.zeros(3, embeddings.shape[1], dtype=torch.float64)
+    shift: Tensor | None = None
+    for block, read in zip(embeddings.split(BLOCK), seen.split(BLOCK), strict=True):
+        moved = mapped(block)
+        block.copy_(moved)
+        if not bool(read.all()) or not bool(moved.sum().isfinite()):
+            moved = moved[read & moved.isfinite().all(1)]
+        if len(moved):
+            shift = moved.mean(0) if shift is None else shift  # squares of what is far from 0 would round
+            moved -= shift
+            squares = torch.linalg.vector_norm(moved, dim=0).square()
+            sums += torch.stack([torch.full_like(shift, len(moved)), moved.sum(0), squares]).double()
+    if shift is None:
+        raise ValueError("no embedding could be read; there is nothing to map")
+    mean = sums[1] / sums[0]
+    return mean + shift, (sums[2] / sums[0] - mean.square()).clamp(min=0)

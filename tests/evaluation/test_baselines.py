@@ -44,7 +44,10 @@ def test_the_probe_separates_what_is_linearly_separable_only_with_weights() -> N
     spread = 1 + torch.rand(80, generator=torch.Generator().manual_seed(1))
     train = unit(torch.stack([10 * spread, signs], dim=1))
     labels = (signs < 0).long()
-    assert torch.equal(linear_probe(train, labels, train, 2), labels)
+    weights = linear_probe(train, labels, 2)
+    assert torch.equal((train @ weights.T).argmax(1), labels)
+    # They are farther apart than the means, which a margin would not have let stand.
+    assert weights[0] @ weights[1] < 0.99 * (class_means(train, labels, 2)[0] @ class_means(train, labels, 2)[1])
     assert not train.requires_grad
 
 

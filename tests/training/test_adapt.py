@@ -13,27 +13,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from facefast import train
-from facefast.data import FaceIndex, read_index
+from facefast.data import FaceIndex, divide, read_index
 from facefast.data.drawn import synthetic
+from facefast.deploy import gallery
 from facefast.evaluation.embed import embed_rows
 from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
 from facefast.recipe import AdaptConfig, Phase, Reading
 from facefast.runtime import files, process
+from facefast.runtime.exits import NumericsError
 from facefast.runtime.lines import read_lines
 from facefast.training import adapt as adapting
+from facefast.training import choice, leftout
 from facefast.training import restate as restating
-from facefast.training.adapt import (
-    LEAST_PEOPLE,
-    adapt,
-    choose,
-    choose_shrinkage,
-    groups_of_people,
-    rows_to_ask,
-    tar_of_people,
-)
+from facefast.training.adapt import LEAST_PEOPLE, adapt, adapt_embeddings, choose_map, gather
+from facefast.training.leftout import Trial, choose, groups_of_people, rows_to_ask, tar_of_people
 from facefast.training.restate import layers, restate, statistics_of
-from facefast.training.whiten import within_scatter
+from facefast.training.whiten import added, whitening
 from tests.support import small
 from tests.support.ranks import run_ranks
 
@@ -53,16 +49,16 @@ def source(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def embeddings_of(
-    within: float, *, size: int = 24, people: int = 60, seed: int = 0
+    within: float, *, size: int = 24, people: int = 60, seed: int = 0, middle: float = 0.0
 ) -> tuple[Tensor, NDArray[np.int64]]:
     """People who differ in all numbers alike, their pictures by `within` in the first quarter of them and by little
-    elsewhere."""
+    elsewhere, all of them `middle` away from 0."""
     generator = np.random.default_rng(seed)
     labels = np.repeat(np.arange(people), 6)
     spread = np.full(size, 0.5)
     spread[: size // 4] = within
     vectors = generator.normal(size=(people, size))[labels] + spread * generator.normal(size=(len(labels), size))
-    return torch.tensor(vectors).float(), labels
+    return torch.tensor(vectors + middle).float(), labels
 
 
 # What is measured.
@@ -75,7 +71,7 @@ def test_tar_of_people_is_that_of_the_definition() -> None:
     scores = (directions @ directions.T).numpy()
     left, right = np.triu_indices(len(labels), 1)
     different = np.sort(scores[left, right][labels[left] != labels[right]])[::-1]
-    threshold = different[int(np.ceil(len(different) * adapting.FAR)) - 1]
+    threshold = different[int(np.ceil(len(different) * leftout.FAR)) - 1]
     expected = []
     for person in np.unique(labels):
         own = np.flatnonzero(labels == person)
@@ -93,16 +89,57 @@ def test_setting_is_taken_only_where_its_gain_is_above_chance() -> None:
     assert choose([("noise", before + noise), ("worse", before - 0.1)], before)[0] == -1
 
 
-def test_whitening_is_chosen_where_people_scatter_unevenly_and_left_where_they_do_not() -> None:
-    def chosen_for(within: float) -> tuple[float, tuple[adapting.Trial, ...]]:
-        embeddings, labels = embeddings_of(within)
-        groups = groups_of_people(labels, 5, seed=0)
-        return choose_shrinkage(embeddings, labels, groups, within_scatter(embeddings, labels, groups, 5))
+def chosen_map(within: float, middle: float = 0.0) -> tuple[float | None, tuple[Trial, ...]]:
+    embeddings, labels = embeddings_of(within, middle=middle)
+    groups, seen = groups_of_people(labels, 5, seed=0), torch.ones(len(labels), dtype=torch.bool)
+    return choose_map(embeddings, labels, groups, gather(embeddings, seen, labels, groups, 5, centre=True))
 
-    chosen, trials = chosen_for(4.0)
-    assert chosen < 1
+
+def test_whitening_is_chosen_where_people_scatter_unevenly_and_left_where_they_do_not() -> None:
+    chosen, trials = chosen_map(4.0)
+    assert chosen is not None and chosen < 1
     assert max(trial.gain for trial in trials) > 0.2
-    assert chosen_for(0.5)[0] == 1.0
+    assert chosen_map(0.5)[0] is None
+
+
+def test_embeddings_are_centred_where_all_of_them_point_the_same_way() -> None:
+    chosen, trials = chosen_map(1.0, middle=8.0)
+    assert chosen is not None
+    assert trials[0].name == "centred" and trials[0].gain > 0.05
+
+
+def test_people_left_out_have_no_part_in_the_map_that_they_are_verified_by() -> None:
+    # Of two pictures a person nearly all scatter is their own: a map that knew of it would whiten it away.
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(20), 2)
+    embeddings = torch.tensor(generator.normal(size=(40, 64)), dtype=torch.float32)
+    groups, seen = groups_of_people(labels, 5, seed=0), torch.ones(40, dtype=torch.bool)
+    people = gather(embeddings, seen, labels, groups, 5, centre=True)
+    before, whitened = adapting.tars_left_out(embeddings, labels, groups, people, (0.1,))
+    everybody = whitening(added(people.scatters), 0.1)(embeddings.double())
+    known = torch.cat([tar_of_people(everybody[groups[labels] == k], labels[groups[labels] == k]) for k in range(5)])
+    assert known.mean() > whitened.mean() + 0.2
+    assert abs(whitened.mean() - before.mean()) < 0.2
+
+
+def test_embeddings_are_mapped_in_place_and_rows_that_hold_nothing_say_nothing() -> None:
+    embeddings, labels = embeddings_of(4.0, middle=3.0)
+    broken = torch.cat([embeddings, torch.full((2, 24), torch.nan), 1e4 * torch.ones(1, 24)])
+    names = np.concatenate([labels, [0, 1, 0]])
+    seen = torch.arange(len(broken)) < len(broken) - 1  # the last could not be read
+    config = AdaptConfig("given", centre=True, shrinkage=0.3)
+    alone = embeddings.clone()
+    expected = adapt_embeddings(alone, torch.ones(len(alone), dtype=torch.bool), labels, config, run_of(), 0)
+    found = adapt_embeddings(broken, seen, names, config, run_of(), 0)
+    assert expected.map is not None and found.map is not None
+    for one, other in zip((*found.map, found.mean, found.variance), (*expected.map, expected.mean, expected.variance),
+                          strict=True):  # fmt: skip
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone, expected.map(embeddings), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(broken[: len(alone)], alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone.double().mean(0), found.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone.double().var(0, correction=0), found.variance, rtol=1e-3, atol=1e-4)
+    assert found.mean.abs().max() < 1e-4
 
 
 def test_groups_divide_people_evenly_and_rows_are_whole_people_up_to_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +149,31 @@ def test_groups_divide_people_evenly_and_rows_are_whole_people_up_to_the_most(mo
     assert not np.array_equal(groups, groups_of_people(labels, 5, seed=2))
     rows = rows_to_ask(labels, np.ones(15, bool))
     assert sorted(rows) == list(range(40))
-    monkeypatch.setattr(adapting, "MOST_ASKED", 7)
-    monkeypatch.setattr(adapting, "MOST_EACH", 3)
+    monkeypatch.setattr(leftout, "MOST_ASKED", 7)
+    monkeypatch.setattr(leftout, "MOST_EACH", 3)
     assert np.bincount(labels[rows_to_ask(labels, np.ones(15, bool))]).tolist() == [3, 3]
+
+
+def test_where_hardly_anything_can_be_read_nothing_is_chosen() -> None:
+    embeddings, labels = embeddings_of(4.0)
+    for readable in (0, 8):  # nothing, and two people, who are left out one at a time
+        seen = torch.arange(len(labels)) < readable
+        found = adapt_embeddings(embeddings.clone(), seen, labels, AdaptConfig("auto"), run_of(), 0)
+        assert (found.map, found.shrinkage, found.trials) == (None, 1.0, ())
+    assert choose([("one person", torch.ones(1).double())], torch.zeros(1).double()) == (-1, ())
+
+
+def test_rows_that_are_not_finite_have_no_part_in_the_choice() -> None:
+    embeddings, labels = embeddings_of(4.0)
+    broken = torch.cat([embeddings, torch.full((20, 24), torch.nan)])
+    names = np.concatenate([labels, np.arange(20)])
+    everyone = [torch.ones(len(each), dtype=torch.bool) for each in (embeddings, broken)]
+    alone = adapt_embeddings(embeddings, everyone[0], labels, AdaptConfig("auto"), run_of(), 0)
+    found = adapt_embeddings(broken, everyone[1], names, AdaptConfig("auto"), run_of(), 0)
+    assert found.shrinkage == alone.shrinkage < 1
+    assert [trial.name for trial in found.trials] == [trial.name for trial in alone.trials]
+    for one, other in zip(found.trials, alone.trials, strict=True):
+        assert one.gain == pytest.approx(other.gain, abs=1e-6)
 
 
 # BatchNorm's statistics.
@@ -134,7 +193,7 @@ def test_statistics_are_those_of_what_reaches_each_layer(drawn: Path) -> None:
     found = statistics(model, index)
     assert set(found) == set(layers(model))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    restate(model, found, 1.0)
+    restate(model, found, 1.0, 1.0)
     # The pictures that the statistics are of leave every layer with mean 0 and variance 1 before its own factors.
     reached: dict[str, list[Tensor]] = {name: [] for name in found}  # in as many passes as suit the processor
     for name, layer in layers(model).items():
@@ -163,14 +222,14 @@ def test_statistics_of_several_batches_are_those_of_all_together() -> None:
     torch.testing.assert_close(variance, torch.cat(batches).var(0, correction=0))
 
 
-def test_weight_mixes_the_statistics_with_those_of_the_source() -> None:
+def test_weights_mix_the_statistics_with_those_of_the_source_along_the_depth() -> None:
     model = small.make_model()
-    name, layer = next(iter(layers(model).items()))
-    assert layer.running_mean is not None
-    before = layer.running_mean.clone()
-    theirs = {name: (before.double() + 1, torch.ones(len(before)).double())}
-    restate(model, theirs, 0.25)
-    torch.testing.assert_close(layer.running_mean, before + 0.25)
+    names = list(layers(model))
+    before = {name: layer.running_mean.clone() for name, layer in layers(model).items()}  # type: ignore[union-attr]
+    theirs = {name: (mean.double() + 1, torch.ones(len(mean)).double()) for name, mean in before.items()}
+    restate(model, theirs, 0.75, 0.25)
+    moved = [float((layers(model)[name].running_mean - before[name]).mean()) for name in names]  # type: ignore[operator]
+    np.testing.assert_allclose(moved, np.linspace(0.75, 0.25, len(names)), rtol=1e-4)
 
 
 def _statistics_on_ranks(rank: int, root: str, out: str) -> int:
@@ -213,8 +272,10 @@ def adapted(
 
 
 def test_given_amounts_are_done_as_they_are(drawn: Path) -> None:
-    done, known, model = adapted(read_index(drawn), AdaptConfig("given", batchnorm=0.5, shrinkage=0.4))
-    assert (done.batchnorm, done.shrinkage, done.changes, done.trials) == (0.5, 0.4, True, ())
+    given = AdaptConfig("given", batchnorm=0.5, batchnorm_last=0.25, centre=True, shrinkage=0.4)
+    done, known, model = adapted(read_index(drawn), given)
+    assert (done.batchnorm, done.batchnorm_last, done.centre, done.shrinkage) == (0.5, 0.25, True, 0.4)
+    assert (done.changes, done.trials) == (True, ())
     untouched = small.make_model().state_dict()
     assert not torch.equal(
         model.state_dict()["backbone.linear1.conv.weight"], untouched["backbone.linear1.conv.weight"]
@@ -271,11 +332,16 @@ def test_statistics_for_a_network_without_batchnorm_are_refused_when_given(drawn
 
 
 def test_config_refuses_amounts_without_effect_and_phases_without_a_source() -> None:
-    for wrong in ({"choose": "auto", "batchnorm": 0.5}, {"shrinkage": 0.5}, {"choose": "given"}):
+    for wrong in (
+        {"choose": "auto", "batchnorm": 0.5}, {"shrinkage": 0.5}, {"centre": True}, {"batchnorm_last": 1.0},
+        {"choose": "given"},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="only then"):
             AdaptConfig(**wrong)
     with pytest.raises(ValueError, match="must lie in"):
         AdaptConfig("given", batchnorm=2)
+    with pytest.raises(ValueError, match="must lie in"):
+        AdaptConfig("given", batchnorm_last=-0.5)
     with pytest.raises(ValueError, match="adapts the source model, but the phase starts from scratch"):
         Phase(start="scratch", adapt=AdaptConfig("auto"))
     with pytest.raises(ValueError, match="must be above 0"):
@@ -310,7 +376,7 @@ def test_fine_tuning_goes_on_from_the_adapted_model_and_resumes_with_it(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.main([*words, f"--out={whole}"]) == 0
     rows = [line["phase"] for line in lines(whole) if line["split"] == "test"]
-    assert rows[:2] == ["adapted class means", "class means"]
+    assert rows[:3] == ["adapted class means", "adapted linear probe", "class means"]
     last = checkpoint.load_model(checkpoint.of_step(whole, 5))
     assert last.adaptation is not None and last.adaptation["batchnorm"] == 1
     # From a checkpoint in the middle of the phase that adapted, to the same bits.
@@ -332,6 +398,72 @@ def test_adapted_model_that_no_update_improves_is_handed_on_by_its_name(
     assert files.read_json(tmp_path / "status.json")["best"]["phase"] == "adapted class means"
     rows = [line["phase"] for line in lines(tmp_path) if line["split"] == "test"]
     assert rows == ["adapted class means", "last", "all"]
+
+
+def test_probe_on_the_adapted_model_is_handed_on_as_the_same_model_adapted_once_more(
+    drawn: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "handed_on", lambda state: choice.ADAPTED_PROBE)
+    words = [
+        "adapt", f"--data.root={drawn}", f"--model.source={source}", f"--out={tmp_path}", *WORDS,
+        "--phases.adapt.adapt.choose=given", "--phases.adapt.adapt.batchnorm=1", "--phases.adapt.adapt.centre",
+        "--phases.adapt.adapt.shrinkage=0.2", "--data.test-fraction=0.2",
+    ]  # fmt: skip
+    monkeypatch.setattr(divide, "LEAST_TO_CHOOSE", 8)  # names choose
+    assert train.main(words) == 0
+    best = tmp_path / "checkpoints" / "best"
+    assert best.readlink() == Path("adapted-linear-probe")
+    adapted_before, probed = checkpoint.load_model(checkpoint.of_step(tmp_path, 0)), checkpoint.load_model(best)
+    assert probed.adaptation == adapted_before.adaptation is not None
+    for name, tensor in adapted_before.state_dict().items():
+        if not name.startswith("head."):
+            torch.testing.assert_close(probed.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(probed.state_dict()["head.weight"], adapted_before.state_dict()["head.weight"], atol=1e-3)
+    row = [line for line in lines(tmp_path) if line["phase"] == choice.ADAPTED_PROBE][-1]
+    assert files.read_json(tmp_path / "status.json")["best"]["value"] == row["top1"]
+
+
+def test_l2sp_pulls_to_the_adapted_weights_also_in_a_run_that_goes_on(
+    drawn: Path, source: Path, tmp_path: Path
+) -> None:
+    words = [
+        "finetune", f"--data.root={drawn}", f"--model.source={source}", *WORDS, "--phases.last.adapt.choose=given",
+        "--phases.last.adapt.shrinkage=0.2", "--phases.last.adapt.centre", "--phases.last.steps=2",
+        "--phases.all.steps=4", "--phases.last.batch-size=8", "--phases.all.batch-size=8", "--save-every=2",
+        "--keep=9", "--phases.all.l2sp=100000", "--phases.all.lr=1e-5", "--phases.all.warmup=0",
+        "--phases.all.schedule=constant", "--phases.all.momentum=0", "--phases.all.layer-decay=1",
+        "--eval.no-baselines",
+    ]  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train.main([*words, f"--out={whole}"]) == 0
+    name = "backbone.linear1.conv.weight"
+    start = checkpoint.load_model(checkpoint.of_step(whole, 0)).state_dict()[name]
+    end = checkpoint.load_model(checkpoint.of_step(whole, 6)).state_dict()[name]
+    unadapted = checkpoint.load_model(source).state_dict()[name]
+    # A pull of the whole way a step: it ends where it is pulled to, but for the last gradient.
+    assert (end - start).norm() < 0.05 * (unadapted - start).norm()
+    assert train.main([*words, f"--out={cut}", f"--resume={checkpoint.of_step(whole, 4)}"]) == 0
+    assert torch.equal(checkpoint.load_model(checkpoint.of_step(cut, 6)).state_dict()[name], end)
+
+
+def test_gallery_enrolled_by_the_source_is_refused_by_the_adapted_model(drawn: Path, tmp_path: Path) -> None:
+    model = small.make_model().eval()
+    path = tmp_path / "people.gallery"
+    width = model.embedding_size
+    offered = gallery.Offer(["ann", "bo"], torch.randn(2, width), np.arange(1, 5, dtype=np.uint64).reshape(2, 2))
+    gallery.enroll(path, offered, gallery.fingerprint(model))
+    gallery.Gallery(path, gallery.fingerprint(model))
+    _, _, changed = adapted(read_index(drawn), AdaptConfig("given", centre=True), model)
+    with pytest.raises(ValueError, match="enrolled with another model"):
+        gallery.Gallery(path, gallery.fingerprint(changed))
+
+
+def test_pictures_whose_embeddings_are_not_finite_end_before_anything_is_adapted(drawn: Path) -> None:
+    model = small.make_model()
+    with torch.no_grad():
+        next(iter(layers(model).values())).weight[0] = torch.nan
+    with pytest.raises(NumericsError, match="not finite"):
+        adapted(read_index(drawn), AdaptConfig("auto"), model)
 
 
 def lines(run: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 
 from facefast.data import FaceIndex
 from facefast.data.divide import EvaluationSet, PhaseData
-from facefast.evaluation.baselines import CLASS_MEANS
+from facefast.evaluation.baselines import CLASS_MEANS, PROBE
 from facefast.models import checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe, TaskConfig
 from facefast.runtime.log import Position, RunLog
@@ -196,6 +196,34 @@ def test_fine_tuning_has_to_beat_the_class_means_by_a_picture() -> None:
     assert choice.handed_on(chosen(0.53, 0.5)) == "only"
 
 
+def untrained(at: int, best: float, **rows: float) -> str:
+    """What is handed on where the best checkpoint, of update `at`, names a part `best`, and other rows these."""
+    names = {"means": CLASS_MEANS, "probe": PROBE, "adapted": choice.ADAPTED, "adapted_probe": choice.ADAPTED_PROBE}
+    seen = {names[row]: {"top1": top} for row, top in rows.items()} | {"only": {"top1": best}}
+    return choice.handed_on(at_end(of(), best=best, chosen=(0, at), validated=seen))
+
+
+def test_a_probe_is_handed_on_where_it_names_more_than_class_means_and_as_much_as_fine_tuning() -> None:
+    assert untrained(4, 0.6, means=0.5, probe=0.6) == PROBE
+    assert untrained(4, 0.5, means=0.5, probe=0.5) == CLASS_MEANS
+    assert untrained(4, 0.61, means=0.5, probe=0.6) == "only"
+    assert untrained(4, 0.6, means=0.7, probe=0.6, adapted=0.5, adapted_probe=0.65) == CLASS_MEANS
+
+
+def test_of_equals_what_was_adapted_is_handed_on_and_the_source_has_to_name_one_more() -> None:
+    assert untrained(0, 0.5, means=0.5, probe=0.5, adapted=0.5, adapted_probe=0.5) == choice.ADAPTED
+    assert untrained(0, 0.5, means=0.5, probe=0.6, adapted=0.5, adapted_probe=0.6) == choice.ADAPTED_PROBE
+    assert untrained(0, 0.5, means=0.6, probe=0.5, adapted=0.5, adapted_probe=0.5) == CLASS_MEANS
+    assert untrained(0, 0.5, means=0.5, adapted_probe=0.5) == "only"  # a recipe that only adapts
+    assert untrained(0, 0.5, means=0.5) == CLASS_MEANS  # nothing was adapted: they are the same
+
+
+def test_status_says_what_chose_the_row_that_is_handed_on() -> None:
+    seen = {CLASS_MEANS: {"top1": 0.5}, PROBE: {"top1": 0.75}, "only": {"top1": 0.5}}
+    state = at_end(of(), best=0.5, chosen=(0, 4), validated=seen, reported={PROBE: {"top1": 0.7}})
+    assert choice.best_of(state) == {"phase": PROBE, "metric": "top1", "value": 0.7, "validation": 0.75}
+
+
 def test_class_means_are_handed_on_only_where_names_choose_and_nothing_else_was_learnt() -> None:
     assert choice.handed_on(chosen(0.5, 0.9, "auc", eval=EvalConfig(metric="auc"))) == "only"
     attributes = TaskConfig(attributes=("Male",))  # whose heads they would lack
@@ -244,10 +272,11 @@ def test_what_was_chosen_is_found_by_its_step_and_a_link_that_a_kill_left_behind
         assert (state.best, state.chosen) == (0.5, (0, 2))
 
 
-def test_class_means_that_were_handed_on_stay_the_best(state: TrainState, folder: Path) -> None:
-    checkpoint.hand_on(folder, choice.MEANS, {"model": {}}, {"model": {}})
+@pytest.mark.parametrize("name", choice.FOLDERS.values())
+def test_what_took_no_update_and_was_handed_on_stays_the_best(state: TrainState, folder: Path, name: str) -> None:
+    checkpoint.hand_on(folder, name, {"model": {}}, {"model": {}})
     assert choice.has_best(folder, state)
-    assert (folder / "checkpoints" / "best").readlink() == Path(choice.MEANS)
+    assert (folder / "checkpoints" / "best").readlink() == Path(name)
 
 
 def test_a_choice_that_is_not_in_the_folder_is_forgotten(state: TrainState, folder: Path, tmp_path: Path) -> None:

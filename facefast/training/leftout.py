@@ -1,0 +1,122 @@
+"""What a change of embeddings does to verification of people who had no part in it, and whether that is above
+chance."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from facefast.models.heads import unit
+
+Labels = NDArray[np.int64] | NDArray[np.int32]
+FAR = 1e-2
+"""At which people left out are verified."""
+MOST_ASKED = 1000
+"""Pictures of the people left out, in one fold."""
+MOST_EACH = 20
+"""Of them, of one person."""
+ERRORS = 2.0
+"""Standard errors over people by which a gain has to be above 0: about one chance in forty."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What one setting does to verification of people left out."""
+
+    name: str
+    tar: float
+    """At `FAR`, the mean over people."""
+    gain: float
+    """Over doing nothing."""
+    low: float
+    high: float
+    """`ERRORS` standard errors below and above the gain."""
+
+
+def tar_of_people(embeddings: Tensor, labels: Labels) -> Tensor:
+    """[P] for each person with two pictures, in the order of their labels: the part of pairs of their pictures above
+    the threshold that `FAR` of all pairs of different people pass.
+
+    Args:
+        embeddings: [N, D] of any length.
+        labels: [N], not below 0.
+    """
+    people, numbers = np.unique(labels, return_inverse=True)
+    number = torch.from_numpy(numbers)
+    directions = unit(embeddings)
+    scores = directions @ directions.T
+    same = number[:, None] == number
+    different = scores[~same]
+    counts = number.bincount()
+    several = counts > 1
+    if not len(different):  # of one person alone nothing can be told
+        return torch.full((int(several.sum()),), torch.nan, dtype=torch.float64)
+    rank = max(1, math.ceil(len(different) * FAR))
+    threshold = different.kthvalue(len(different) - rank + 1).values
+    above = ((scores >= threshold) & same).sum(1) - 1  # not with itself
+    passed = torch.zeros(len(people), dtype=torch.float64).index_add_(0, number, above.double())
+    return (passed / (counts * (counts - 1)))[several]
+
+
+def choose(tried: Sequence[tuple[str, Tensor]], before: Tensor) -> tuple[int, tuple[Trial, ...]]:
+    """Which of several settings to take, by the same people's TAR under each.
+
+    Args:
+        tried: names and [P] TARs of people left out; NaN where nothing can be told.
+        before: [P] their TARs where nothing is changed.
+
+    Returns:
+        The place of the one with the largest gain among those whose gain is above chance, -1 where none is; and all of
+        which something can be told.
+    """
+    trials, places = [], []
+    for place, (name, tars) in enumerate(tried):
+        told = tars.isfinite() & before.isfinite()
+        gains = (tars - before)[told]
+        if len(gains) < 2:  # nothing can be told
+            continue
+        mean, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
+        places.append(place)
+        trials.append(Trial(name, float(tars[told].mean()), mean, mean - ERRORS * error, mean + ERRORS * error))
+    sure = [(trial.gain, -place) for place, trial in zip(places, trials, strict=True) if trial.low > 0]
+    return -max(sure, default=(0.0, 1))[1], tuple(trials)
+
+
+def groups_of_people(labels: Labels, count: int, seed: int) -> NDArray[np.int64]:
+    """[C] int64, the group of each person, drawn at random; those with two pictures are in groups of one size.
+
+    Args:
+        labels: [N], below 0 for rows that do not count.
+        count: groups.
+        seed: of the draw.
+    """
+    pictures = np.bincount(labels[labels >= 0], minlength=1)
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(pictures))
+    order = order[np.argsort(pictures[order] < 2, kind="stable")]
+    groups = np.empty(len(pictures), np.int64)
+    groups[order] = np.arange(len(pictures)) % count
+    return groups
+
+
+def rows_to_ask(labels: Labels, people: NDArray[np.bool_], each: int | None = None) -> NDArray[np.int64]:
+    """Rows of people with two pictures or more, whole people until `MOST_ASKED` rows are reached.
+
+    Args:
+        labels: [N], below 0 for rows that do not count.
+        people: [C] whom to choose among.
+        each: the most rows of one person; `MOST_EACH` without it.
+    """
+    each = each or MOST_EACH
+    pictures = np.bincount(labels[labels >= 0], minlength=len(people))
+    chosen = np.flatnonzero(people & (pictures > 1))
+    chosen = chosen[np.cumsum(pictures[chosen].clip(max=each)) <= MOST_ASKED]
+    rows = np.flatnonzero(np.isin(labels, chosen))
+    rows = rows[np.argsort(labels[rows], kind="stable")]
+    place = np.arange(len(rows)) - np.searchsorted(labels[rows], labels[rows])
+    return rows[place < each]
