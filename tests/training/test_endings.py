@@ -11,6 +11,7 @@ import torch
 
 from facefast.data import FaceIndex, read_index
 from facefast.data.divide import EvaluationSet, PhaseData
+from facefast.evaluation import findings, report
 from facefast.models import checkpoint
 from facefast.recipe import DataConfig, ImageSpec, ModelConfig, Phase, Recipe, resolve, to_json
 from facefast.runtime import files
@@ -120,7 +121,7 @@ def test_a_run_that_was_done_before_is_not_examined_again(
     state.reported = {"scratch": {"top1": 0.5}}
     assert finish.finish(tmp_path, state, None, (data_of(index),), open_log(tmp_path, state)) == 0
     before = (tmp_path / "evaluation.json").read_bytes()
-    monkeypatch.setattr(finish.findings, "ask", lambda *_: pytest.fail("it was asked again"))
+    monkeypatch.setattr(findings, "ask", lambda *_: pytest.fail("it was asked again"))
     assert finish.finish(tmp_path, state, None, (data_of(index),), open_log(tmp_path, state)) == 0
     assert (tmp_path / "evaluation.json").read_bytes() == before
 
@@ -133,8 +134,8 @@ def test_a_report_that_cannot_be_drawn_ends_no_run_and_is_said_once(
 
     state = make_state(index)
     state.reported = {"scratch": {"top1": 0.5}}
-    monkeypatch.setattr(finish.findings, "document", broken)
-    monkeypatch.setattr(finish.report, "write", broken)
+    monkeypatch.setattr(findings, "document", broken)
+    monkeypatch.setattr(report, "write", broken)
     assert finish.finish(tmp_path, state, None, (data_of(index),), open_log(tmp_path, state)) == 0
     status = files.read_json(tmp_path / "status.json")
     assert status["state"] == "done" and status["log_failures"] == 2
