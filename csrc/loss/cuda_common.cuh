@@ -396,10 +396,8 @@ __global__ void __launch_bounds__(kThreads) zero_kernel(A* loss, A* count) {
 constexpr int kMostTickets = 1024;  // in one launch
 
 // What the losses share of their launches.
-struct Queue {
+struct Launcher {
   cudaStream_t stream;
-  const std::function<void*(int64_t)>& scratch;
-  const std::function<unsigned*(int64_t)>& tickets;  // so many of them, all 0, that no other launch uses meanwhile
 
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), unsigned blocks, const char* what, Arguments... arguments) const {
@@ -411,6 +409,11 @@ struct Queue {
 #endif
     check(cudaGetLastError(), what);  // of the launch; what the kernel does wrong shows at a later call
   }
+};
+
+struct Queue : Launcher {
+  const std::function<void*(int64_t)>& scratch;
+  const std::function<unsigned*(int64_t)>& tickets;  // so many of them, all 0, that no other launch uses meanwhile
 
   // For a launch whose blocks hand in `parts` sums; where there are none the results are zero at once.
   template <typename A>

@@ -64,7 +64,7 @@ class CudaBackend : public Backend {
   CudaBackend(int device, void* stream, std::function<void*(int64_t)> scratch)
       : scratch_(std::move(scratch)),
         tickets_([this, device](int64_t count) { return fresh_tickets(device, count); }),
-        queue_{static_cast<cudaStream_t>(stream), scratch_, tickets_} {
+        queue_{{static_cast<cudaStream_t>(stream)}, scratch_, tickets_} {
     // The runtime linked into this library has a current device of its own.
     check(cudaSetDevice(device), "device");
   }

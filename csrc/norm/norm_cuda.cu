@@ -308,7 +308,7 @@ void with_half(Type type, const F& run) {
 class CudaNorm : public NormBackend {
  public:
   CudaNorm(int device, void* stream, std::function<void*(int64_t)> scratch)
-      : scratch_(std::move(scratch)), queue_{static_cast<cudaStream_t>(stream), scratch_} {
+      : scratch_(std::move(scratch)), launcher_{static_cast<cudaStream_t>(stream)} {
     check(cudaSetDevice(device), "device");  // the runtime linked into this library has a current device of its own
   }
 
@@ -317,8 +317,8 @@ class CudaNorm : public NormBackend {
       using T = decltype(type);
       const Grid grid = Grid::of<T>(norm, kSumBlocks);
       auto* partial = static_cast<Moments*>(scratch_(grid.slices * norm.channels * int64_t{sizeof(Moments)}));
-      queue_.launch(moments_kernel<T>, grid.blocks(), "moments", static_cast<const T*>(norm.x), grid, partial);
-      queue_.launch(statistics_kernel, blocks_for(norm.channels, kGroup), "statistics",
+      launcher_.launch(moments_kernel<T>, grid.blocks(), "moments", static_cast<const T*>(norm.x), grid, partial);
+      launcher_.launch(statistics_kernel, blocks_for(norm.channels, kGroup), "statistics",
                     static_cast<const Moments*>(partial), grid, static_cast<int>(norm.channels),
                     static_cast<float*>(mean), static_cast<float*>(var), running);
     });
@@ -334,7 +334,7 @@ class CudaNorm : public NormBackend {
         if constexpr (kActivation != Activation::kPReLU) {  // in front of which no residual goes
           if (residual != nullptr) kernel = norm_forward_kernel<T, kActivation, true>;
         }
-        queue_.launch(kernel, grid.blocks(), "normalisation", norm, grid, static_cast<const T*>(residual),
+        launcher_.launch(kernel, grid.blocks(), "normalisation", norm, grid, static_cast<const T*>(residual),
                       static_cast<T*>(y));
       };
       switch (norm.activation) {
@@ -359,14 +359,14 @@ class CudaNorm : public NormBackend {
           auto* partial =
               static_cast<GradientSums*>(scratch_(grid.slices * norm.channels * int64_t{sizeof(GradientSums)}));
           if (batch) shares = static_cast<Shares*>(scratch_(norm.channels * int64_t{sizeof(Shares)}));
-          queue_.launch(norm_sums_kernel<T, decltype(mask)::value>, grid.blocks(), "gradient sums", norm, grid,
+          launcher_.launch(norm_sums_kernel<T, decltype(mask)::value>, grid.blocks(), "gradient sums", norm, grid,
                         upstream, known, partial);
-          queue_.launch(norm_settle_kernel, blocks_for(norm.channels, kGroup), "parameters", norm, grid,
+          launcher_.launch(norm_settle_kernel, blocks_for(norm.channels, kGroup), "parameters", norm, grid,
                         static_cast<const GradientSums*>(partial), to, shares);
         }
         if (to.x == nullptr && to.residual == nullptr) return;
         const Grid grid = Grid::of<T>(norm, kPassBlocks);
-        queue_.launch(norm_gradient_kernel<T, decltype(mask)::value>, grid.blocks(), "gradient", norm, grid, upstream,
+        launcher_.launch(norm_gradient_kernel<T, decltype(mask)::value>, grid.blocks(), "gradient", norm, grid, upstream,
                       known, static_cast<const Shares*>(shares), static_cast<T*>(to.x), static_cast<T*>(to.residual));
       });
     });
@@ -386,7 +386,7 @@ class CudaNorm : public NormBackend {
   }
 
   std::function<void*(int64_t)> scratch_;
-  Queue queue_;
+  Launcher launcher_;
 };
 
 }  // namespace

@@ -75,7 +75,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def test_commands_that_are_not_tried_here_take_no_model() -> None:
     tried = {"audit", "compress", "evaluate", "export", "gallery", "label", "predict", "train"}
-    assert set(cli.COMMANDS) - tried == {"index", "align", "submit", "doctor", "bench"}
+    assert set(cli.COMMANDS) - tried == {"index", "report", "align", "submit", "doctor", "bench"}
 
 
 def test_load_gives_the_same_model_but_for_rounding(run: Path, model: Path, kind: str, drawn: Path) -> None:
