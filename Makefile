@@ -28,8 +28,10 @@ setup: $(VENV)/built  ## .venv with everything installed and built; reused when 
 train: setup  ## the default recipe: draws faces, trains, transfers, verifies (minutes on two cores)
 	$(BIN)/python -m facefast.train --out runs/default $(ARGS)
 
+# Every test runs on one thread, so the cores share the tests; few of them, since each process loads torch and DALI.
+WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 test: setup  ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 faults: setup  ## kills, damage and mutations in full, under 15 minutes on two cores; `test` tries a few of each
 	$(MAKE) --jobs=2 --output-sync=target faults-of-processes faults-of-files

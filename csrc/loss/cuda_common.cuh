@@ -395,7 +395,7 @@ __global__ void __launch_bounds__(kThreads) zero_kernel(A* loss, A* count) {
 
 constexpr int kMostTickets = 1024;  // in one launch
 
-// What the losses share of their launches.
+// How kernels are launched, and what the losses share of it.
 struct Launcher {
   cudaStream_t stream;
 
