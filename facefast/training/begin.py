@@ -219,7 +219,8 @@ def begin(
         before = (fresh[0].clone(), fresh[1]) if from_source else None  # the adaptation changes what it is given
         fresh = _adapted(state, phase, model, data, fresh, plain if chooses else None, log)
         if model.adaptation is not None and any(each.l2sp for each in state.recipe.phases):
-            state.anchored = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+            own = model.state_dict().items()
+            state.anchored = {name: tensor.clone() for name, tensor in own if not name.startswith(HEADS)}
     if phase.labels == "pseudo":
         data = with_pseudo_labels(
             folder / f"pseudo-labels-{phase.name}.csv", state, data, phase.pseudo_confidence, fresh, log
@@ -299,6 +300,8 @@ def adapted_to(
     )
 
 
+HEADS = ("head.", "attribute_heads.")
+"""What names of their tensors begin with; L2-SP pulls at none of them."""
 FEW_FOR_BATCHNORM = 32
 """Pictures below which a batch's statistics are noticeably worse than those of twice as many."""
 
