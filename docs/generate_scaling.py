@@ -176,8 +176,8 @@ Numbers in threes are of the trainings above, in their order.
   {heads}.
   `--model.shard-head ranks` sends embeddings instead: {shared}.
 - **Whether to send gradients in bf16**: DDP's hook halves the bytes, so it halves what is waited for where the network
-  is the bottleneck, and changes nothing where it hides. On two gloo ranks it was measured:
-  [benchmarks.md](benchmarks.md#averaging-gradients-ddps-buckets-and-hooks).
+  is the bottleneck, and changes nothing where it hides. `benchmarks/bench_allreduce.py` measures it, and the size of
+  buckets, on gloo: [benchmarks.md](benchmarks.md#averaging-gradients-ddps-buckets-and-hooks).
 - What a single GPU did as a whole job, eager, is less than what this page begins with: IResNet-50 4674 and ResNet-50
   3536 to 3715 images/s. All tables scale with that number; a slower GPU meets every bottleneck later.
 """
