@@ -96,6 +96,13 @@ TABLES = (
         ("milliseconds", *SPREAD, "facefast_ratio"),
     ),
     Table(
+        "adapt",
+        "Adapting the embeddings of very many pictures",
+        "python benchmarks/bench_adapt.py",
+        ("rows", "people", "width", "threads"),
+        ("seconds", "lowest", "highest", "cpu_seconds", "memory_to_embeddings"),
+    ),
+    Table(
         "sharded_head",
         "A head whose classes lie on several ranks",
         "python benchmarks/bench_sharded_head.py",
