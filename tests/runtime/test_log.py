@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,8 @@ from tensorboard.util.tensor_util import make_ndarray
 from facefast.runtime.exits import NumericsError
 from facefast.runtime.lines import read_lines
 from facefast.runtime.log import LOST_UPDATES, Position, RunLog, Speed, environment, verdict
+from tests.support.clock import Clock
 from tests.support.pictures import smooth_picture
-
-
-class Clock:
-    """Time that passes when the test says so."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", clock.perf_counter)
-    return clock
 
 
 def open_log(folder: Path, *, first_step: int | None = None, every: int = 1, enabled: bool = True) -> RunLog:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from facefast.runtime import progress, terminal
 from facefast.runtime.log import Position, RunLog
 from facefast.runtime.progress import Progress
+from tests.support.clock import Clock
 
 
 class Screen(io.StringIO):
@@ -20,23 +20,6 @@ class Screen(io.StringIO):
 
     def isatty(self) -> bool:
         return True
-
-
-class Clock:
-    """Time that passes when the test says so."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", clock.perf_counter)
-    return clock
 
 
 def open_screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
