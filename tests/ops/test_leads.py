@@ -77,11 +77,8 @@ def test_a_tie_is_no_lead_and_the_next_number_is_one(way: str, dtype: torch.dtyp
         assert linear_focal_leads(x, weight, torch.tensor(y), **options).leads.tolist() == wanted, way
     weight[1, 0] = float(torch.nextafter(torch.tensor(4, dtype=dtype), torch.tensor(0, dtype=dtype)))
     assert linear_focal_leads(x, weight, torch.tensor([0, 2, 2]), **options).leads.tolist() == [True, False, False]
-    assert linear_focal_leads(x, weight[:1], torch.tensor([0, -100, 0]), **options).leads.tolist() == [
-        True,  # nobody else is there
-        False,
-        True,
-    ]
+    alone = linear_focal_leads(x, weight[3:], torch.tensor([0, -100, 0]), **options).leads  # -2 and 0, before nobody
+    assert alone.tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -106,6 +103,20 @@ def test_statistics_of_plain_pytorch_are_the_kernels() -> None:
     plain = reference.block_statistics(x, weight, y, 0.0, 8.0, -100, 37, True).stats
     kernels = torch.ops.facefast.block_statistics(x, weight, y, 0.0, 8.0, -100, 37, True, 0)[0]
     torch.testing.assert_close(kernels, plain, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpu_finds_the_same_leads(dtype: torch.dtype, keep: bool) -> None:
+    x, weight, y = operands(60, 2051, dtype)
+    first, second = (F.normalize(x.double()) @ F.normalize(weight.double()).T).topk(2, dim=1).values.unbind(1)
+    sure = first - second > 0.02
+    for margin, chunk in itertools.product((None, Arc(0.5)), (0, 8, 500)):
+        options = OPTIONS | {"margin": margin, "chunk": chunk, "keep": keep}
+        wanted = linear_focal_leads(x, weight, y, **options).leads
+        found = linear_focal_leads(x.cuda().requires_grad_(), weight.cuda(), y.cuda(), **options).leads
+        assert torch.equal(found.cpu()[sure], wanted[sure]) and wanted[sure].any()
 
 
 class OnGpu:

@@ -14,10 +14,25 @@ from torch.nn import functional as F
 from facefast.data import Batch
 from facefast.models import FaceModel, build_model
 from facefast.models.heads import SHORTEST, CosineHead
-from facefast.recipe import AttributeSpec, DistillConfig, ImageSpec, LossConfig, ModelConfig, Phase, TaskConfig
+from facefast.ops.linear_focal import MEASURED
+from facefast.recipe import (
+    AttributeSpec,
+    DistillConfig,
+    ImageSpec,
+    IndexFacts,
+    LossConfig,
+    ModelConfig,
+    Phase,
+    Recipe,
+    TaskConfig,
+    resolve,
+)
 from facefast.runtime import process
+from facefast.runtime.process import Runtime, World
 from facefast.training.distill import Teacher
+from facefast.training.graphs import WARM_UP
 from facefast.training.objective import Objective, RowCounts
+from facefast.training.step import TrainState, train_step
 from tests.support.ranks import run_ranks
 from tests.training.test_sharded_head import VARIANTS, state_of, update
 
@@ -259,3 +274,55 @@ def updates_agree(rank: int) -> int:
 def test_updates_of_several_ranks_are_the_same_either_way(ranks: int) -> None:
     """Two updates of two passes each, in which some ranks have padding."""
     assert run_ranks(updates_agree, ranks) == [0] * ranks
+
+
+# ---------------------------------------------------------------------------------------------
+# On a GPU, by its own choice
+
+
+def state_on_gpu(classes: int) -> TrainState:
+    run = Runtime(World(), torch.device("cuda"))
+    recipe = Recipe(
+        image=ImageSpec(size=32, template="none"),
+        model=ModelConfig(backbone="mobilefacenet_half", embedding=WIDTH, head="cosine"),
+        phases=(phase_of(batchnorm="frozen", schedule="constant", lr=1e-4),),
+        precision="bf16",
+    )
+    state = TrainState(recipe, resolve(recipe, (IndexFacts(80, classes, "f"),), 1), run)
+    torch.manual_seed(1)
+    model = build_model(recipe.model, classes, recipe.image).to(run.device)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = None
+    with torch.no_grad():  # frozen at 0 and 1 its statistics would explode
+        model.train().encode(torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(5)).to(run.device))
+    state.enter(0, model)
+    return state
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_updates_of_many_classes_are_fused_recorded_and_wait_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    classes = MEASURED[0].classes
+    generator = torch.Generator().manual_seed(6)
+    images, labels = torch.randn(ROWS, 3, 32, 32, generator=generator), torch.arange(ROWS) * 97 % classes
+    labels[3] = -100
+    batch = Batch(images.cuda(), labels.cuda(), torch.arange(ROWS).cuda())
+    fused, separate = state_on_gpu(classes), state_on_gpu(classes)
+    made: list[Tensor] = []
+    assert fused.model.head is not None and separate.model.head is not None
+    fused.model.head.register_forward_hook(lambda module, given, cosines: made.append(cosines))
+    found = [train_step(fused, [batch], RowCounts(ROWS, ROWS - 1))]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found.append(train_step(fused, [batch], RowCounts(ROWS, ROWS - 1)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found += [train_step(fused, [batch], RowCounts(ROWS, ROWS - 1)) for _ in range(WARM_UP)]  # the last are replayed
+    assert not made
+    monkeypatch.setattr(CosineHead, "fused_type", lambda head, embeddings: None)
+    for ours in found:
+        theirs = train_step(separate, [batch], RowCounts(ROWS, ROWS - 1))
+        assert float(ours[0]) == pytest.approx(float(theirs[0]), rel=0.03)
+        assert float(ours[3]) == 0
