@@ -85,7 +85,7 @@ def test_a_tie_is_no_lead_and_the_next_number_is_one(way: str, dtype: torch.dtyp
 def test_the_loss_and_its_gradients_are_those_without_the_leads_to_the_last_bit(way: str, dtype: torch.dtype) -> None:
     x, weight, y = operands(20, 37, dtype)
     both = [
-        derive(lambda *of: linear_focal_leads(*of, y, **OPTIONS).loss, x, weight),
+        derive(lambda a, b: linear_focal_leads(a, b, y, **OPTIONS).loss, x, weight),
         derive(partial(linear_focal_loss, target=y, **OPTIONS), x, weight),
     ]
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True)), way

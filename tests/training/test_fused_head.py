@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -108,18 +108,18 @@ def apart(one: Tensor, two: Tensor) -> float:
     return float((one - two).double().norm() / two.double().norm())
 
 
+MARGINS: tuple[Literal["none", "cos", "arc", "ada"], ...] = ("none", "cos", "arc", "ada")
+WEIGHTS: tuple[Literal["none", "effective"], ...] = ("none", "effective")
 LOSSES = {
     f"{margin} {gamma} {smoothing} {weights}": LossConfig(
         margin=margin,
-        margin_size=0.3 * (margin != "none"),
+        margin_size=0.0 if margin == "none" else 0.3,
         scale=16.0,
         gamma=gamma,
         label_smoothing=smoothing,
         class_weights=weights,
     )
-    for margin, gamma, smoothing, weights in itertools.product(
-        ("none", "cos", "arc", "ada"), (0.0, 1.5), (0.0, 0.1), ("none", "effective")
-    )
+    for margin, gamma, smoothing, weights in itertools.product(MARGINS, (0.0, 1.5), (0.0, 0.1), WEIGHTS)
 }
 
 
@@ -253,13 +253,22 @@ def test_a_cpu_makes_logits_whatever_the_type_and_the_number_of_classes() -> Non
 
 
 def updates_agree(rank: int) -> int:
-    with process.start("cpu") as run:
+    with process.start("cpu") as run, pytest.MonkeyPatch.context() as patch:
+        fused_loss, calls = CosineHead.fused_loss, []
+
+        def watched(head: CosineHead, *given: Any, **options: Any) -> Any:
+            calls.append(head)
+            return fused_loss(head, *given, **options)
+
+        patch.setattr(CosineHead, "fused_loss", watched)
         for name, (loss, phase) in VARIANTS.items():
             states = []
             for dtype in (None, torch.float32):
-                CosineHead.fused_type = lambda head, embeddings, dtype=dtype: dtype  # type: ignore[method-assign,assignment,misc]
+                patch.setattr(CosineHead, "fused_type", lambda head, embeddings, dtype=dtype: dtype)
+                calls.clear()
                 state = state_of(run, loss, phase, "none")
                 numbers = [update(state, seed) for seed in range(2)]
+                assert len(calls) == (0 if dtype is None or "mixup" in phase else 4), name
                 states.append((numbers, state.model.state_dict()))
             (numbers, one), (others, two) = states
             for ours, theirs in zip(numbers, others, strict=True):
