@@ -124,7 +124,7 @@ class CosineHead(nn.Module):
     def fused_loss(self, embeddings: Tensor, labels: Tensor, dtype: torch.dtype, **options: Any) -> LinearLoss:
         """`facefast.ops.linear_focal_loss` of the cosines, which are never made as a whole unless that pays.
 
-        An embedding shorter than `SHORTEST` gets no gradient and gives none.
+        An embedding shorter than `SHORTEST` gets no gradient and gives none, in float16 that of a constant vector.
 
         Args:
             embeddings: [B, D] of any length.
@@ -135,7 +135,8 @@ class CosineHead(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):
             rows = embeddings.to(dtype)
             short = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.float32) < SHORTEST
-            rows = rows.masked_fill(short[:, None], 0)
+            # The gradient by a cosine is divided by the length: in float16 that overflows, and infinity times 0 is NaN.
+            rows = rows.masked_fill(short[:, None], 1 if dtype == torch.float16 else 0)
             return linear_focal_leads(
                 rows, self.weight.to(dtype), labels, normalize=True, chunk=0, keep=None, **options
             )

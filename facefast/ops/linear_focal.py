@@ -68,7 +68,7 @@ def fused_type(x: Tensor, classes: int, measured: tuple[Measured, ...] = MEASURE
     where it is to make logits.
 
     Logits are made wherever nothing like it has been measured: on a CPU, in 32 bits, without kernels for the GPU, and
-    with less than half as many classes as the fewest measured, where launches cost more than arithmetic.
+    with less than half as many classes as the fewest measured.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
