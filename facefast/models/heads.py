@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from facefast.ops import ShardedLoss, gather, sharded_focal_loss
+from facefast.ops.linear_focal import LinearLoss, fused_type, linear_focal_leads
 from facefast.ops.sharded import ranks_of
 from facefast.recipe import AttributeSpec
 
@@ -80,7 +81,8 @@ class Drawn(NamedTuple):
 class CosineHead(nn.Module):
     """cos(angle) to each class's direction, [B, D] to [B, C]; the loss applies scale and margin.
 
-    Runs in float32 under autocast: a loss scaled by 64 turns bfloat16's rounding of a cosine into an eighth of a logit.
+    Gives cosines in float32 under autocast: a loss scaled by 64 turns bfloat16's rounding of a cosine into an eighth of
+    a logit. `fused_loss` takes that rounding, as InsightFace's heads do in 16 bits, where many classes make it pay.
 
     Args:
         embedding: D.
@@ -113,6 +115,31 @@ class CosineHead(nn.Module):
     def _cosines(self, embeddings: Tensor) -> Tensor:
         with torch.autocast(embeddings.device.type, enabled=False):
             return F.linear(unit(embeddings), unit(self.weight))
+
+    def fused_type(self, embeddings: Tensor) -> torch.dtype | None:
+        """In which type embeddings [B, D] are to go to `fused_loss`; None where they are to become cosines. To be asked
+        under the autocast of the forward pass."""
+        return None if self.divided else fused_type(embeddings, self.num_classes)
+
+    def fused_loss(self, embeddings: Tensor, labels: Tensor, dtype: torch.dtype, **options: Any) -> LinearLoss:
+        """`facefast.ops.linear_focal_loss` of the cosines, which are never made as a whole unless that pays.
+
+        An embedding shorter than `SHORTEST` gets no gradient and gives none, in float16 that of a constant vector.
+
+        Args:
+            embeddings: [B, D] of any length.
+            labels: [B] int64.
+            dtype: of the products and the gradients; sums and the loss are float32.
+            options: of the loss, all but how it is computed.
+        """
+        with torch.autocast(embeddings.device.type, enabled=False):
+            rows = embeddings.to(dtype)
+            short = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.float32) < SHORTEST
+            # The gradient by a cosine is divided by the length: in float16 that overflows, and infinity times 0 is NaN.
+            rows = rows.masked_fill(short[:, None], 1 if dtype == torch.float16 else 0)
+            return linear_focal_leads(
+                rows, self.weight.to(dtype), labels, normalize=True, chunk=0, keep=None, **options
+            )
 
     def loss(self, embeddings: Tensor, labels: Tensor, **options: Any) -> ShardedLoss:
         """`facefast.ops.sharded_focal_loss` over the classes of all ranks, whose gradients DistributedDataParallel's

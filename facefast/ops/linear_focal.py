@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,15 @@ from facefast.ops import native, reference
 from facefast.ops.arguments import check_focal, check_linear
 from facefast.ops.focal import kernel_options
 from facefast.ops.margins import Margin
+
+
+class LinearLoss(NamedTuple):
+    """A loss and what is known of its rows."""
+
+    loss: Tensor
+    """As `reduction` says."""
+    leads: Tensor
+    """[N] bool: the row counts, and its own class has a greater logit than any other, before the margin."""
 
 
 class Measured(NamedTuple):
@@ -52,6 +61,20 @@ def keeps_logits(x: Tensor, classes: int, measured: tuple[Measured, ...] = MEASU
 
     nearest = min(measured, key=distance)
     return nearest.separate < nearest.fused
+
+
+def fused_type(x: Tensor, classes: int, measured: tuple[Measured, ...] = MEASURED) -> torch.dtype | None:
+    """The type in which a head over x [N, D] is to take `linear_focal_loss` instead of logits and `focal_loss`; None
+    where it is to make logits.
+
+    Logits are made wherever nothing like it has been measured: on a CPU, in 32 bits, without kernels for the GPU, and
+    with less than half as many classes as the fewest measured.
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if kind != "cuda" or dtype.itemsize != 2 or x.dtype == torch.float64 or native.backend(x.device) != "native":
+        return None
+    return dtype if 2 * classes >= min(known.classes for known in measured) else None
 
 
 def linear_focal_loss(
@@ -102,6 +125,55 @@ def linear_focal_loss(
         IndexError: a label is no class (on the CPU; on a GPU it is a device-side assertion).
         RuntimeError: the loss is differentiated twice.
     """
+    loss, _ = _with_statistics(
+        x,
+        weight,
+        target,
+        False,
+        normalize=normalize,
+        margin=margin,
+        scale=scale,
+        gamma=gamma,
+        alpha=alpha,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        chunk=chunk,
+        keep=keep,
+    )
+    return loss
+
+
+def linear_focal_leads(x: Tensor, weight: Tensor, target: Tensor, **options: Any) -> LinearLoss:
+    """`linear_focal_loss`, and which rows are named rightly; the forward pass knows it of every row anyway.
+
+    Args:
+        options: all of that loss's, none of which has a default here.
+    """
+    loss, stats = _with_statistics(x, weight, target, True, **options)
+    peak, mass, own = stats.unbind(1)
+    return LinearLoss(loss, ((own > peak) | (mass == 0)) & (target != options["ignore_index"]))
+
+
+def _with_statistics(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    wanted: bool,
+    *,
+    normalize: bool,
+    margin: Margin | None,
+    scale: float,
+    gamma: float,
+    alpha: float | Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    chunk: int,
+    keep: bool | None,
+) -> tuple[Tensor, Tensor]:
+    """The loss, and of each row the statistics [N, 3] of `reference.BlockStatistics`, which plain PyTorch computes only
+    where they are wanted."""
     check_linear(x, weight, chunk)
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -109,7 +181,7 @@ def linear_focal_loss(
     rows, classes = x.shape[0], weight.shape[0]
     check_focal(x, rows, classes, target, gamma, alpha, label_smoothing, margin, scale, reduction)
     if not native.covers(x):
-        return reference.linear_focal_loss(
+        loss = reference.linear_focal_loss(
             x,
             weight,
             target,
@@ -122,10 +194,16 @@ def linear_focal_loss(
             ignore_index=ignore_index,
             reduction=reduction,
         )
+        if not wanted:
+            return loss, loss.new_empty(0, 3)
+        with torch.no_grad():
+            found = reference.block_statistics(x, weight, target, 0.0, scale, ignore_index, classes, normalize)
+        return loss, found.stats
     options = kernel_options(x, gamma, alpha, label_smoothing, ignore_index, margin, scale, reduction)
     x, weight, target = x.contiguous(), weight.contiguous(), target.contiguous()
     if keep is None:
         keep = keeps_logits(x, classes)
     # For nothing but a backward pass.
     keep = keep and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return native.forward("linear_focal", x, weight, target, *options, normalize, chunk, keep)
+    loss, stats, *_ = native.outputs("linear_focal", x, weight, target, *options, normalize, chunk, keep)
+    return loss, stats

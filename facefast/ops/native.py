@@ -85,6 +85,15 @@ def forward(name: str, *args: Any) -> Tensor:
     return loss
 
 
+def outputs(name: str, *args: Any) -> tuple[Tensor, ...]:
+    """All that NAME_forward gives: the loss, differentiable as that of `forward`, and its state, which is not."""
+    if torch.compiler.is_compiling():
+        found: tuple[Tensor, ...] = getattr(torch.ops.facefast, f"{name}_forward").default(*args)
+        return found
+    found = _EAGER[name](*args)
+    return found
+
+
 def _differentiable(library: torch.library.Library, name: str, tensors: int, gradients: int) -> None:
     """Autograd for a pair of operators, as one `autograd.Function` on the dispatcher's Autograd key.
 

@@ -52,6 +52,14 @@ class Terms(NamedTuple):
     """Scalar, labelled rows whose most probable class is theirs."""
 
 
+class FusedHead(NamedTuple):
+    """A head whose loss is computed without making its logits."""
+
+    head: CosineHead
+    dtype: torch.dtype
+    """Of its products."""
+
+
 class Objective(nn.Module):
     """The model and its losses.
 
@@ -141,9 +149,9 @@ class Objective(nn.Module):
         images = mixture.images if mixture else batch.images
         with self._autocast:
             embeddings, stages = self._embed(images)
-            shared = self.shared_head
-            headed = self.model.dropout(embeddings) if shared is not None else None
-            logits = self.model.classify(embeddings) if self.model.head is not None and shared is None else None
+            shared, fused = self.shared_head, self._fused_head(embeddings)
+            headed = self.model.dropout(embeddings) if shared is not None or fused is not None else None
+            logits = self.model.classify(embeddings) if self.model.head is not None and headed is None else None
             attribute_logits = self.model.attribute_logits(embeddings)
         embeddings = embeddings.float()
         # Every term is this micro-batch's share of the update's mean: a sum divided by the count over all ranks and
@@ -155,6 +163,12 @@ class Objective(nn.Module):
                 self._identity(logits, embeddings, batch.labels, mixture) * world / max(1, row_counts.labelled)
             )
             correct = ((logits.argmax(1) == batch.labels) & (batch.labels >= 0)).sum()
+        elif fused is not None:
+            assert headed is not None
+            options = focal_options(self.phase.loss, self._margin_of(embeddings), self.class_weights)
+            found_loss = fused.head.fused_loss(headed, batch.labels, fused.dtype, **options)
+            parts["identity"] = found_loss.loss * world / max(1, row_counts.labelled)
+            correct = found_loss.leads.sum()
         elif shared is not None:
             assert headed is not None
             value, leads = self._identity_shared(shared, headed, embeddings, batch.labels, mixture)
@@ -187,15 +201,27 @@ class Objective(nn.Module):
 
     def _identity(self, logits: Tensor, embeddings: Tensor, labels: Tensor, mixture: Mixture | None) -> Tensor:
         """Sum of the labelled rows' focal losses."""
-        loss, margin = self.phase.loss, None
-        # Detached: the norm stands for a picture's quality, and is not to be optimised by way of the margin.
-        if self.margin is not None:
-            margin = self.margin(embeddings.detach().norm(dim=1))
+        loss, margin = self.phase.loss, self._margin_of(embeddings)
         own = focal_sum(logits, labels, loss, margin, self.class_weights)
         if mixture is None:
             return own
         other = focal_sum(logits, labels[mixture.partner], loss, margin, self.class_weights)
         return mixture.weight * own + (1 - mixture.weight) * other
+
+    def _margin_of(self, embeddings: Tensor) -> ops.Combined | None:
+        """The rows' own margins, where they depend on the embeddings' norms."""
+        # Detached: the norm stands for a picture's quality, and is not to be optimised by way of the margin.
+        found: ops.Combined | None = None if self.margin is None else self.margin(embeddings.detach().norm(dim=1))
+        return found
+
+    def _fused_head(self, embeddings: Tensor) -> FusedHead | None:
+        """The head, where its loss is computed in one with its logits: nobody else reads them, and it pays."""
+        head = self.model.head
+        # A mixture's second loss reads them as well.
+        if not isinstance(head, CosineHead) or head.divided or self._mixes or self.phase.distill.logits:
+            return None
+        dtype = head.fused_type(embeddings)
+        return None if dtype is None else FusedHead(head, dtype)
 
     @property
     def shared_head(self) -> CosineHead | None:
@@ -207,8 +233,7 @@ class Objective(nn.Module):
         self, head: CosineHead, headed: Tensor, embeddings: Tensor, labels: Tensor, mixture: Mixture | None
     ) -> tuple[Tensor, Tensor]:
         """The same by a head that no rank has whole, and [B] which rows it names rightly."""
-        margin = None if self.margin is None else self.margin(embeddings.detach().norm(dim=1))
-        options = focal_options(self.phase.loss, margin, self.class_weights)
+        options = focal_options(self.phase.loss, self._margin_of(embeddings), self.class_weights)
         own = head.loss(headed, labels, **options)
         if mixture is None:
             return own.loss, own.leads
