@@ -25,7 +25,10 @@ FIRST_SCREEN = README.partition("\n## ")[0]
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", README, re.S | re.M)
 COMMANDS = next(block for block in BLOCKS if block.startswith("# train"))
 TREE = next(block for block in BLOCKS if block.startswith("csrc/scan/"))
-PLACES = tuple(ROOT / place for place in (".", "facefast", "facefast/data", "facefast/models", "examples", "docs"))
+PLACES = tuple(
+    ROOT / place
+    for place in (".", "facefast", "facefast/data", "facefast/models", "facefast/labels", "examples", "docs")
+)
 
 
 class Prompt(code.InteractiveConsole):
