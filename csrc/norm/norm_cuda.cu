@@ -16,7 +16,7 @@ struct Moments {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) moments_kernel(const T* x, const Grid grid, Moments* partial) {
-  constexpr int kSize = kChunk<T>;
+  constexpr int kSize = kPerChunk<T>;
   __shared__ float means[kSize][kThreads], squares[kSize][kThreads];
   __shared__ int counts[kThreads];
   const Place place(grid);
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const Moments* par
 template <typename T, Activation kActivation, bool kResidual>
 __global__ void __launch_bounds__(kThreads, 3)
     norm_forward_kernel(const Norm norm, const Grid grid, const T* residual, T* y) {
-  constexpr int kSize = kChunk<T>;
+  constexpr int kSize = kPerChunk<T>;
   const Place place(grid);
   if (!place.active) return;
   Channel<float> channels[kSize];
@@ -163,7 +163,7 @@ struct GradientSums {
 template <typename T, Mask kMask>
 __global__ void __launch_bounds__(kThreads, 2)
     norm_sums_kernel(const Norm norm, const Grid grid, const T* grad, const T* output, GradientSums* partial) {
-  constexpr int kSize = kChunk<T>, kSums = kMask == Mask::kPReLU ? 3 : 2;
+  constexpr int kSize = kPerChunk<T>, kSums = kMask == Mask::kPReLU ? 3 : 2;
   __shared__ float shown[kSums][kSize][kThreads];
   const Place place(grid);
   Channel<float> channels[kSize];
@@ -255,7 +255,7 @@ template <typename T, Mask kMask>
 __global__ void __launch_bounds__(kThreads, 2)
     norm_gradient_kernel(const Norm norm, const Grid grid, const T* grad, const T* output, const Shares* shares, T* dx,
                          T* dresidual) {
-  constexpr int kSize = kChunk<T>;
+  constexpr int kSize = kPerChunk<T>;
   const Place place(grid);
   if (!place.active) return;
   Channel<float> channels[kSize];
@@ -319,8 +319,8 @@ class CudaNorm : public NormBackend {
       auto* partial = static_cast<Moments*>(scratch_(grid.slices * norm.channels * int64_t{sizeof(Moments)}));
       launcher_.launch(moments_kernel<T>, grid.blocks(), "moments", static_cast<const T*>(norm.x), grid, partial);
       launcher_.launch(statistics_kernel, blocks_for(norm.channels, kGroup), "statistics",
-                    static_cast<const Moments*>(partial), grid, static_cast<int>(norm.channels),
-                    static_cast<float*>(mean), static_cast<float*>(var), running);
+                       static_cast<const Moments*>(partial), grid, static_cast<int>(norm.channels),
+                       static_cast<float*>(mean), static_cast<float*>(var), running);
     });
   }
 
@@ -335,7 +335,7 @@ class CudaNorm : public NormBackend {
           if (residual != nullptr) kernel = norm_forward_kernel<T, kActivation, true>;
         }
         launcher_.launch(kernel, grid.blocks(), "normalisation", norm, grid, static_cast<const T*>(residual),
-                      static_cast<T*>(y));
+                         static_cast<T*>(y));
       };
       switch (norm.activation) {
         case Activation::kNone:
@@ -360,14 +360,15 @@ class CudaNorm : public NormBackend {
               static_cast<GradientSums*>(scratch_(grid.slices * norm.channels * int64_t{sizeof(GradientSums)}));
           if (batch) shares = static_cast<Shares*>(scratch_(norm.channels * int64_t{sizeof(Shares)}));
           launcher_.launch(norm_sums_kernel<T, decltype(mask)::value>, grid.blocks(), "gradient sums", norm, grid,
-                        upstream, known, partial);
+                           upstream, known, partial);
           launcher_.launch(norm_settle_kernel, blocks_for(norm.channels, kGroup), "parameters", norm, grid,
-                        static_cast<const GradientSums*>(partial), to, shares);
+                           static_cast<const GradientSums*>(partial), to, shares);
         }
         if (to.x == nullptr && to.residual == nullptr) return;
         const Grid grid = Grid::of<T>(norm, kPassBlocks);
-        launcher_.launch(norm_gradient_kernel<T, decltype(mask)::value>, grid.blocks(), "gradient", norm, grid, upstream,
-                      known, static_cast<const Shares*>(shares), static_cast<T*>(to.x), static_cast<T*>(to.residual));
+        launcher_.launch(norm_gradient_kernel<T, decltype(mask)::value>, grid.blocks(), "gradient", norm, grid,
+                         upstream, known, static_cast<const Shares*>(shares), static_cast<T*>(to.x),
+                         static_cast<T*>(to.residual));
       });
     });
   }
@@ -377,9 +378,9 @@ class CudaNorm : public NormBackend {
   static void typed(const Norm& norm, const F& run) {
     if (norm.count() == 0) return;
     with_half(norm.type, [&](auto type) {
-      if (norm.inner != 1 || norm.channels % kChunk<decltype(type)> != 0 || norm.channels > (1 << 20)) {
+      if (norm.inner != 1 || norm.channels % kPerChunk<decltype(type)> != 0 || norm.channels > (1 << 20)) {
         throw std::runtime_error("facefast: batch normalisation on a GPU takes channels last, a multiple of " +
-                                 std::to_string(kChunk<decltype(type)>) + " of them");
+                                 std::to_string(kPerChunk<decltype(type)>) + " of them");
       }
       run(type);
     });

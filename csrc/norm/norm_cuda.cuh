@@ -1,4 +1,4 @@
-// What the kernels of norm_cuda.cu share: chunks of 16 bytes, and how rows and columns are divided among threads.
+// What the kernels of norm_cuda.cu share: how rows and columns are divided among threads.
 #pragma once
 
 #include "../loss/cuda_common.cuh"
@@ -11,63 +11,6 @@ constexpr int kSumBlocks = 512;     // blocks of a sum at most: what one wave of
 constexpr int kPassBlocks = 4096;   // blocks of a pass over all values at most
 constexpr int kLeastRows = kAhead;  // rows of a thread at least
 
-template <typename T>
-constexpr int kChunk = 16 / sizeof(T);  // channels of a thread
-
-// Bits to values and back without ever naming an element: nvcc then keeps the chunk in one 16-byte access.
-template <typename To, typename From>
-__device__ __forceinline__ To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(To));
-  return to;
-}
-
-__device__ __forceinline__ void unpack(unsigned word, float (&x)[1], float) { x[0] = bits_as<float>(word); }
-__device__ __forceinline__ void unpack(unsigned word, float (&x)[2], __nv_bfloat16) {
-  x[0] = bits_as<float>(word << 16);
-  x[1] = bits_as<float>(word & 0xffff0000u);
-}
-__device__ __forceinline__ void unpack(unsigned word, float (&x)[2], __half) {
-  const float2 pair = __half22float2(bits_as<__half2>(word));
-  x[0] = pair.x;
-  x[1] = pair.y;
-}
-__device__ __forceinline__ unsigned pack(const float (&x)[1], float) { return bits_as<unsigned>(x[0]); }
-__device__ __forceinline__ unsigned pack(const float (&x)[2], __nv_bfloat16) {
-  return bits_as<unsigned>(__floats2bfloat162_rn(x[0], x[1]));
-}
-__device__ __forceinline__ unsigned pack(const float (&x)[2], __half) {
-  return bits_as<unsigned>(__floats2half2_rn(x[0], x[1]));
-}
-
-template <typename T>
-__device__ __forceinline__ void unpack(const uint4& chunk, float (&x)[kChunk<T>]) {
-  constexpr int kWord = kChunk<T> / 4;
-  const unsigned words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    float part[kWord];
-    unpack(words[w], part, T{});
-#pragma unroll
-    for (int i = 0; i < kWord; ++i) x[w * kWord + i] = part[i];
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ uint4 pack(const float (&x)[kChunk<T>]) {
-  constexpr int kWord = kChunk<T> / 4;
-  unsigned words[4];
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    float part[kWord];
-#pragma unroll
-    for (int i = 0; i < kWord; ++i) part[i] = x[w * kWord + i];
-    words[w] = pack(part, T{});
-  }
-  return uint4{words[0], words[1], words[2], words[3]};
-}
-
 // How [rows, columns of chunks] is divided: blocks of `lanes` columns and kThreads / lanes rows, which step down
 // `slice` rows each.
 struct Grid {
@@ -76,7 +19,7 @@ struct Grid {
 
   template <typename T>
   static Grid of(const Norm& norm, int most_blocks) {
-    Grid grid{norm.count(), 0, static_cast<int>(norm.channels / kChunk<T>), 1, 1, 1};
+    Grid grid{norm.count(), 0, static_cast<int>(norm.channels / kPerChunk<T>), 1, 1, 1};
     while (grid.lanes < 32 && grid.lanes < grid.columns) grid.lanes *= 2;
     grid.column_blocks = (grid.columns + grid.lanes - 1) / grid.lanes;
     const int64_t least = int64_t{kThreads / grid.lanes} * kLeastRows;
@@ -139,7 +82,7 @@ __device__ __forceinline__ void load_rows(uint4 (&chunks)[kCount], const T* data
 
 template <typename T>
 __device__ __forceinline__ void store_row(T* data, int64_t row, const Grid& grid, const Place& place,
-                                          const float (&x)[kChunk<T>]) {
+                                          const float (&x)[kPerChunk<T>]) {
   reinterpret_cast<uint4*>(data)[row * grid.columns + place.column] = pack<T>(x);
 }
 

@@ -82,7 +82,8 @@ class Layers(nn.Sequential):
                 x = norm_act(layer, act if paired else None, x, last, training=self.training)
                 number += paired
             else:
-                x = layer(x) if last is None else layer(x, last)
+                # A BatchNorm that was folded away leaves an Identity, which takes no residual itself.
+                x = layer(x) if last is None else layer(x) + last if type(layer) is nn.Identity else layer(x, last)
         return x
 
 

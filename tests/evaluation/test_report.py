@@ -61,7 +61,7 @@ def test_the_row_that_is_handed_on_is_marked_and_no_other() -> None:
 class Read(HTMLParser):
     """Tags, attributes, text and scripts of a page, with every tag that needs it closed."""
 
-    VOID = ("meta", "img")
+    VOID = ("meta", "img", "br")
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -38,6 +38,7 @@ class Mutation:
 
 FILES, STEP, LOADER = "facefast/runtime/files.py", "facefast/training/step.py", "facefast/data/loader.py"
 CHECKPOINT, PROCESS, TRAIN = "facefast/models/checkpoint.py", "facefast/runtime/process.py", "facefast/train.py"
+SAVING = "facefast/training/saving.py"
 SAVES, FLIPS = "tests/faults/test_saves.py", "tests/faults/test_flips.py"
 KILLS = "tests/faults/test_kills.py::test_"
 KILLED = f"{KILLS}a_process_that_is_killed_at_any_moment_goes_on_to_the_same_bits"
@@ -98,8 +99,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "agreement on a stop": Mutation(
         TRAIN,
-        "run.agree(run.stop_requested)",
-        "run.stop_requested",
+        "run.agree(run.stop_requested or state.saves.failed)",
+        "run.stop_requested or state.saves.failed",
         f"{KILLS}a_request_to_stop_that_reaches_one_rank_alone_stops_both_after_the_same_update",
     ),
     "end with torchrun": Mutation(
@@ -136,10 +137,10 @@ MUTATIONS: dict[str, Mutation] = {
         STEP, "state.scaler.step(state.optimizer)", "state.optimizer.step()", "tests/faults/test_numerics.py"
     ),
     "statistics of an update that is not finite": Mutation(
-        STEP, "    state.guard.settle(finite)\n", "", "tests/training/test_guard.py"
+        STEP, "    guard.settle(finite)\n", "", "tests/training/test_guard.py"
     ),
     "refusal to save what is not finite": Mutation(
-        TRAIN, "if state.run.agree(bool(broken)):", "if False:", "tests/faults/test_numerics.py -k of_a_state"
+        SAVING, "if state.run.agree(bool(broken)):", "if False:", "tests/faults/test_numerics.py -k of_a_state"
     ),
     "seeds of an update": Mutation(
         STEP,

@@ -165,8 +165,8 @@ def test_an_extension_depends_on_everything_beside_its_sources(build: SimpleName
     extensions = {ext.name.rpartition(".")[2]: ext for ext in build.given["ext_modules"]}
     assert set(extensions) == set(SOURCES)
     for name, ext in extensions.items():
-        folder = Path(SOURCES[name]["cpu"][0]).parent.as_posix()
-        beside = {path for path in NEEDED if path.startswith(f"{folder}/")}
+        folders = {Path(source).parent for source in SOURCES[name]["cpu"] + SOURCES[name]["cuda"]}
+        beside = {path for path in NEEDED if Path(path).parent in folders}
         assert set(ext.depends) == beside | {"setup.py", "csrc/sources.json"}
     assert {path for ext in extensions.values() for path in ext.depends} - {"setup.py"} == NEEDED
 

@@ -78,7 +78,9 @@ class Heard:
     def __init__(self) -> None:
         self.improved: list[bool] = []
 
-    def evaluation(self, at: Position, results: dict[str, float], metric: str, improved: bool) -> None:
+    def evaluation(
+        self, at: Position, results: dict[str, float], metric: str, best: float | None, improved: bool
+    ) -> None:
         self.improved.append(improved)
 
 
