@@ -73,7 +73,7 @@ def test_a_processor_takes_a_batch_in_parts_that_its_caches_hold() -> None:
         model.backbone.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
         torch.testing.assert_close(encoded(model, images), whole, rtol=1e-4, atol=1e-5)
     part = PART * torch.get_num_threads()
-    assert passes == [part, part, 3]
+    assert passes == [part, part, part]  # a shorter one would round otherwise
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8, 9, 1000])
