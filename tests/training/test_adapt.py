@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from facefast import train
-from facefast.data import FaceIndex, divide, read_index
+from facefast.data import FaceIndex, divide, make_loader, read_index
 from facefast.data.drawn import synthetic
 from facefast.deploy import gallery
 from facefast.evaluation.embed import embed_rows
