@@ -115,8 +115,8 @@ def test_photographs_are_shown_to_whoever_asks_for_them_and_lie_in_the_page(
     assert report.main([str(out), "--pictures", "--out", str(page)]) == 0
     text, told = page.read_text(), capsys.readouterr().err
     assert "data:image/jpeg" not in text.partition("<script")[0] and "hand it on to nobody" not in text
-    for words in (text, told):
-        assert "photographs could not be read and are not shown" in words and str(root) in words
+    for said in (text, told):
+        assert "photographs could not be read and are not shown" in said and str(root) in said
     (tmp_path / "moved").rename(root)
     (out / "index.npz").unlink()
     assert report.main([str(out), "--pictures", "--out", str(page)]) == 0
