@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.out is not None:
             files.require_writable(files.npz(given.out))
         if given.crops is not None:
-            files.require_writable(given.crops, folder=True)
+            files.require_writable(given.crops, folder=True, advice="choose another --crops, or make room")
         with process.start() as run:
             reading = Reading(
                 process.decode_threads(given.threads, run.world), given.max_bad_fraction, given.max_pixels

@@ -26,6 +26,8 @@ from facefast.runtime.terminal import say, speaking, tell
 from facefast.runtime.turns import ContenderError
 from facefast.training import throughput
 
+OTHER = "choose another --{}, or make room"
+"""What to do where an output cannot be written."""
 DRAWN = synthetic.DrawnSpec(identities=(40, 0, 0))
 
 
@@ -110,10 +112,10 @@ def measured(given: BenchArguments, further: tuple[str, ...]) -> tuple[list[dict
         given.updates_per_epoch,
         further,
     )
-    files.require_writable(given.rows)
+    files.require_writable(given.rows, advice=OTHER.format("rows"))
     if given.plot is not None:
         throughput.require_svg(given.plot)
-        files.require_writable(given.plot)
+        files.require_writable(given.plot, advice=OTHER.format("plot"))
     earlier = throughput.read_rows(given.rows)
     with tempfile.TemporaryDirectory() as folder:
         root = given.data.root or str(synthetic.write(Path(folder) / "drawn", DRAWN))
@@ -130,7 +132,7 @@ def measured(given: BenchArguments, further: tuple[str, ...]) -> tuple[list[dict
     rows = [row | facts for row in throughput.rows(setting, rates, device)]
     own = machine.key(facts["machine"])
     verdicts = [throughput.verdict(row, throughput.before(row, earlier, own)) for row in rows]
-    with files.storing(given.rows, what="the rows "):
+    with files.storing(given.rows, advice=OTHER.format("rows"), what="the rows "):
         given.rows.parent.mkdir(parents=True, exist_ok=True)
         with open(given.rows, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)

@@ -14,7 +14,7 @@ import tyro
 
 from facefast.data.index import advice, printable
 from facefast.data.walk import loose_photographs
-from facefast.deploy.annotate import annotate, places
+from facefast.deploy.annotate import ADVICE, annotate, places
 from facefast.deploy.photographs import UNKNOWN, Naming, answer
 from facefast.evaluation.measured import header
 from facefast.models import checkpoint
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
             files.require_writable(files.npz(given.embeddings), advice=OTHER, parents=False)
         where: dict[str, Path] = {}
         if given.annotate is not None:
-            files.require_writable(given.annotate, folder=True)
+            files.require_writable(given.annotate, folder=True, advice=ADVICE)
             where = places(given.images, given.annotate)
         with process.start() as run:
             model = checkpoint.load_model(given.model, run.device)

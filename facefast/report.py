@@ -11,7 +11,7 @@ import tyro
 from facefast.evaluation import report, report_compare
 from facefast.recipe.options import parse
 from facefast.runtime import exits
-from facefast.runtime.terminal import say
+from facefast.runtime.terminal import complain, message, say
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class ReportArguments:
     """Show photographs of the people (wrong ones, hard pairs, a training batch), from where they lie."""
 
 
+def _note(text: str) -> None:
+    complain(message(f"note: {text}"))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     with exits.exit_codes() as outcome:
@@ -33,11 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
         if not given.runs:
             raise ValueError("no run is named; give a run folder, or several to compare")
         if len(given.runs) == 1:
-            written = report.write(given.runs[0], given.out, pictures=given.pictures)
+            written = report.write(given.runs[0], given.out, pictures=given.pictures, tell=_note)
         elif given.pictures:
             raise ValueError("--pictures has no effect on a comparison; leave it out, or name one run")
         else:
-            written = report_compare.write(given.runs, given.out or Path("comparison.html"))
+            written = report_compare.write(given.runs, given.out or Path("comparison.html"), _note)
         say(str(written))
     return outcome.code
 

@@ -21,6 +21,8 @@ from facefast.deploy.photographs import UNKNOWN
 from facefast.runtime import files
 from facefast.runtime.terminal import escape_letter
 
+ADVICE = "choose another --annotate, or make room"
+"""What to do where the photographs cannot be written."""
 LIST = "annotated.json"
 """What a folder of annotated photographs holds, so that nothing else in it is ever replaced."""
 PAGE = "index.html"
@@ -131,7 +133,7 @@ def annotate(answers: Iterable[dict[str, Any]], where: dict[str, Path], folder: 
     listed = set(files.read_object(folder / LIST).get("written", ()))
 
     def keep() -> None:
-        with files.storing(folder):
+        with files.storing(folder, advice=ADVICE):
             folder.mkdir(parents=True, exist_ok=True)
             files.write_json(folder / LIST, {"written": sorted(listed | set(done.written))})
 
@@ -149,12 +151,12 @@ def annotate(answers: Iterable[dict[str, Any]], where: dict[str, Path], folder: 
             done.unread.append(answer["path"])
             continue
         drawn = draw(picture, answer, done)
-        with files.replacing(folder / place, parents=True) as aside:
+        with files.replacing(folder / place, advice=ADVICE, parents=True) as aside:
             drawn.save(aside, "JPEG", quality=92)
         done.written.append(str(place))
     if page:
         content = page_of(told, set(done.written)).encode("utf-8", "backslashreplace")
-        with files.replacing(folder / PAGE, len(content)) as aside:
+        with files.replacing(folder / PAGE, len(content), ADVICE) as aside:
             aside.write_bytes(content)
     return done
 

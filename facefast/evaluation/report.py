@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from markupsafe import Markup
@@ -16,8 +16,8 @@ from facefast.evaluation import report_results as shown
 from facefast.evaluation.baselines import BASELINES
 from facefast.evaluation.metrics import wilson_interval
 from facefast.evaluation.report_files import RunFiles
-from facefast.evaluation.report_page import Page, paragraph
-from facefast.evaluation.report_pictures import Album
+from facefast.evaluation.report_page import Page, folded, joined, name, paragraph, plain
+from facefast.evaluation.report_pictures import NAMED, Album
 from facefast.evaluation.report_results import TITLES
 from facefast.runtime import files
 
@@ -102,20 +102,28 @@ def with_baselines(evaluation: Mapping[str, float]) -> dict[str, dict[str, float
     return rows
 
 
-def write(folder: Path, out: Path | None = None, *, pictures: bool = False) -> Path:
+def write(
+    folder: Path, out: Path | None = None, *, pictures: bool = False, tell: Callable[[str], None] | None = None
+) -> Path:
     """Writes the report of a run; returns its path.
 
     Args:
         folder: of the run.
         out: another place than `report.html` there.
-        pictures: show photographs of the people, from where they lie.
+        pictures: show photographs of the people, from where they lie; those that cannot be read are left out.
+        tell: told what is not on the page, since it could not be read.
 
     Raises:
-        ValueError: it is no run folder, or the photographs are not where they were.
+        ValueError: it is no run folder.
         StorageError: it cannot be written.
     """
     run = RunFiles.read(folder)
-    return save(page_of(run, Album(run) if pictures else None), out or folder / "report.html")
+    album = Album(run) if pictures else None
+    text = page_of(run, album)
+    for told in (unread(run), album.unread() if album else ""):
+        if told and tell is not None:
+            tell(told)
+    return save(text, out or folder / "report.html")
 
 
 def page_of(run: RunFiles, album: Album | None = None) -> str:
@@ -131,12 +139,24 @@ def page_of(run: RunFiles, album: Album | None = None) -> str:
     page.section("recipe", "Recipe", lambda _: about.recipe(run))
     page.section("environment", "Environment", lambda _: about.environment(run))
     head = shown.headline(run)
-    if album:
+    if told := unread(run):
+        head += paragraph(plain(told), "warn")
+    if album and album.shown:
         head += paragraph("This page shows photographs of people: hand it on to nobody who may not see them.", "warn")
+    if album and (told := album.unread()):
+        head += paragraph(plain(told), "warn")
+        if len(album.lost) > NAMED:
+            listed = Markup("<ul>{}</ul>").format(joined(Markup("<li>{}</li>").format(name(n)) for n in album.lost))
+            head += folded("Photographs that could not be read", listed)
     if why := shown.not_examined(run):
         head += paragraph(why, "small")
     foot = Markup("Written by facefast {} from the files of the run folder. It asks no network for anything.")
     return page.html(head, foot.format(__version__))
+
+
+def unread(run: RunFiles) -> str:
+    """What of the run folder is not on the page, since it could not be read; empty where all could."""
+    return f"What these hold is not on the page: {'; '.join(run.faults)}." if run.faults else ""
 
 
 def save(text: str, path: Path) -> Path:

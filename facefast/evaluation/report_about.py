@@ -175,9 +175,12 @@ def speed(run: RunFiles, page: Page) -> Iterator[Any]:
     if rate:
         yield cards(
             card("images a second, over all processes", f"{rate:.0f}", "evaluations left out", "first"),
-            card("bound by", plain(status.get("bound_by")), f"data wait {percent(status.get('data_wait_fraction'))}"),
+            card("bound by", plain(status["bound_by"]), f"data wait {percent(status.get('data_wait_fraction'))}")
+            if status.get("bound_by")
+            else EMPTY,
         )
-        yield paragraph(f"To change that: {plain(status.get('advice'))}.")
+        if status.get("advice"):
+            yield paragraph(f"To change that: {plain(status['advice'])}.")
     parts = [(title, status[key]) for key, title in BOUNDS.items() if number(status.get(key)) is not None]
     yield page.charts(
         [

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from facefast import __version__
-from facefast.evaluation.report import save
+from facefast.evaluation.report import save, unread
 from facefast.evaluation.report_about import facts, points
 from facefast.evaluation.report_charts import Chart, Series, curves, forest, number
 from facefast.evaluation.report_files import RunFiles
@@ -33,8 +33,8 @@ Runs = Mapping[str, RunFiles]
 NOWHERE = "not there"
 
 
-def write(folders: Sequence[Path], out: Path) -> Path:
-    """Writes a page that compares runs; returns its path.
+def write(folders: Sequence[Path], out: Path, tell: Callable[[str], None] | None = None) -> Path:
+    """Writes a page that compares runs; returns its path. `tell` is told what could not be read.
 
     Raises:
         ValueError: one of them is no run folder, or is named twice.
@@ -52,6 +52,11 @@ def write(folders: Sequence[Path], out: Path) -> Path:
     page.section("runs", "The runs", lambda _: _about(runs))
     head = Markup('<p class="eyebrow">facefast report</p><h1>{} runs compared</h1>').format(len(runs))
     head += Markup('<p class="lead">{}</p>').format(Markup(", ").join(name(label) for label in runs))
+    for label, run in runs.items():
+        if told := unread(run):
+            if tell is not None:
+                tell(f"{label}: {told}")
+            head += paragraph(Markup("{}: {}").format(name(label), plain(told)), "warn")
     if warning := _other_pictures(runs):
         head += paragraph(warning, "warn")
     foot = Markup("Written by facefast {} from the files of the run folders. It asks no network for anything.")
@@ -173,6 +178,8 @@ def _told(value: Any) -> str:
 def _about(runs: Runs) -> Iterator[Any]:
     for label, run in runs.items():
         rate, found = number(run.status.get("images_per_second")), run.environment
+        bound = f", bound by {plain(run.status['bound_by'])}" if run.status.get("bound_by") else ""
+        known = found.get("world_size") and found.get("device")
         yield Markup("<h3>{}</h3>").format(name(label))
         yield facts(
             [
@@ -181,7 +188,7 @@ def _about(runs: Runs) -> Iterator[Any]:
                 ("Photographs", name(data_name(run))),
                 ("Source", name(source_name(run) or "random weights")),
                 ("Model", plain(run.model.get("backbone", ""))),
-                ("Speed", "" if not rate else f"{rate:.0f} images/s, bound by {plain(run.status.get('bound_by'))}"),
-                ("Machine", name(f"{found.get('world_size', '?')} processes on {found.get('device', '?')}")),
+                ("Speed", "" if not rate else f"{rate:.0f} images/s{bound}"),
+                ("Machine", name(f"{found['world_size']} processes on {found['device']}") if known else ""),
             ]
         )

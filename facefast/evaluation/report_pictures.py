@@ -20,6 +20,8 @@ SIZE = 120
 """Pixels on the longer side."""
 MOST = 150
 """Photographs on a page: each takes about 4 KB."""
+NAMED = 3
+"""Photographs that could not be read and are named in a sentence."""
 
 
 class Album:
@@ -28,51 +30,73 @@ class Album:
     Args:
         run: whose `index.npz` says where they are.
 
-    Raises:
-        ValueError: there is no index, or not one of its pictures is where it was.
     """
 
     def __init__(self, run: RunFiles) -> None:
+        self.shown = 0
+        """Photographs on the page so far."""
+        self.lost: dict[str, str] = {}
+        """Photographs that were asked for and could not be read, by name, and why."""
+        self._why, self._index, self._rows = "", None, {}
+        self._left, self._run = MOST, run
         path = run.folder / "index.npz"
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist: without it nobody knows where the photographs are")
-        self._index = FaceIndex.load(path)
-        self._rows = {self._index.name(row): row for row in range(len(self._index))}
-        self._image = from_json(ImageSpec, run.model["image"])
-        self._left = MOST
-        self._run = run
-        oracle.read_bytes(self._index, 0)
+        try:
+            if not path.is_file():
+                raise ValueError(f"{path} does not exist: without it nobody knows where the photographs are")
+            index = FaceIndex.load(path)
+            self._image = from_json(ImageSpec, run.model["image"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            known = run.model.get("image") is not None
+            self._why = str(error) if known else "no checkpoint's model.json tells how the model sees photographs"
+            return
+        self._index = index
+        self._rows = {index.name(row): row for row in range(len(index))}
+
+    def unread(self) -> str:
+        """Which photographs could not be read, and why, for people; empty where all could."""
+        if not self.lost:
+            return ""
+        names = ", ".join(list(self.lost)[:NAMED]) + (", ..." if len(self.lost) > NAMED else "")
+        count = "1 photograph" if len(self.lost) == 1 else f"{len(self.lost)} photographs"
+        verb, them = ("is", "it was") if len(self.lost) == 1 else ("are", "they were")
+        return (
+            f"{count} could not be read and {verb} not shown: {names} ({next(iter(self.lost.values()))}). Bring back "
+            f"what is gone to where {them}, and write the report anew."
+        )
 
     def face(self, picture: Any, alt: str) -> Markup:
         """A photograph by its name in the index; empty where it cannot be read, or the page is full."""
-        row = self._rows.get(str(picture))
-        if row is None or self._left <= 0:
-            return EMPTY
-        try:
-            pixels = oracle.to_picture(oracle.render(self._index, np.array([row]), self._image), self._image)[0]
-        except ValueError:
-            return EMPTY
-        self._left -= 1
-        return _inline(pixels, alt)
+        pixels = self._pixels(str(picture), None, 0)
+        return EMPTY if pixels is None else _inline(pixels, alt)
 
     def augmented(self, pictures: Sequence[Any]) -> Markup:
         """Training pictures as the last phase saw them in its first epoch."""
         phase, plan = self._run.recipe["phases"][-1], self._run.plan["phases"][-1]
         augment = None if phase["augment"] is None else from_json(AugmentSpec, phase["augment"])
-        rows = [self._rows[str(picture)] for picture in pictures if str(picture) in self._rows]
-        shown = []
-        for row in rows[: max(self._left, 0)]:
-            try:
-                images = oracle.render(self._index, np.array([row]), self._image, augment, int(plan["seed"]), 0)
-            except ValueError:
-                continue
-            shown.append(
-                Markup("<li>{}</li>").format(
-                    _inline(oracle.to_picture(images, self._image)[0], "a training picture, augmented")
-                )
-            )
-        self._left -= len(shown)
+        shown = [
+            Markup("<li>{}</li>").format(_inline(pixels, "a training picture, augmented"))
+            for picture in pictures
+            if (pixels := self._pixels(str(picture), augment, int(plan["seed"]))) is not None
+        ]
         return Markup('<ul class="faces">{}</ul>').format(joined(shown)) if shown else EMPTY
+
+    def _pixels(self, picture: str, augment: AugmentSpec | None, seed: int) -> oracle.Picture | None:
+        """A photograph as the model sees it; None where it cannot be read, which is noted, or the page is full."""
+        if self._left <= 0:
+            return None
+        row = self._rows.get(picture)
+        if self._index is None or row is None:
+            self.lost.setdefault(picture, self._why or f"{self._run.folder / 'index.npz'} does not have it")
+            return None
+        try:
+            images = oracle.render(self._index, np.array([row]), self._image, augment, seed, 0)
+        except ValueError as error:
+            self.lost.setdefault(picture, str(error))
+            return None
+        self._left -= 1
+        self.shown += 1
+        pixels: oracle.Picture = oracle.to_picture(images, self._image)[0]
+        return pixels
 
 
 def side_by_side(album: Album, entries: Sequence[tuple[Sequence[tuple[Any, str]], Markup]]) -> Markup:
@@ -83,9 +107,9 @@ def side_by_side(album: Album, entries: Sequence[tuple[Sequence[tuple[Any, str]]
     """
     found = []
     for pictures, line in entries:
-        faces = joined(album.face(picture, alt) for picture, alt in pictures if picture)
-        if faces:
-            found.append(Markup('<li><div class="pair">{}</div>{}</li>').format(faces, line))
+        faces = [album.face(picture, alt) for picture, alt in pictures if picture]
+        if faces and all(faces):  # the line would be about one who is not there
+            found.append(Markup('<li><div class="pair">{}</div>{}</li>').format(joined(faces), line))
     return Markup('<ul class="faces">{}</ul>').format(joined(found)) if found else EMPTY
 
 

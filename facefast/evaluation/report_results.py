@@ -8,8 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from facefast.evaluation.measured import HEADLINES
 from facefast.evaluation.report_charts import Chart, curves, forest, number
-from facefast.evaluation.report_files import RunFiles
+from facefast.evaluation.report_files import EVALUATION, RunFiles
 from facefast.evaluation.report_page import (
     EMPTY,
     Page,
@@ -89,6 +90,22 @@ def source_name(run: RunFiles) -> str:
     return str(told) if told else "" if asked in ("none", "") else Path(str(asked)).name
 
 
+def judged(run: RunFiles) -> tuple[str, float | None]:
+    """The number that a run is judged by, and what it is called: what status.json says, else what the test part gave
+    the row that is handed on; None where nothing was measured."""
+    key, value = str(run.best.get("metric") or ""), number(run.best.get("value"))
+    if value is not None:
+        return key, value
+    row = run.rows.get(run.handed_on, {})
+    return next(((k, v) for k in (key, *HEADLINES) if (v := number(row.get(k))) is not None), (key, None))
+
+
+def validated(run: RunFiles) -> bool:
+    """Whether a validation part has chosen what is handed on."""
+    selected = (run.model.get("metrics") or {}).get("selected")
+    return isinstance(selected, dict) or number(run.best.get("validation")) is not None
+
+
 def headline(run: RunFiles) -> Markup:
     """What was trained, on whom, and how good it is."""
     state = str(run.status.get("state", "unknown"))
@@ -103,10 +120,13 @@ def headline(run: RunFiles) -> Markup:
 
 
 def _said(run: RunFiles) -> Iterator[Markup]:
-    image, best, key = run.model.get("image") or run.recipe.get("image") or {}, run.best, run.best.get("metric", "")
-    backbone = run.model.get("backbone") or (run.recipe.get("model") or {}).get("backbone", "a model")
+    image = run.model.get("image") or run.recipe.get("image") or {}
+    backbone = run.model.get("backbone") or (run.recipe.get("model") or {}).get("backbone")
     source, parts = source_name(run), (run.evaluation.get("photographs") or {}).get("parts") or {}
-    size = f"{image.get('size')}" + (f" × {image['width']}" if image.get("width") else "")
+    # A run that ended before it had settled them leaves a recipe of auto and 0.
+    backbone = "A model" if backbone in (None, "", "auto") else backbone
+    size = f" at {image['size']}" + (f" × {image['width']}" if image.get("width") else "") if image.get("size") else ""
+    size += " px" if size else ""
     begun = (
         Markup("moved from <strong>{}</strong> to").format(name(source)) if source else "trained from random weights on"
     )
@@ -121,11 +141,11 @@ def _said(run: RunFiles) -> Iterator[Markup]:
         whom = Markup("<strong>{} people</strong>, by {} {}").format(
             whole(trained["people"]), whole(trained["pictures"]), whom
         )
-    yield Markup('<p class="lead"><strong>{}</strong> at {} px, {} {}.</p>').format(plain(backbone), size, begun, whom)
+    yield Markup('<p class="lead"><strong>{}</strong>{}, {} {}.</p>').format(plain(backbone), size, begun, whom)
     if run.status.get("error"):
         yield Markup('<p class="warn">{}</p>').format(plain(run.status["error"]))
-    row = run.rows.get(run.handed_on, {})
-    if number(best.get("value")) is not None:
+    row, (key, value) = run.rows.get(run.handed_on, {}), judged(run)
+    if value is not None:
         low, high = interval_of(run, run.handed_on, key)
         inside = f", 95 % interval {between((low, high))}" if between((low, high)) else ""
         what = JUDGED.get(key, f"is {TITLES.get(key, key)} on the test part")
@@ -135,8 +155,9 @@ def _said(run: RunFiles) -> Iterator[Markup]:
         against = EMPTY
         if key == "top1" and number(means) is not None and run.handed_on != MEANS:
             against = Markup("; class means of the untrained source give {}").format(percent(means))
-        yield Markup('<p class="lead"><strong>{}</strong> {}{}{}.</p>').format(
-            percent(best["value"]), what, inside, against
+        alone = "" if validated(run) else ". Nothing was validated: there was no validation part to choose by"
+        yield Markup('<p class="lead"><strong>{}</strong> {}{}{}{}.</p>').format(
+            percent(value), what, inside, against, alone
         )
     if run.handed_on in UNTRAINED:
         yield paragraph(
@@ -167,7 +188,8 @@ def chosen(run: RunFiles) -> Markup:
 
 
 def _cards(run: RunFiles) -> Iterator[Markup]:
-    row, key, found = run.rows.get(run.handed_on, {}), str(run.best.get("metric", "")), []
+    row, (key, _), found = run.rows.get(run.handed_on, {}), judged(run), []
+    first = key
     if number(row.get(key)) is not None:
         low, high = interval_of(run, run.handed_on, key)
         spread = number(row.get(key.replace("accuracy", "std"))) if key.endswith("verification_accuracy") else None
@@ -192,7 +214,7 @@ def _cards(run: RunFiles) -> Iterator[Markup]:
             )
             break
     for key in ("tar@1e-2", "verification_accuracy", "known_tar@1e-2", "known_verification_accuracy"):
-        if number(row.get(key)) is not None and key != run.best.get("metric"):
+        if number(row.get(key)) is not None and key != first:
             low, high = interval_of(run, run.handed_on, key)
             who = "people trained on" if key.startswith("known_") else "people never seen"
             title = TITLES[key].partition(",")[0] + ", pairs"
@@ -203,7 +225,7 @@ def _cards(run: RunFiles) -> Iterator[Markup]:
             card(
                 "training speed",
                 f"{run.status['images_per_second']:.0f} images/s",
-                f"bound by {plain(run.status.get('bound_by'))}",
+                f"bound by {plain(run.status['bound_by'])}" if run.status.get("bound_by") else "",
             )
         )
     if found:
@@ -257,7 +279,7 @@ def _cell(run: RunFiles, row: str, key: str) -> Markup:
 
 def not_examined(run: RunFiles) -> str:
     """Why there is no detail, where there is none."""
-    if run.evaluation:
+    if run.evaluation or (run.folder / EVALUATION).exists():  # one that is damaged is named with the files that are
         return ""
     return (
         ""

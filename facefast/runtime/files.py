@@ -25,7 +25,7 @@ from facefast.runtime.exits import StorageError
 from facefast.runtime.untrusted import read_whole
 
 ANOTHER = "choose another --out, or make room"
-"""What to do where a command's output cannot be written."""
+"""What to do where a command's output cannot be written; another option than --out names itself."""
 _TORCH_REFUSALS = ("unexpected pos", "PytorchStreamWriter", "Parent directory", "cannot be opened", "iostream error")
 """What torch's writers say, as RuntimeError, where a file cannot be written."""
 LARGEST_JSON = 64 << 20

@@ -76,7 +76,7 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     for line in content.splitlines(keepends=True):
         try:
             record = json.loads(line)
-        except ValueError:  # of bytes that are no text, too
+        except (ValueError, RecursionError):  # of bytes that are no text, too
             continue
         if isinstance(record, dict) and type(record.get("step")) is int and line.endswith(b"\n"):
             yield line, record
@@ -85,3 +85,9 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """What the whole lines of metrics.jsonl say; none where there is no such file."""
     return [record for _, record in _records(path)]
+
+
+def count_unread(path: Path) -> int:
+    """Lines of metrics.jsonl that `read_lines` leaves out, since a crash, a full disk or an editor has damaged them."""
+    content = path.read_bytes() if path.is_file() else b""
+    return sum(bool(line.strip()) for line in content.splitlines()) - sum(1 for _ in _records(path))

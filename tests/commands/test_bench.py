@@ -118,7 +118,7 @@ def test_a_drawing_is_written_or_said_not_to_be(
         (["--rounds=0"], "rounds is 0"),
         (["--batch-size=1"], "batch is 1"),
         (["--plot=bench.png"], "give a name that ends in .svg"),
-        (["--rows=."], "folder"),
+        (["--rows=."], "choose another --rows"),
         (["--bakcbone=x"], "there is no option --bakcbone"),
     ],
 )

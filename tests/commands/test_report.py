@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from facefast import report, train
+from facefast.data import FaceIndex
 from facefast.evaluation.report_files import EVALUATION
 from facefast.runtime import files
 from tests.support import small
@@ -86,7 +90,9 @@ def test_a_place_that_cannot_be_written_ends_with_74(run: Path, tmp_path: Path) 
     assert report.main([str(run), "--out", str(tmp_path / "taken")]) == 74
 
 
-def test_photographs_are_shown_to_whoever_asks_for_them_and_lie_in_the_page(tmp_path: Path) -> None:
+def test_photographs_are_shown_to_whoever_asks_for_them_and_lie_in_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, out = small.draw(tmp_path / "people"), tmp_path / "run"
     words = ["scratch", "--data.format=celeba", "--data.test-fraction=0.5", "--image.size=32", "--precision=fp32"]
     words += [
@@ -105,8 +111,49 @@ def test_photographs_are_shown_to_whoever_asks_for_them_and_lie_in_the_page(tmp_
     assert text.count('<img src="data:image/jpeg;base64,') >= 3 and "As training sees them" in text
     assert "hand it on to nobody" in text
     root.rename(tmp_path / "moved")
-    assert report.main([str(out), "--pictures", "--out", str(page)]) == 64  # not a page without them
-    assert page.read_text() == text
+    capsys.readouterr()
+    assert report.main([str(out), "--pictures", "--out", str(page)]) == 0
+    text, told = page.read_text(), capsys.readouterr().err
+    assert "data:image/jpeg" not in text.partition("<script")[0] and "hand it on to nobody" not in text
+    for said in (text, told):
+        assert "photographs could not be read and are not shown" in said and str(root) in said
+    (tmp_path / "moved").rename(root)
+    (out / "index.npz").unlink()
+    assert report.main([str(out), "--pictures", "--out", str(page)]) == 0
+    assert "index.npz does not exist" in page.read_text() and "index.npz does not exist" in capsys.readouterr().err
+
+
+def test_one_photograph_that_is_gone_is_named_and_the_others_are_shown(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, page = tmp_path / "run", tmp_path / "page.html"
+    shutil.copytree(run, copy)
+    gone = files.read_json(copy / EVALUATION)["closed_set"]["wrong"][0]["picture"]
+    root = tmp_path / "faces"
+    pictures = [f"{label}/{k}.jpg" for label in range(len(HOSTILE)) for k in range(8)]
+    for picture in pictures:
+        (root / picture).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(root / picture)
+    (root / gone).unlink()
+    paths = [picture.encode() for picture in pictures]
+    FaceIndex.build(str(root), paths, np.zeros(len(paths), np.int32), ("ann",)).save(copy / "index.npz")
+    assert report.main([str(copy), "--pictures", "--out", str(page)]) == 0
+    text = page.read_text()
+    assert text.count('<img src="data:image/jpeg;base64,') > 24 and "hand it on to nobody" in text
+    for words in (text, capsys.readouterr().err):
+        assert f"1 photograph could not be read and is not shown: {gone} (cannot read {root / gone}" in words
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_could_not_be_read_is_said_on_the_page_and_on_the_terminal(
+    run: Path, tmp_path: Path, several: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, page = tmp_path / "run", tmp_path / "page.html"
+    shutil.copytree(run, copy)
+    (copy / "plan.json").write_text('{"phases": [')
+    assert report.main([str(copy), *([str(run)] if several else []), "--out", str(page)]) == 0
+    assert "plan.json is no JSON that can be read" in page.read_text()
+    assert "plan.json is no JSON that can be read" in capsys.readouterr().err
 
 
 @pytest.mark.browser

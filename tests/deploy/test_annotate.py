@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw
 
 from facefast import predict
 from facefast.deploy import fonts
-from facefast.deploy.annotate import KNOWN, STRANGE, Annotated, annotate, draw, places, shorten
+from facefast.deploy.annotate import KNOWN, LIST, STRANGE, Annotated, annotate, draw, places, shorten
+from facefast.runtime import files
 from facefast.runtime.terminal import plain
 from tests.support import small
 from tests.support.browser import Watched
@@ -289,6 +290,22 @@ def test_options_that_have_no_effect_or_would_do_harm_are_refused(
     assert "--html has no effect without --annotate" in capsys.readouterr().err
     assert predict.main([str(run), str(photos), "--annotate", str(photos)]) == 64
     assert "give a folder elsewhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_place_that_cannot_be_written_is_said_to_be_that_of_annotate(
+    run: Path, tmp_path: Path, photos: Path, late: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    if late:
+        (out / "a.png.jpg").mkdir(parents=True)
+        files.write_json(out / LIST, {"written": ["a.png.jpg"]})
+    else:
+        out.write_text("a file")
+    given = [str(run), str(photos), "--detect", "none", "--threshold", "none", "--annotate", str(out)]
+    assert predict.main(given) == 74
+    told = capsys.readouterr().err
+    assert "choose another --annotate" in told and "--out" not in told
 
 
 @pytest.mark.browser

@@ -16,6 +16,7 @@ from facefast.evaluation.report_charts import bars, curves, forest, thinned
 from facefast.evaluation.report_files import EVALUATION, RunFiles
 from facefast.evaluation.report_page import Page
 from facefast.evaluation.report_results import TITLES
+from facefast.recipe import Phase, Recipe, to_json
 from facefast.runtime import files
 from tests.support.reported import HOSTILE, write_run
 
@@ -231,6 +232,67 @@ def test_a_run_that_was_never_examined_has_a_page_too(folder: Path, tmp_path: Pa
     assert "not <i>finite</i>" in text and "Nothing has been measured yet." in text
     assert "The test part has not been asked yet." in text
     assert "This run left no evaluation.json" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("metrics.jsonl", b'{"step": 3, "sp', "1 of 51 lines of metrics.jsonl are torn"),
+        ("metrics.jsonl", b'[1]\n\n{"step": "x"}\n' + b"[" * 50_000 + b"\n", "3 of 53 lines of metrics.jsonl"),
+        (EVALUATION, b'{"closed_set": {', "evaluation.json is no JSON that can be read"),
+        (EVALUATION, b"[]", "evaluation.json holds a JSON list"),
+        (EVALUATION, b'{"closed_set": []}', "evaluation.json holds a JSON list as closed_set"),
+        (EVALUATION, b"[" * 50_000, "evaluation.json is no JSON that can be read"),
+        ("recipe.json", b"\xff", "recipe.json is no JSON that can be read"),
+        ("status.json", b'{"best": [1]}', "status.json holds a JSON list as best"),
+        ("checkpoints/best/model.json", b"3", "checkpoints/best/model.json holds a JSON int"),
+    ],
+)
+def test_what_cannot_be_read_of_a_run_is_said_on_the_page(
+    folder: Path, tmp_path: Path, name: str, content: bytes, told: str
+) -> None:
+    run = copy_of(folder, tmp_path / "run")
+    assert not RunFiles.read(run).faults
+    lines = (run / "metrics.jsonl").read_bytes()
+    whole = len(lines.splitlines())
+    (run / name).write_bytes(lines + content if name == "metrics.jsonl" else content)
+    text = page_of(run).text
+    added = int(told.partition(" of ")[0]) if name == "metrics.jsonl" else 0
+    assert told.replace(f"{50 + added} lines", f"{whole + added} lines") in text
+    assert "left no evaluation.json" not in text
+
+
+@pytest.mark.parametrize("best", [None, {"metric": "top1", "value": None, "validation": None}])
+@pytest.mark.parametrize("key", ["top1", "known_verification_accuracy"])
+def test_without_a_validation_part_the_headline_has_the_number_of_the_test_part_and_says_so(
+    folder: Path, tmp_path: Path, best: dict[str, Any] | None, key: str
+) -> None:
+    run = copy_of(folder, tmp_path / "run")
+    status, model = (files.read_json(run / name) for name in ("status.json", "checkpoints/best/model.json"))
+    model["metrics"]["selected"] = None
+    status["best"] = best if best is None else {"phase": status["best"]["phase"], **best}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    if key != "top1":
+        for line in lines:
+            if line["split"] == "test":
+                line.pop("top1")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files.write_json(run / "status.json", status)
+    files.write_json(run / "checkpoints/best/model.json", model)
+    head = re.sub(r"\s+", " ", page_of(run).text).partition("Every number here")[0]
+    number = next(line[key] for line in lines if line["split"] == "test" and line["phase"] == HOSTILE[0])
+    what = "of 48 test pictures get their right name" if key == "top1" else "of the pairs of test pictures"
+    assert f"{100 * number:.1f} % {what}" in head and "Nothing was validated" in head
+
+
+def test_what_a_run_that_failed_early_had_not_settled_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    files.write_json(tmp_path / "run" / "status.json", {"state": "failed", "error": "no room", "images_per_second": 3})
+    files.write_json(tmp_path / "run" / "recipe.json", to_json(Recipe(phases=(Phase(start="scratch"),))))
+    text = page_of(tmp_path / "run").text
+    assert "A model, trained" in text and "no room" in text
+    head = text.partition("options that differ")[0].partition("Recipe")[0]
+    assert not re.search(r"\bauto\b|\b0 px|None", head)
 
 
 def test_what_is_no_run_folder_is_said_to_be_none(tmp_path: Path) -> None:

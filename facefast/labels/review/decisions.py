@@ -40,6 +40,26 @@ class Decision:
     to: str = ""
 
 
+class UnwritableName(ValueError):
+    """A name that UTF-8 has no bytes for: half of a surrogate pair, which JSON can hold and no table."""
+
+
+def _is_writable(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _require_writable(name: str) -> None:
+    if not _is_writable(name):
+        raise UnwritableName(
+            f"the name {shown(name[:LONGEST_NAME])} has half a letter (a lone surrogate), which no table can hold; "
+            "type it anew"
+        )
+
+
 def shown(name: str) -> str:
     """A name that cannot break a line or turn what is written after it."""
     return "".join(map(escape_letter, name))
@@ -68,6 +88,10 @@ class Decisions:
         self._moved: dict[str, int] = {}
         self.foreign = 0
         """Answers to findings that this audit does not have: they stay in the file, and have no part in the table."""
+        self.unwritable = 0
+        """Answers whose name no table can hold: they stay in the file, and were not given again."""
+        self.torn = 0
+        """Last answers that a crash had cut off: 0 or 1."""
         self._written = self._cost = -1e9
         self._replay()
 
@@ -80,12 +104,14 @@ class Decisions:
         """Takes an answer, which replaces an earlier one to the same question.
 
         Raises:
+            UnwritableName: `to` has a letter that no text has.
             ValueError: it cannot be an answer to that.
             StorageError: it cannot be kept; then it was not given.
         """
         if not 0 <= number < len(self.review.items):
             raise ValueError(f"there is no item {number + 1}; there are {len(self.review.items)}")
         item = self.review.items[number]
+        _require_writable(to)
         decision = Decision(cast(Action, action), self._target(item, action, to))
         self._refuse_contradiction(number, item, decision)
         self._keep({"item": item.key, **dataclasses.asdict(decision)})
@@ -254,10 +280,11 @@ class Decisions:
         path = self.folder / LOG
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         whole = [line for line in lines if line.endswith(b"\n")]
-        if len(whole) < len(lines):  # the process or the machine died while it wrote the last line
+        self.torn = len(lines) - len(whole)
+        if self.torn:  # the process or the machine died while it wrote the last line
             with files.replacing(path) as aside:
                 aside.write_bytes(b"".join(whole))
-        undone: list[bool] = []  # whether each answer so far is one of ours
+        undone: list[bool | None] = []  # whether each answer so far is one of ours; None: no table can hold its name
         for place, line in enumerate(whole, 1):
             try:
                 entry = json.loads(line)
@@ -266,16 +293,19 @@ class Decisions:
                         self._undo()
                     continue
                 number, decision = self._number.get(entry["item"]), Decision(entry["action"], str(entry["to"]))
+                if not _is_writable(decision.to):
+                    undone.append(None)
+                    continue
                 ours = number is not None and self._fits(number, decision)
                 undone.append(ours)
                 if number is not None and ours:
                     self._set(number, decision)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, line {place}, is no answer to this review ({error}); delete the line, or the file to "
                     "begin anew"
                 ) from error
-        self.foreign = undone.count(False)
+        self.foreign, self.unwritable = undone.count(False), undone.count(None)
 
 
 def _folded(name: str) -> str:
@@ -290,6 +320,22 @@ def _correction(item: Item, decision: Decision) -> Correction:
     return dataclasses.replace(line, action=action, suggested=decision.to or line.suggested)
 
 
+def read_back(decisions: Decisions) -> list[str]:
+    """What of the answers given before could not be taken up again; nothing where all could."""
+    path, lines = decisions.folder / LOG, []
+    if decisions.unwritable:
+        lines.append(
+            f"{decisions.unwritable} earlier answers in {path} name somebody with half a letter (a lone surrogate), "
+            "which no table can hold; they were passed over, so answer these items anew"
+        )
+    if decisions.torn:
+        lines.append(
+            f"the last line of {path} was cut off, as by a crash, and was left out: look whether the last answer is "
+            "there"
+        )
+    return lines
+
+
 def summary(decisions: Decisions) -> str:
     """What was decided, and what to do with it."""
     counts, task, data = decisions.counts(), decisions.review.task, decisions.review.data
@@ -300,6 +346,7 @@ def summary(decisions: Decisions) -> str:
             f"{decisions.foreign} earlier answers are about findings that are gone; they stay in "
             f"{decisions.folder / LOG} and have no part in the table"
         )
+    lines += read_back(decisions)
     rest = counts["items"] - counts["decided"]
     if rest:
         fate = "are not in the table" if task == "audit" else "keep the names that were proposed"

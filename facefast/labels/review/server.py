@@ -20,12 +20,12 @@ from werkzeug.exceptions import BadRequest, Conflict, Forbidden, HTTPException, 
 from werkzeug.routing import Map, Rule
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
-from facefast.labels.review.decisions import Decisions, shown, summary
+from facefast.labels.review.decisions import Decisions, UnwritableName, read_back, shown, summary
 from facefast.labels.review.items import Item, Review
 from facefast.labels.review.portraits import VIEWS, Portraits
 from facefast.runtime import files
 from facefast.runtime.exits import StorageError
-from facefast.runtime.terminal import complain, say
+from facefast.runtime.terminal import complain, message, say
 
 HERE = "127.0.0.1"
 HOSTS = (HERE, "localhost")
@@ -160,7 +160,7 @@ class Application:
     def _decide(self, request: Request) -> Response:
         asked = _body(request)
         number, action, to = asked.get("item"), asked.get("action"), asked.get("to", "")
-        if not isinstance(number, int) or not isinstance(action, str) or not isinstance(to, str):
+        if type(number) is not int or not isinstance(action, str) or not isinstance(to, str):  # true is an int, too
             raise BadRequest("a decision has an item, an action and, for some, a name")
         with self._lock, _told_to_the_page():
             if not to and 0 <= number < len(self.review.items) and action in ("move", "merge"):
@@ -197,6 +197,8 @@ def _told_to_the_page() -> Iterator[None]:
         yield
     except StorageError as error:
         raise _NotKept(shown(str(error))) from error
+    except UnwritableName as error:
+        raise BadRequest(str(error)) from error
     except ValueError as error:
         raise Conflict(str(error)) from error
 
@@ -211,7 +213,10 @@ def _refuse_strangers(request: Request) -> None:
 
 
 def _body(request: Request) -> dict[str, Any]:
-    found = request.get_json()
+    try:
+        found = request.get_json()
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply to be a decision") from None
     if not isinstance(found, dict):
         raise BadRequest("a decision is a JSON object")
     return found
@@ -306,6 +311,8 @@ def serve(folder: Path, port: int, announce: Callable[[str], None]) -> Decisions
     review = Review.load(folder)
     with files.locked(folder), contextlib.closing(_bound(port)) as listening:
         decisions = Decisions(review, folder)
+        for line in read_back(decisions):
+            complain(message(line))
         decisions.write_result(last=True)  # now, not after an hour's work, is when a full disk should say so
         server: BaseWSGIServer
         # From a thread of its own: `shutdown` waits for the loop, which waits for the request that asked for it.
