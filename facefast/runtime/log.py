@@ -436,7 +436,8 @@ def verdict(speeds: list[Speed], allreduce_seconds: float, transfer_seconds: flo
         "decode": "raise --threads, decode on a GPU, or store pictures nearer to image.size",
         "transfer": "store pictures nearer to image.size, or use a machine with a faster way to its GPU",
         "all-reduce": "raise the batch size or phases.K.accumulate, or use a faster network",
-        "compute": "use precision bf16 where the hardware has it, --compile, a smaller backbone or image.size",
+        "compute": "use precision bf16 where hardware and network gain by it, --compile always, a smaller backbone or "
+        "image.size",
     }
     if wait > 0.1:  # the step waits for pictures: for their bytes' way, where that alone explains most of it
         bound = "transfer" if transfer > wait / 2 else "decode"

@@ -36,7 +36,7 @@ class Progress:
         if self._manner == "words" and is_terminal(sys.stderr):
             with heard():
                 self._bar = tqdm(
-                    total=total, initial=done, dynamic_ncols=True, mininterval=1, bar_format="{desc}{bar:20}{postfix}"
+                    total=total, initial=done, dynamic_ncols=True, mininterval=1, leave=False, bar_format="{desc}{bar}"
                 )
 
     def update(self, step: int, where: str, numbers: str) -> None:
@@ -50,15 +50,14 @@ class Progress:
         self._done = step
         if self._manner != "words":
             return
-        text = f"{numbers}  eta {self.left()}"
+        text = f"{where}  step {step}/{self._total}  eta {self.left()}  {numbers}"
         if not self._bar.disable:
             with heard():
                 self._bar.n = step
-                self._bar.set_description_str(f"{where}  step {step}/{self._total} ", refresh=False)
-                self._bar.set_postfix_str(f" {text}")
+                self._bar.set_description_str(f"{text} ")  # where it is too long, the bar is what is cut
         elif time.perf_counter() >= self._next_line:
             self._next_line = time.perf_counter() + SECONDS
-            tell(f"{where}  step {step}/{self._total}  {text}")
+            tell(text)
 
     def left(self) -> str:
         """The time until the run's last update, as [H:]MM:SS; ? before the first one."""
