@@ -156,22 +156,6 @@ def test_what_is_no_decision_is_refused(application: Application, body: str) -> 
     assert not application.decisions.current
 
 
-@pytest.mark.parametrize("name", ["\ud800", "\udcff", "Ann \udfff", "\udc00\ud800"])
-@pytest.mark.parametrize("task", ["audit", "label"])
-def test_a_name_that_no_table_can_hold_is_refused_and_the_review_ends_well(
-    tmp_path: Path, task: str, name: str
-) -> None:
-    index = draw(tmp_path / "photos", PEOPLE)
-    (grouped(index) if task == "label" else audited(index, 8)).save(tmp_path)
-    decisions = decisions_of(tmp_path)
-    application = Application(decisions.review, decisions, lambda: None)
-    body = json.dumps({"item": 0, "action": "move", "to": name})
-    answer = asked(application, "decide", method="POST", data=body, headers=JSON)
-    assert answer.status_code == 400 and "half a letter" in json.loads(answer.data)["error"]
-    assert not decisions.current and not (tmp_path / LOG).exists()
-    assert asked(application, "done", method="POST", data="{}", headers=JSON).status_code == 200
-
-
 def test_done_writes_the_table_and_ends_the_server(folder: Path) -> None:
     with served(folder) as address:
         with urlopen(f"{address}items", timeout=30) as answer:
@@ -222,32 +206,6 @@ def test_a_last_line_that_a_crash_cut_off_is_passed_over(folder: Path) -> None:
     again.decide(2, "keep")
     assert list(decisions_of(folder).current) == [0, 2]
     assert "cut off" not in summary(decisions_of(folder))
-
-
-def test_answers_with_a_name_that_no_table_can_hold_are_passed_over_counted_and_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    grouped(draw(tmp_path / "photos", PEOPLE)).save(tmp_path)
-    first = decisions_of(tmp_path)
-    first.decide(0, "move", "Ann")
-    line = {"item": first.review.items[1].key, "action": "move", "to": "\ud800"}
-    with open(tmp_path / LOG, "a") as file:
-        file.write(json.dumps(line) + "\n" + json.dumps(line | {"to": "\udcff"}) + "\n" + '{"item"')
-    with served(tmp_path) as address:
-        end(address)
-    told = capsys.readouterr().err
-    assert "2 earlier answers" in told and "passed over" in told and "was cut off" in told
-    again = decisions_of(tmp_path)
-    assert list(again.current) == [0] and again.unwritable == 2 and "2 earlier answers" in summary(again)
-    again.decide(1, "keep")
-    assert again.undo() == 1
-    assert list(decisions_of(tmp_path).current) == [0]
-
-
-def test_a_line_of_answers_nested_without_end_is_named(folder: Path) -> None:
-    (folder / LOG).write_text("[" * 50_000 + "\n")
-    with pytest.raises(ValueError, match="line 1, is no answer"):
-        decisions_of(folder)
 
 
 def test_a_line_that_is_no_answer_is_named(folder: Path) -> None:
