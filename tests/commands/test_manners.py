@@ -166,9 +166,8 @@ def test_photographs_that_nobody_may_look_at_are_named(command: str, run: Path, 
         os.seteuid(65534)
 
     for root in ("shut", "shut/ann"):
-        end = well_mannered(
-            in_child(commands(str(open_folder / root), copied, open_folder / "out")[command], become_nobody)
-        )
+        asked = commands(str(open_folder / root), copied, open_folder / "out")[command]
+        end = well_mannered(in_child(asked, become_nobody))
         assert end.code in (64, 65, 74)
         # train says first that its own folder cannot be written.
         assert str(open_folder / ("out" if command in ("train", "audit", "label", "compress") else "shut")) in end.err
