@@ -164,7 +164,8 @@ class Contender:
         self._complaints.seek(0, os.SEEK_END)
         self._complaints.seek(max(0, self._complaints.tell() - 2000))
         text = self._complaints.read().decode(errors="replace").strip()
-        return f"; its last words:\n{text}" if text else ""
+        lines = [f"\n  {line}" for line in text.splitlines()]  # two blanks in: lines of ours, not of a name
+        return "; its last words:" + "".join(lines) if text else ""
 
     def __enter__(self) -> Self:
         return self

@@ -425,8 +425,8 @@ def told(decisions: Decisions, names: Sequence[str]) -> Iterator[str]:
     if decisions.calibration is not None:
         fit = decisions.calibration
         yield (
-            f"probabilities: temperature {fit.temperature:.3g} takes their calibration error from {fit.ece_before:.2%} "
-            f"to {fit.ece:.2%} on {fit.rows} validation pictures"
+            f"probabilities: temperature {fit.temperature:.3g} suits {fit.rows} validation pictures best; their "
+            f"calibration error is {fit.ece:.2%} with it and {fit.ece_before:.2%} without"
         )
     if decisions.twins:
         some = ", ".join(f"{names[a]} and {names[b]}" for a, b in decisions.twins[:3])

@@ -11,6 +11,7 @@ from facefast.data.divide import PhaseData
 from facefast.recipe import Decoding, Place
 from facefast.runtime import files
 from facefast.runtime.exits import StorageError
+from facefast.runtime.terminal import tell
 from facefast.training.step import TrainState
 
 
@@ -26,9 +27,11 @@ def settle_decoding(state: TrainState, saved: Path | None, datasets: Sequence[Ph
     Raises:
         StorageError: the checkpoint's plan names no place that there is.
     """
-    if state.run.device.type != "cuda":
-        return
     config = state.recipe.data
+    if state.run.device.type != "cuda":
+        if state.run.is_main and (config.decoding != "auto" or config.hw_decoder_load >= 0):
+            tell("note: data.decoding and data.hw_decoder_load have no effect without a GPU: the processor decodes")
+        return
     candidates = placement.asked_for(config.decoding, config.hw_decoder_load)
     found = _kept(saved) if saved is not None else None
     if saved is not None and found is None:  # begun on the CPU, or before there was a choice

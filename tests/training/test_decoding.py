@@ -80,6 +80,18 @@ def test_on_the_cpu_nothing_is_measured_and_nothing_changes(index: FaceIndex, as
     assert (state.reading, state.plan, asked) == (reading, plan, []) and plan.decoding is None
 
 
+@pytest.mark.parametrize("data", [{"decoding": "gpu"}, {"decoding": "cpu"}, {"hw_decoder_load": 0.5}], ids=str)
+def test_what_has_no_effect_without_a_gpu_is_said(
+    index: FaceIndex, data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, datasets = begin(index, CPU)
+    settle_decoding(state, None, datasets)
+    assert capsys.readouterr().out == ""
+    state, datasets = begin(index, CPU, **data)
+    settle_decoding(state, None, datasets)
+    assert "have no effect without a GPU" in capsys.readouterr().out
+
+
 def test_a_run_that_goes_on_keeps_its_place_though_another_one_would_be_chosen(
     index: FaceIndex, asked: list[placement.Job], tmp_path: Path
 ) -> None:
