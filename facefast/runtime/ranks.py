@@ -37,6 +37,8 @@ LEAST_PATIENCE = 60.0
 """Seconds that every rank is given to arrive, however short the limit is: imports are slow on a cold disk."""
 LAST_WORDS = 5.0
 """Seconds that a process which ends for want of an answer takes to say so."""
+FAREWELL = 10.0
+"""Seconds for which rank 0, having failed, keeps the store for others to read why: busy machines are slow to ask."""
 IDLE = 1e-4
 """Part of one core; a Python thread that uses less of it does nothing."""
 POLLING = 1e-2
@@ -173,6 +175,7 @@ class Ranks:
         self._heard: dict[int, float] = {}
         self._threads: list[threading.Thread] = []
         self._blind = False  # the store is gone
+        self.all: list[Rank] = []
         self._on_lost: OnLost = lambda code, text: None
         # No request to a process that was stopped ends by itself.
         timer = threading.Timer(patience + 5, self._end, (f"{place} has not answered for {patience:g} s",))
@@ -362,9 +365,10 @@ class Ranks:
             self.store.set(f"ended/{self.me.number}", json.dumps([code, text]))
         self.store.set(f"beat/{self.me.number}", "left")
         # The store goes with its keeper: the others need a moment to read in it why.
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + FAREWELL
         while text and self._keeps and time.monotonic() < deadline:
             arrived = [k for k in range(1, self.size) if self.store.check([f"beat/{k}"])]
+            arrived = [k for k in arrived if k >= len(self.all) or not gone(self.all[k])]
             if all(self.store.get(f"beat/{k}") == b"left" for k in arrived):
                 return
             time.sleep(0.05)
