@@ -28,7 +28,8 @@ class Progress:
     """
 
     def __init__(self, total: int, done: int) -> None:
-        self._total, self._first, self._done = total, done, done
+        self._total, self._done = total, done
+        self._first: int | None = None
         self._manner = manner()
         self._began = time.perf_counter()
         self._next_line = self._began
@@ -47,6 +48,8 @@ class Progress:
             where: the phase, and how far it is.
             numbers: loss and the like.
         """
+        if self._first is None:  # what came before belongs to the start, and will not come again
+            self._first, self._began = step, time.perf_counter()
         self._done = step
         if self._manner != "words":
             return
@@ -60,8 +63,8 @@ class Progress:
             tell(text)
 
     def left(self) -> str:
-        """The time until the run's last update, as [H:]MM:SS; ? before the first one."""
-        made = self._done - self._first
+        """The time until the run's last update, as [H:]MM:SS; ? before there is a pace."""
+        made = 0 if self._first is None else self._done - self._first
         if not made:
             return "?"
         pace = (time.perf_counter() - self._began) / made

@@ -82,10 +82,12 @@ def test_without_a_terminal_there_is_a_line_every_few_seconds_and_no_carriage_re
 
 def test_the_time_left_is_that_of_the_whole_run_at_its_pace_so_far(clock: Clock) -> None:
     shown = Progress(100, 20)  # goes on from update 20
+    clock.now += 1000  # the start of a run says nothing of its pace
+    shown.update(30, "last 1/2", "loss 1.000")
     assert shown.left() == "?"
     clock.now += 30  # an evaluation in between counts: another will come
-    shown.update(30, "last 1/2", "loss 1.000")
-    assert shown.left() == "03:30"  # 70 updates of 3 seconds
+    shown.update(40, "last 1/2", "loss 1.000")
+    assert shown.left() == "03:00"  # 60 updates of 3 seconds
 
 
 def test_on_a_terminal_the_bar_is_redrawn_and_stays_below_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
