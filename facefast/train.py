@@ -6,7 +6,6 @@ torchrun [...] -m facefast.train [RECIPE] [--data.root DIR] [--out RUN] [--phase
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import sys
@@ -17,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from facefast.cluster import doctor
-from facefast.data import Batch, Loader, Parts, Sampler, make_loader, make_sampler, oracle
+from facefast.data import Batch, Loader, Sampler, oracle
 from facefast.data.cached import CachedLoader
 from facefast.data.divide import PhaseData
 from facefast.data.graphs import kept_open
@@ -39,6 +38,7 @@ from facefast.training.elastic import division_said, take_division
 from facefast.training.finish import fail, finish, leave, reached, read_status, write_status
 from facefast.training.guard import culprit
 from facefast.training.objective import RowCounts
+from facefast.training.reading import phase_sampler, picture_loader
 from facefast.training.saving import save
 from facefast.training.step import TrainState, train_step
 
@@ -226,34 +226,10 @@ def require_room(folder: Path, state: TrainState) -> None:
 
 def open_loader(state: TrainState, data: PhaseData) -> Loader | CachedLoader:
     """The phase's batches for this rank, in the order that the sampler owns."""
-    recipe, run, phase, plan = state.recipe, state.run, state.phase, state.phase_plan
-    # Balanced and pk batches are drawn by identity: pictures without one cannot be drawn.
-    rows = np.arange(len(data.train)) if phase.sampler == "epoch" else np.flatnonzero(data.train.labels >= 0)
-    sampler = make_sampler(
-        phase.sampler,
-        labels=data.train.labels[rows],
-        batch_size=plan.batch_size,
-        seed=plan.seed,
-        rows=rows,
-        pictures_per_identity=phase.pictures_per_identity,
-    )
-    if plan.passes > 1 or plan.batch_size % run.world.size:
-        sampler = Parts(sampler, run.world.size, plan.passes)
+    sampler = phase_sampler(state, data)
     if state.side_inputs.embeddings is not None:
-        return CachedLoader(state.side_inputs.embeddings, data.train.labels, sampler, run)
-    return make_loader(
-        data.train,
-        recipe.image,
-        sampler=sampler,
-        augment=phase.augment,
-        seed=plan.seed,
-        rank=run.world.rank,
-        world=run.world.size,
-        device=run.device,
-        dtype=state.precision.dtype,
-        channels_last=state.precision.channels_last,
-        **dataclasses.asdict(state.reading),
-    )
+        return CachedLoader(state.side_inputs.embeddings, data.train.labels, sampler, state.run)
+    return picture_loader(state, data, sampler)
 
 
 def show_pictures(state: TrainState, data: PhaseData, sampler: Sampler, log: RunLog) -> None:

@@ -19,6 +19,10 @@ PROBE_PENALTY = 1e-2
 """Of the probe's squared distances to the class means in its loss."""
 CLASS_MEANS = "class means"
 PROBE = "linear probe"
+ADAPTED = f"adapted {CLASS_MEANS}"
+"""The row of the final table for the adapted source model before any update."""
+ADAPTED_PROBE = f"adapted {PROBE}"
+"""The same for a probe on its embeddings."""
 BASELINES = {
     "class_means_top1": CLASS_MEANS,
     "neighbours_top1": f"{NEIGHBOURS} nearest neighbours",

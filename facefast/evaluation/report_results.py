@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from facefast.evaluation.baselines import ADAPTED, ADAPTED_PROBE, CLASS_MEANS, PROBE
 from facefast.evaluation.measured import HEADLINES
 from facefast.evaluation.report_charts import Chart, curves, forest, number
 from facefast.evaluation.report_files import EVALUATION, RunFiles
@@ -52,8 +53,7 @@ JUDGED = {
     "tasks": "is the mean over the attributes",
 }
 """What the deciding number says."""
-MEANS = "class means"
-UNTRAINED = (MEANS, "adapted class means", "linear probe", "adapted linear probe")
+UNTRAINED = (CLASS_MEANS, ADAPTED, PROBE, ADAPTED_PROBE)
 """Rows of models that no update made."""
 DRAWN = "drawn faces"
 """What is trained on where no photographs are."""
@@ -151,9 +151,9 @@ def _said(run: RunFiles) -> Iterator[Markup]:
         what = JUDGED.get(key, f"is {TITLES.get(key, key)} on the test part")
         if key == "top1" and row.get("test_rows"):
             what = f"of {whole(row['test_rows'])} test pictures get their right name"
-        means = run.rows.get(MEANS, {}).get("top1")
+        means = run.rows.get(CLASS_MEANS, {}).get("top1")
         against = EMPTY
-        if key == "top1" and number(means) is not None and run.handed_on != MEANS:
+        if key == "top1" and number(means) is not None and run.handed_on != CLASS_MEANS:
             against = Markup("; class means of the untrained source give {}").format(percent(means))
         alone = "" if validated(run) else ". Nothing was validated: there was no validation part to choose by"
         yield Markup('<p class="lead"><strong>{}</strong> {}{}{}{}.</p>').format(
@@ -202,14 +202,17 @@ def _cards(run: RunFiles) -> Iterator[Markup]:
                 "first",
             )
         )
-    for other, title in ((MEANS, "against class means of the source"), ("scratch", "against training from scratch")):
+    for other, title in (
+        (CLASS_MEANS, "against class means of the source"),
+        ("scratch", "against training from scratch"),
+    ):
         value = number(run.rows.get(other, {}).get(key))
         if value is not None and other != run.handed_on and number(row.get(key)) is not None:
             found.append(
                 card(
                     title,
                     f"{100 * (row[key] - value):+.1f} points",
-                    f"they give {percent(value)}" if other == MEANS else f"it gives {percent(value)}",
+                    f"they give {percent(value)}" if other == CLASS_MEANS else f"it gives {percent(value)}",
                 )
             )
             break

@@ -17,7 +17,15 @@ from torch import Tensor
 from facefast.data import FaceIndex
 from facefast.data.divide import EvaluationSet, PhaseData
 from facefast.evaluation import measured
-from facefast.evaluation.baselines import CLASS_MEANS, PROBE, LabelledEmbeddings, class_means, linear_probe
+from facefast.evaluation.baselines import (
+    ADAPTED,
+    ADAPTED_PROBE,
+    CLASS_MEANS,
+    PROBE,
+    LabelledEmbeddings,
+    class_means,
+    linear_probe,
+)
 from facefast.evaluation.embed import Embed, embed_rows, remembering
 from facefast.evaluation.measure import evaluate
 from facefast.evaluation.naming import Decisions, decide
@@ -30,10 +38,6 @@ from facefast.runtime.log import RunLog
 from facefast.training.begin import Start, adapted_to
 from facefast.training.step import TrainState
 
-ADAPTED = "adapted class means"
-"""The row of the final table for the adapted source model before any update."""
-ADAPTED_PROBE = f"adapted {PROBE}"
-"""The same for a probe on its embeddings."""
 MEANS = "class-means"
 """The folder beside the other checkpoints in which class means are handed on."""
 FOLDERS = {CLASS_MEANS: MEANS, PROBE: "linear-probe", ADAPTED_PROBE: "adapted-linear-probe"}

@@ -8,7 +8,6 @@ its work, and goes on until it is ended. Nothing is measured and nothing saved.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from facefast.data import Batch, Loader, Sampler, make_loader, make_sampler
+from facefast.data import Batch
 from facefast.data.divide import PhaseData
 from facefast.data.prepare import prepare
 from facefast.data.sampler import EpochSampler
@@ -29,6 +28,7 @@ from facefast.runtime.log import RunLog
 from facefast.runtime.process import Runtime
 from facefast.training.begin import begin, find_source, settle
 from facefast.training.objective import RowCounts
+from facefast.training.reading import phase_sampler, picture_loader
 from facefast.training.step import TrainState, train_step
 
 PARTS = ("compute", "loader")
@@ -76,15 +76,8 @@ def begun(words: list[str], part: str, folder: Path, run: Runtime) -> Iterator[i
 
 def updates(state: TrainState, data: PhaseData, every: int) -> Iterator[int]:
     """`train_step` on the same few batches again and again; waits for the device as often as the log does."""
-    phase, plan = state.phase, state.phase_plan
-    sampler = make_sampler(
-        phase.sampler,
-        labels=data.train.labels,
-        batch_size=plan.batch_size,
-        seed=plan.seed,
-        pictures_per_identity=phase.pictures_per_identity,
-    )
-    with open_loader(state, data, sampler) as loader:
+    plan = state.phase_plan
+    with picture_loader(state, data, phase_sampler(state, data)) as loader:
         taken = list(itertools.islice(loader, RESIDENT * plan.accumulate))
         # Copies: the loader's own memory is another batch's soon.
         resident = [Batch(*(tensor.clone() for tensor in batch)) for batch in taken]
@@ -107,7 +100,7 @@ def batches(state: TrainState, data: PhaseData) -> Iterator[int]:
     size = state.phase_plan.batch_size
     sampler = EpochSampler(np.resize(np.arange(len(data.train)), LONG * size), size, seed=state.phase_plan.seed)
     every, done = line_batches(size), 0
-    with open_loader(state, data, sampler) as loader:
+    with picture_loader(state, data, sampler) as loader:
         for epoch in itertools.count():
             loader.set_epoch(epoch)
             for batch in loader:
@@ -120,21 +113,6 @@ def batches(state: TrainState, data: PhaseData) -> Iterator[int]:
 def line_batches(size: int) -> int:
     """Batches of so many pictures between two lines of the loader's."""
     return -(-LINE_PICTURES // size)
-
-
-def open_loader(state: TrainState, data: PhaseData, sampler: Sampler) -> Loader:
-    """The phase's pictures as training reads them, in the order of a sampler."""
-    return make_loader(
-        data.train,
-        state.recipe.image,
-        sampler=sampler,
-        augment=state.phase.augment,
-        seed=state.phase_plan.seed,
-        device=state.run.device,
-        dtype=state.precision.dtype,
-        channels_last=state.precision.channels_last,
-        **dataclasses.asdict(state.reading),
-    )
 
 
 if __name__ == "__main__":

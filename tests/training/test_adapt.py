@@ -16,6 +16,7 @@ from facefast import train
 from facefast.data import FaceIndex, divide, make_loader, read_index
 from facefast.data.drawn import synthetic
 from facefast.deploy import gallery
+from facefast.evaluation import baselines
 from facefast.evaluation.embed import embed_rows
 from facefast.models import FaceModel, checkpoint
 from facefast.models.precision import Precision
@@ -402,7 +403,7 @@ def test_adapted_model_that_no_update_improves_is_handed_on_by_its_name(
 def test_probe_on_the_adapted_model_is_handed_on_as_the_same_model_adapted_once_more(
     drawn: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "handed_on", lambda state: choice.ADAPTED_PROBE)
+    monkeypatch.setattr(choice, "handed_on", lambda state: baselines.ADAPTED_PROBE)
     words = [
         "adapt", f"--data.root={drawn}", f"--model.source={source}", f"--out={tmp_path}", *WORDS,
         "--phases.adapt.adapt.choose=given", "--phases.adapt.adapt.batchnorm=1", "--phases.adapt.adapt.centre",
@@ -418,7 +419,7 @@ def test_probe_on_the_adapted_model_is_handed_on_as_the_same_model_adapted_once_
         if not name.startswith("head."):
             torch.testing.assert_close(probed.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(probed.state_dict()["head.weight"], adapted_before.state_dict()["head.weight"], atol=1e-3)
-    row = [line for line in lines(tmp_path) if line["phase"] == choice.ADAPTED_PROBE][-1]
+    row = [line for line in lines(tmp_path) if line["phase"] == baselines.ADAPTED_PROBE][-1]
     assert files.read_json(tmp_path / "status.json")["best"]["value"] == row["top1"]
 
 

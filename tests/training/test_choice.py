@@ -11,7 +11,7 @@ import pytest
 
 from facefast.data import FaceIndex
 from facefast.data.divide import EvaluationSet, PhaseData
-from facefast.evaluation.baselines import CLASS_MEANS, PROBE
+from facefast.evaluation.baselines import ADAPTED, ADAPTED_PROBE, CLASS_MEANS, PROBE
 from facefast.models import checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe, TaskConfig
 from facefast.runtime.log import Position, RunLog
@@ -200,7 +200,12 @@ def test_fine_tuning_has_to_beat_the_class_means_by_a_picture() -> None:
 
 def untrained(at: int, best: float, **rows: float) -> str:
     """What is handed on where the best checkpoint, of update `at`, names a part `best`, and other rows these."""
-    names = {"means": CLASS_MEANS, "probe": PROBE, "adapted": choice.ADAPTED, "adapted_probe": choice.ADAPTED_PROBE}
+    names = {
+        "means": CLASS_MEANS,
+        "probe": PROBE,
+        "adapted": ADAPTED,
+        "adapted_probe": ADAPTED_PROBE,
+    }
     seen = {names[row]: {"top1": top} for row, top in rows.items()} | {"only": {"top1": best}}
     return choice.handed_on(at_end(of(), best=best, chosen=(0, at), validated=seen))
 
@@ -213,8 +218,8 @@ def test_a_probe_is_handed_on_where_it_names_more_than_class_means_and_as_much_a
 
 
 def test_of_equals_what_was_adapted_is_handed_on_and_the_source_has_to_name_one_more() -> None:
-    assert untrained(0, 0.5, means=0.5, probe=0.5, adapted=0.5, adapted_probe=0.5) == choice.ADAPTED
-    assert untrained(0, 0.5, means=0.5, probe=0.6, adapted=0.5, adapted_probe=0.6) == choice.ADAPTED_PROBE
+    assert untrained(0, 0.5, means=0.5, probe=0.5, adapted=0.5, adapted_probe=0.5) == ADAPTED
+    assert untrained(0, 0.5, means=0.5, probe=0.6, adapted=0.5, adapted_probe=0.6) == ADAPTED_PROBE
     assert untrained(0, 0.5, means=0.6, probe=0.5, adapted=0.5, adapted_probe=0.5) == CLASS_MEANS
     assert untrained(0, 0.5, means=0.5, adapted_probe=0.5) == "only"  # a recipe that only adapts
     assert untrained(0, 0.5, means=0.5) == CLASS_MEANS  # nothing was adapted: they are the same
