@@ -14,7 +14,9 @@ from facefast.data.together import MOST_PIXELS, Encoded, Source, Together
 
 def batch(name: int, length: int, side: int = 10) -> Encoded:
     rows = np.full(length, name)
-    draw = Draw(np.full((length, 2, 3), name, np.float32), np.zeros((length, 3, 4), np.float32), np.zeros((length, 4)))
+    draw = Draw(
+        np.full((length, 2, 3), name, np.float32), np.zeros((length, 3, 4), np.float32), np.zeros((length, 4), np.int32)
+    )
     return Encoded([np.array([row], np.uint8) for row in rows], draw, np.full((length, 2), side, np.int32))
 
 
@@ -25,7 +27,7 @@ def source(batches: Sequence[Encoded]) -> Source:
 
 def runs(together: Together) -> list[list[int]]:
     """The pictures of each run, by the name of their batch, to the source's end."""
-    found = []
+    found: list[list[int]] = []
     while True:
         try:
             taken = together()
