@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import nvidia.dali as nvdali
@@ -21,6 +20,7 @@ from nvidia.dali import fn, plugin_manager, types
 from torch.utils.dlpack import from_dlpack
 
 from facefast.data.augment import Draw
+from facefast.data.together import Source, Together
 from facefast.recipe import ImageSpec, Place, Reading
 
 PLUGIN = Path(__file__).parents[1] / "_dali.so"
@@ -36,23 +36,6 @@ _TYPES = {
 _MARGIN = 3
 
 
-class Encoded(NamedTuple):
-    """One batch as the source hands it over.
-
-    data: B arrays of uint8, each the bytes of one picture file (JPEG, PNG, WebP, BMP, TIFF).
-    draw: the numbers of the B rows.
-    sizes: int [B, 2], (width, height) of the pictures after EXIF orientation.
-    """
-
-    data: list[NDArray[np.uint8]]
-    draw: Draw
-    sizes: NDArray[Any]
-
-
-Source = Callable[[], Encoded]
-"""The next batch; raises StopIteration at the end."""
-
-
 class Pipeline:
     """Batches of one source, decoded and augmented ahead of the caller. Made by `build_pipeline`.
 
@@ -61,7 +44,7 @@ class Pipeline:
     """
 
     def __init__(
-        self, graph: nvdali.Pipeline, asked: list[Source], batch_size: int, dtype: torch.dtype, channels_last: bool
+        self, graph: nvdali.Pipeline, asked: Together, batch_size: int, dtype: torch.dtype, channels_last: bool
     ) -> None:
         self._graph: nvdali.Pipeline | None = graph
         self._asked = asked  # the source, where the graph finds it too: the graph must not hold what holds it
@@ -70,7 +53,7 @@ class Pipeline:
         self._channels_last = channels_last
 
     def run(self) -> torch.Tensor:
-        """The next batch, [B, 3, H, W]; calls the source for a batch to come.
+        """The next batch, [B, 3, H, W]; calls the source for batches to come.
 
         The tensor shares DALI's memory and keeps it: it stays valid after later runs and after `close`, and DALI takes
         the memory back when the last tensor of the batch is gone. On a GPU it is ready on torch's current stream.
@@ -82,6 +65,10 @@ class Pipeline:
         """
         if self._graph is None:
             raise ValueError("the pipeline is closed; build another one")
+        return self._asked.images(self._run)
+
+    def _run(self) -> torch.Tensor:
+        assert self._graph is not None
         # DALI makes the result ready in the order of torch's stream, so the host need not wait for it.
         stream = torch.cuda.current_stream() if self._graph.device_id is not None else None
         (pictures,) = self._graph.run(stream)
@@ -93,8 +80,7 @@ class Pipeline:
 
     def reset(self, source: Source | None = None) -> None:
         """Makes the pipeline ask its source, or another one, again after StopIteration."""
-        if source is not None:
-            self._asked[0] = source
+        self._asked.reset(source)
         if self._graph is not None:
             self._graph.reset()
 
@@ -115,6 +101,7 @@ def build_pipeline(
     prefetch: int,
     decoding: Place = "gpu",
     hw_decoder_load: float = Reading.hw_decoder_load,
+    together: int = 1,
 ) -> Pipeline:
     """The one graph: decode, then matrix, colour and erase in one pass over each picture.
 
@@ -130,6 +117,8 @@ def build_pipeline(
         decoding: where pictures for a GPU are decoded: there (DALI's `mixed` decoder), whole or the region that the
             matrix asks for, or on the CPU, which hands the region over as bytes.
         hw_decoder_load: part of the pictures that the GPU's JPEG hardware takes.
+        together: pictures, of consecutive batches, that the graph takes at once where they are that few; no more than
+            `batch_size`. `prefetch` then counts what it takes at once.
 
     Raises:
         ValueError: an argument is out of its range, or the plugin is missing, of another DALI version, or without its
@@ -145,10 +134,10 @@ def build_pipeline(
         )
     gpu = device == "gpu"
     load_plugin(cuda=gpu)
-    asked = [source]
+    asked = Together(source, min(together, batch_size))
     graph = define(
         image.shape,
-        lambda: asked[0](),
+        asked,
         batch_size=batch_size,
         device_id=torch.cuda.current_device() if gpu else None,
         decoding=decoding if gpu else None,

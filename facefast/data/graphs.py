@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from facefast.data.dali import Encoded, Pipeline, Source, build_pipeline
+from facefast.data.dali import Pipeline, build_pipeline
+from facefast.data.together import Encoded, Source
 from facefast.recipe import ImageSpec, Place
 
 LEAST_BATCH = 256
@@ -29,6 +30,8 @@ class Kind(NamedTuple):
     prefetch: int
     decoding: Place
     hw_decoder_load: float
+    together: int
+    """Pictures of small batches that it takes at once; 1 where each batch is a run of its own."""
 
 
 class Graphs:
@@ -87,6 +90,7 @@ def open_graph(kind: Kind, batch_size: int, source: Source) -> Pipeline:
             found.reset(source)
             return found
         batch_size = max(LEAST_BATCH, batch_size)
+    batch_size = max(batch_size, kind.together)
     return build_pipeline(
         ImageSpec(size=kind.shape[0], width=kind.shape[1]),
         batch_size=batch_size,
@@ -98,6 +102,7 @@ def open_graph(kind: Kind, batch_size: int, source: Source) -> Pipeline:
         prefetch=kind.prefetch,
         decoding=kind.decoding,
         hw_decoder_load=kind.hw_decoder_load,
+        together=kind.together,
     )
 
 

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from facefast.data import oracle
 from facefast.data.budget import BadDataError, Budget
-from facefast.data.dali import Encoded, Pipeline, Source, decode_probe
+from facefast.data.dali import Pipeline, decode_probe
 from facefast.data.graphs import Kind, leave_graph, open_graph
 from facefast.data.index import FAULTS, FaceIndex
 from facefast.data.sampler import EpochSampler, Rows, Sampler
+from facefast.data.together import Encoded, Source
 from facefast.data.work import Reader, Work, candidates
 from facefast.recipe import AugmentSpec, ImageSpec, Place, Reading
 
@@ -34,6 +35,8 @@ AHEAD = 4
 """Batches that are read before the decoder asks for them."""
 PREFETCH = 2
 """Batches that are decoded before the caller asks for them."""
+TOGETHER = 64
+"""Pictures of small batches that a processor decodes at once: each run costs as much as decoding a few pictures."""
 PIXELS, PIXELS_PER_THREAD, PIXELS_ON_GPU = 64_000_000, 12_000_000, 256_000_000
 """Pixels that are decoded at once, three bytes each: a batch of more is decoded in parts, down to single pictures. What
 comes out is the same, for no picture depends on the others of its batch."""
@@ -148,6 +151,7 @@ class Loader:
             PREFETCH,
             reading.decoding,
             reading.hw_decoder_load,
+            TOGETHER if device.type == "cpu" else 1,
         )
         self._decoder: Decoder | None = self._build(self._batch_size, self._feed, PREFETCH)
 
@@ -371,7 +375,9 @@ class Loader:
     def _build(self, batch_size: int, source: Source, prefetch: int) -> Decoder:
         if self._decoder_kind == "oracle":
             return oracle.OracleDecoder(self.image, source, self._device, self._dtype, self._channels_last)
-        return open_graph(self._kind._replace(prefetch=prefetch), batch_size, source)
+        alone = prefetch == 1  # what is asked of it is to be decoded by itself
+        kind = self._kind._replace(prefetch=prefetch, together=1 if alone else self._kind.together)
+        return open_graph(kind, batch_size, source)
 
     def _drop_decoder(self) -> None:
         if self._decoder is not None:

@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from facefast.data.augment import Draw, draw
-from facefast.data.dali import Encoded
 from facefast.data.index import FaceIndex
+from facefast.data.together import Encoded
 from facefast.recipe import AugmentSpec, ImageSpec, Reading
 from facefast.runtime.untrusted import open_regular
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 import facefast._scan as _scan
 from facefast.data.augment import Draw, draw
-from facefast.data.dali import Encoded
 from facefast.data.index import FAULTS, FaceIndex
 from facefast.data.sampler import Rows
+from facefast.data.together import Encoded
 from facefast.recipe import AugmentSpec, ImageSpec, Reading
 
 KEPT_BYTES = 64 << 20

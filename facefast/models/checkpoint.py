@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -67,8 +66,8 @@ def save(
     with files.storing(path, advice=UNTOUCHED):
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
-    with _completed(path, step, needed_bytes(tensors)) as aside:
-        _write_all(aside, tensors, documents, fetch)
+    with _completed(path, step, needed_bytes(tensors)) as (aside, hashes):
+        hashes |= _write_all(aside, tensors, documents, fetch)
     with files.storing(path, advice=UNTOUCHED):
         files.replace_link(folder / "last", path.name)
         if best:
@@ -78,16 +77,17 @@ def save(
 
 
 @contextlib.contextmanager
-def _completed(path: Path, step: int, needed: int) -> Iterator[Path]:
+def _completed(path: Path, step: int, needed: int) -> Iterator[tuple[Path, dict[str, str]]]:
     """A folder to write a checkpoint's files to, which becomes `path` with its manifest; nothing of it is left where it
-    cannot be written."""
+    cannot be written. Beside it, hashes by file name, for those that are known and need no reading."""
+    hashes: dict[str, str] = {}
     aside = path.with_name(f".{path.name}.tmp")
     try:
         with files.storing(path, needed, UNTOUCHED):
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-            yield aside
-            manifest.write(aside, step)
+            yield aside, hashes
+            manifest.write(aside, step, hashes)
             files.replace_folder(aside, path)
     except StorageError:
         shutil.rmtree(aside, ignore_errors=True)
@@ -124,8 +124,8 @@ def hand_on(run_folder: Path, name: str, tensors: dict[str, dict[str, Tensor]], 
         StorageError: the disk is full or refuses; what `best` points at is untouched.
     """
     path = run_folder / FOLDER / name
-    with _completed(path, 0, needed_bytes(tensors)) as aside:
-        _write_all(aside, tensors, documents)
+    with _completed(path, 0, needed_bytes(tensors)) as (aside, hashes):
+        hashes |= _write_all(aside, tensors, documents)
     with files.storing(path, advice=UNTOUCHED):
         files.replace_link(path.with_name("best"), path.name)
     return path
@@ -144,7 +144,7 @@ def amend(path: Path, documents: dict[str, Any]) -> None:
     """
     path = path.resolve()
     replaced = {manifest.NAME, *(f"{stem}.json" for stem in documents)}
-    with _completed(path, files.read_json(path / manifest.NAME)["step"], DOCUMENTS) as aside:
+    with _completed(path, files.read_json(path / manifest.NAME)["step"], DOCUMENTS) as (aside, _):
         for file in path.iterdir():
             if file.name not in replaced:
                 _link(file, aside / file.name)
@@ -159,27 +159,28 @@ def _link(file: Path, other: Path) -> None:
         shutil.copyfile(file, other)
 
 
-def _write_all(folder: Path, tensors: Named, documents: dict[str, Any], fetch: Fetch | None = None) -> None:
+def _write_all(folder: Path, tensors: Named, documents: dict[str, Any], fetch: Fetch | None = None) -> dict[str, str]:
+    """Returns the hashes of the files of tensors by name, known from writing them."""
+    hashes = {}
     for stem, named in tensors.items():
         path, spread_out = folder / f"{stem}.safetensors", any(isinstance(each, Spread) for each in named.values())
         if fetch is not None and spread_out:
-            spread.write(path, stem, named, fetch)
-            files.follow_umask(path)
+            hashes[path.name] = spread.write(path, stem, named, fetch)
         else:  # one process has all of every tensor
-            write_tensors(path, {name: spread.here(tensor) for name, tensor in named.items()})
+            hashes[path.name] = write_tensors(path, {name: spread.here(tensor) for name, tensor in named.items()})
     for stem, value in documents.items():
         files.write_json(folder / f"{stem}.json", value)
+    return hashes
 
 
-def write_tensors(path: Path, named: dict[str, Tensor]) -> None:
-    """A .safetensors file of named tensors, readable by whom the umask lets read.
+def write_tensors(path: Path, named: dict[str, Tensor]) -> str:
+    """A .safetensors file of named tensors; returns the hex SHA-256 of it.
 
     Raises:
-        OSError, safetensors.SafetensorError: it cannot be written.
+        OSError: it cannot be written.
+        ValueError: the format has no such type of numbers.
     """
-    savable = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-    safetensors.torch.save_file(savable, path)
-    files.follow_umask(path)
+    return spread.write(path, path.stem, named)
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from facefast.ops import class_block
+from facefast.runtime.direct import DirectFile
 from facefast.runtime.exits import RankError, exit_code
 from facefast.runtime.process import Runtime
 
@@ -30,6 +31,8 @@ TYPES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -126,31 +129,40 @@ def _answer(run: Runtime, tensors: Named) -> None:
             dist.send(rows, dst=0, group=run.control)
 
 
-def write(path: Path, file: str, named: Mapping[str, Tensor | Spread], fetch: Fetch) -> None:
-    """A .safetensors file with the whole of every tensor, written piece by piece.
+def write(path: Path, file: str, named: Mapping[str, Tensor | Spread], fetch: Fetch | None = None) -> str:
+    """A .safetensors file with the whole of every tensor, written piece by piece; returns the hex SHA-256 of it.
 
     Args:
         file: what `fetch` calls it.
+        fetch: gives other ranks' rows; None where this process has all of every tensor.
 
     Raises:
         OSError: it cannot be written.
+        ValueError: the format has no such type of numbers.
     """
     # By size of an element, largest first, so that every tensor begins where its type wants it.
     order = sorted(named, key=lambda name: (-here(named[name]).element_size(), name))
     header, end = {}, 0
     for name in order:
         tensor = named[name]
+        if (kind := here(tensor).dtype) not in TYPES:
+            raise ValueError(f"{path}: {name} is of {kind}; a file of tensors has one of {', '.join(map(str, TYPES))}")
         shape = [tensor.rows, *tensor.block.shape[1:]] if isinstance(tensor, Spread) else list(tensor.shape)
         begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": TYPES[here(tensor).dtype], "shape": shape, "data_offsets": [begin, end]}
+        header[name] = {"dtype": TYPES[kind], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
+    with DirectFile(path) as out:
+        out.write(memoryview(struct.pack("<Q", len(text)) + text))
         for name in order:
             tensor = named[name]
-            for piece in fetch(file, name, tensor) if isinstance(tensor, Spread) else (tensor.detach().cpu(),):
+            if fetch is not None and isinstance(tensor, Spread):
+                pieces_of_all = fetch(file, name, tensor)
+            else:
+                pieces_of_all = iter((here(tensor).detach().cpu(),))
+            for piece in pieces_of_all:
                 out.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return out.sha256()
 
 
 def own_rows(tensor: Tensor, block: range, rows: int) -> Tensor:

@@ -385,14 +385,6 @@ def _sync_folder(path: Path) -> None:
         sync(path)
 
 
-def follow_umask(path: Path) -> None:
-    """Gives a file the mode of one that `open` creates beside it, where a library made it private to its owner."""
-    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    probe.touch()
-    path.chmod(probe.stat().st_mode & 0o777)
-    probe.unlink()
-
-
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with open(path, "rb") as file:

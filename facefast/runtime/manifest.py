@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from facefast.runtime import files
@@ -19,10 +21,14 @@ class NewerFormatError(StorageError):
     """A later facefast wrote the folder: it is whole, but not for this one."""
 
 
-def write(folder: Path, step: int) -> None:
-    """Writes manifest.json with size and hash of everything else in a folder, and a hash of itself."""
+def write(folder: Path, step: int, known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Writes manifest.json with size and hash of everything else in a folder, and a hash of itself.
+
+    Args:
+        known: hashes by file name, of what was hashed while it was written: such a file is not read.
+    """
     content = {
-        file.name: {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
+        file.name: {"bytes": file.stat().st_size, "sha256": known.get(file.name) or files.sha256(file)}
         for file in sorted(folder.iterdir())
         if file.name != NAME
     }

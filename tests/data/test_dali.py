@@ -19,7 +19,8 @@ from torch import Tensor
 
 from facefast.data import dali
 from facefast.data.augment import Draw
-from facefast.data.dali import Encoded, Pipeline, build_pipeline, check_plugin, decode_probe
+from facefast.data.dali import Pipeline, build_pipeline, check_plugin, decode_probe
+from facefast.data.together import Encoded
 from facefast.recipe import ImageSpec
 from tests.support.pictures import encode, exif, garbled_jpeg, odd_pictures, smooth_picture
 

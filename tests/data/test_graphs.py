@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from facefast.data import dali, graphs
-from facefast.data.dali import Source
 from facefast.data.graphs import kept_open
 from facefast.data.index import FaceIndex
 from facefast.data.loader import Batch, make_loader
+from facefast.data.together import Source
 from facefast.recipe import ImageSpec
 from tests.support.pictures import encode, garbled_png, make_index, smooth_picture
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 from facefast.models import build_model, checkpoint
 from facefast.recipe import ImageSpec, IndexFacts, ModelConfig, Phase, Recipe, resolve, to_json
 from facefast.runtime import files, manifest
+from facefast.runtime.direct import DirectFile
 from facefast.runtime.exits import StorageError
 
 TENSORS = {"model": {"weight": torch.arange(6.0).reshape(2, 3)}}
@@ -151,14 +153,31 @@ def test_a_full_disk_leaves_earlier_checkpoints_alone(tmp_path: Path, monkeypatc
     good = write(tmp_path, 1)
 
     def full(*_: object) -> None:
-        raise safetensors.SafetensorError("No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(DirectFile, "write", full)
     with pytest.raises(StorageError, match="Earlier checkpoints are untouched"):
         write(tmp_path, 2)
     monkeypatch.undo()
     assert checkpoint.newest(tmp_path) == good
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if "tmp" in p.name] == []
+
+
+def test_the_safetensors_library_reads_what_was_written_bit_for_bit(tmp_path: Path) -> None:
+    types = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int8)
+    named = {f"of {type}": torch.arange(12).reshape(3, 4).to(type) for type in types}
+    named |= {"none": torch.zeros(0, 5), "one": torch.tensor(3.0), "many": torch.randn(600_000)}
+    digest = checkpoint.write_tensors(tmp_path / "ours", named)
+    found = safetensors.torch.load_file(tmp_path / "ours")
+    assert found.keys() == named.keys()
+    for name, tensor in named.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    assert digest == files.sha256(tmp_path / "ours")
+
+
+def test_a_type_that_no_file_of_tensors_has_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="waves is of torch.complex64; a file of tensors has one of torch.float64"):
+        checkpoint.write_tensors(tmp_path / "file", {"waves": torch.zeros(2, dtype=torch.complex64)})
 
 
 def test_an_optimizer_survives_the_round_trip_exactly(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from facefast.runtime import files
+from facefast.runtime.direct import DirectFile
 
 VALUES: tuple[object, ...] = (
     {},
@@ -69,17 +70,16 @@ def test_a_value_that_is_no_json_leaves_the_old_file_as_it_was(tmp_path: Path) -
     assert files.read_json(path) == {"number": 1}
 
 
-def test_files_follow_the_umask_also_those_that_a_library_made_private(tmp_path: Path) -> None:
-    private = tmp_path / "private"
+def test_files_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         files.write_json(tmp_path / "value.json", {})
-        private.touch(mode=0o600)
-        files.follow_umask(private)
+        with DirectFile(tmp_path / "bytes"):
+            pass
     finally:
         os.umask(before)
-    for path in (tmp_path / "value.json", private):
-        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    for name in ("value.json", "bytes"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640
     assert len(list(tmp_path.iterdir())) == 2
 
 
