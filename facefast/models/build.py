@@ -67,6 +67,7 @@ def build_model(
     held = sum(tensor.numel() for tensor in source.state.values()) + (LARGEST_NETWORK if config.partial else COUNTERS)
     require_numbers(lambda: FaceModel(config, 0, image), held, source.name)
     model = FaceModel(config, num_classes, image, class_names, attributes=attributes, world=world)
+    model.add_layers(source.layers)
     model.report = apply_source(model, source, partial=config.partial)
     model.provenance = provenance.of_run(source, config.source_licence)
     return model

@@ -126,8 +126,7 @@ def starting_model(
 def _take_over(model: FaceModel, before: FaceModel, head_start: str) -> None:
     """The weights of the phase before; its heads too where they stand for the same and are wanted."""
     model.adaptation = before.adaptation
-    if before.linear_map is not None:
-        model.add_linear_map()
+    model.add_layers(before.layers())
     kept = dict(before.state_dict())
     # By name and in order: row k of a head's weight stands for class k.
     same_classes = model.class_names == before.class_names and type(model.head) is type(before.head)
@@ -190,8 +189,7 @@ def begin(
     if saved:
         document = files.read_json(saved / "model.json")
         model.adaptation = document.get("adaptation")
-        if document.get("linear_map"):
-            model.add_linear_map()
+        model.add_layers(document)
         model.load_state_dict(checkpoint.read_weights(saved, model))
         state.anchored = checkpoint.read_tensors(saved, "anchor") or None
     model.to(state.run.device)
