@@ -17,6 +17,7 @@ from torch import Tensor
 from facefast.data import FaceIndex, make_loader
 from facefast.data.prepare import Locate, read_photographs
 from facefast.models import FaceModel, checkpoint
+from facefast.models.folded import folded
 from facefast.models.precision import Precision
 from facefast.recipe import Photographs, Reading
 from facefast.runtime.exits import NumericsError
@@ -92,10 +93,14 @@ def embed_rows(
         ) as loader,
     ):
         before: Callable[[], tuple[Tensor, Tensor]] | None = None
+        network: FaceModel | None = None
         for batch in loader:
-            embeddings = encoded(model, batch.images)
+            if network is None:
+                plain = run.device.type != "cpu" or precision.name != "fp32"
+                network = model if plain else folded(model, batch.images[:PART])
+            embeddings = encoded(network, batch.images)
             if mirror != "none":
-                mirrored = encoded(model, batch.images.flip(3))
+                mirrored = encoded(network, batch.images.flip(3))
                 both = torch.cat([embeddings, mirrored], 1)
                 embeddings = both if mirror == "joined" else (embeddings + mirrored) / 2
             if found is None:
