@@ -94,14 +94,16 @@ def few_of_each(labels: Labels, seed: int) -> NDArray[np.int64]:
 
 
 def rows_to_look_at(labels: Labels, seed: int) -> NDArray[np.int64]:
-    """The sample: of `few_of_each` people with two pictures or more, drawn at random until `MOST` are reached.
+    """The sample: of `few_of_each` whole people, drawn at random, those with two pictures or more before others, until
+    `MOST` are reached.
 
     Args:
         labels, seed: as there.
     """
     rows = few_of_each(labels, seed)
     pictures = np.bincount(labels[rows], minlength=1)
-    order = np.random.Generator(np.random.Philox(seed)).permutation(np.flatnonzero(pictures > 1))
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(pictures))
+    order = order[np.argsort(pictures[order] < 2, kind="stable")]
     people = order[np.cumsum(pictures[order]) <= MOST]
     return rows[np.isin(labels[rows], people)]
 
@@ -119,7 +121,7 @@ def look(model: FaceModel, index: FaceIndex, embed: Embedding, measure: Measurin
     """
     labels = np.where(index.faults == 0, index.labels, -1).astype(np.int64)
     rows = rows_to_look_at(labels, seed)
-    people = len(np.unique(labels[rows]))
+    people = int((np.bincount(labels[rows], minlength=1) > 1).sum())
     if people < LEAST_PEOPLE:
         return Look(False, rows[:0], torch.zeros(0, model.embedding_size), torch.zeros(0, dtype=torch.bool), people,
                     why=too_few(people))  # fmt: skip
