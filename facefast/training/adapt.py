@@ -84,17 +84,20 @@ class Adaptation:
                 f"TAR at FAR {FAR:.0%} by more than chance does"
             )
         else:
-            done = [_statistics_named(self.batchnorm, self.batchnorm_last)]
+            done = [statistics_named(self.batchnorm, self.batchnorm_last)]
             done += [_map_named(self.shrinkage, self.centre)]
             yield f"the source model is adapted: {' and '.join(filter(None, done))}"
         for trial in self.trials:
-            yield (
-                f"  {trial.name}: TAR at FAR {FAR:.0%} of people left out {trial.tar:.1%}, "
-                f"{100 * trial.gain:+.1f} points ({100 * trial.low:+.1f} to {100 * trial.high:+.1f})"
-            )
+            yield trial.told()
 
 
-def _statistics_named(first: float, last: float) -> str:
+def too_few(people: int) -> str:
+    """Why nothing can be chosen."""
+    return f"{people} people have two pictures or more; {LEAST_PEOPLE} are needed to choose an adaptation by"
+
+
+def statistics_named(first: float, last: float) -> str:
+    """BatchNorm statistics by their weights, for people."""
     if first == last:
         return f"BatchNorm statistics of these pictures, weight {first:g}" if first else ""
     return f"BatchNorm statistics of these pictures, weight {first:g} at the first layer to {last:g} at the last"
@@ -141,8 +144,7 @@ def adapt(
     """
     people = int((np.bincount(index.labels[index.labels >= 0], minlength=1) > 1).sum())
     if config.choose == "auto" and people < LEAST_PEOPLE:
-        why = f"{people} people have two pictures or more; {LEAST_PEOPLE} are needed to choose an adaptation by"
-        return Adaptation(why=why), known
+        return Adaptation(why=too_few(people)), known
     statistical = bool(layers(model))
     weights = config.batchnorm, config.batchnorm_last
     trials: tuple[Trial, ...] = ()
@@ -279,6 +281,21 @@ def tars_left_out(
     return [torch.cat(tars) if tars else torch.zeros(0, dtype=torch.float64) for tars in found]
 
 
+def tars_with_few_maps(embeddings: Tensor, seen: Tensor, labels: Labels, seed: int) -> list[Tensor]:
+    """TARs [P] of `tars_left_out` for `FEW_SHRINKAGES`, by which BatchNorm statistics are compared.
+
+    Args:
+        embeddings: [N, D] of any length.
+        seen: [N] bool, False for rows that hold no embedding.
+        labels: [N], below 0 for rows that do not count.
+        seed: which people are in which group.
+    """
+    folds = groups_of_people(labels, FEW_FOLDS, seed)
+    known = np.where(seen.numpy(), labels, -1)
+    people = gather(embeddings, seen, known, folds, FEW_FOLDS, centre=True)
+    return tars_left_out(embeddings, known, folds, people, FEW_SHRINKAGES)
+
+
 def choose_map(
     embeddings: Tensor, labels: Labels, groups: NDArray[np.int64], people: People
 ) -> tuple[float | None, tuple[Trial, ...]]:
@@ -329,7 +346,6 @@ def choose_statistics(
         statistics = measure(model, _with(others, unnamed))
         rows = rows_to_ask(index.labels, groups == half, FEW_EACH)
         asked = index.select(rows)
-        folds = groups_of_people(asked.labels, FEW_FOLDS, seed)
         changed = copy.deepcopy(model)
         for weights, found in tars.items():
             if any(weights):
@@ -338,15 +354,13 @@ def choose_statistics(
                 embeddings, seen = embed(changed, asked, False)
             else:
                 embeddings, seen = plain[0][rows], plain[1][rows]
-            labels = np.where(seen.numpy(), asked.labels, -1)
-            people = gather(embeddings, seen, labels, folds, FEW_FOLDS, centre=True)
-            found.append(tars_left_out(embeddings, labels, folds, people, FEW_SHRINKAGES))
+            found.append(tars_with_few_maps(embeddings, seen, asked.labels, seed))
     # Of each weight the best of its maps, over both halves.
     best_of = {
         weights: max((torch.cat(one) for one in zip(*found, strict=True)), key=lambda each: float(each.nanmean()))
         for weights, found in tars.items()
     }
     before = best_of.pop((0.0, 0.0))
-    tried = [(_statistics_named(*weights), found) for weights, found in best_of.items()]
+    tried = [(statistics_named(*weights), found) for weights, found in best_of.items()]
     best, trials = choose(tried, before)
     return (WEIGHTS[best] if best >= 0 else (0.0, 0.0)), trials

@@ -376,7 +376,7 @@ def test_fine_tuning_goes_on_from_the_adapted_model_and_resumes_with_it(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.main([*words, f"--out={whole}"]) == 0
     rows = [line["phase"] for line in lines(whole) if line["split"] == "test"]
-    assert rows[:3] == ["adapted class means", "adapted linear probe", "class means"]
+    assert rows[:4] == ["adapted class means", "adapted linear probe", "last", "class means"]
     last = checkpoint.load_model(checkpoint.of_step(whole, 5))
     assert last.adaptation is not None and last.adaptation["batchnorm"] == 1
     # From a checkpoint in the middle of the phase that adapted, to the same bits.
