@@ -9,7 +9,8 @@ mirror images, by the source and with the BatchNorm statistics of one half of th
 statistics are of the first part, and their weight is chosen on the second; the map is chosen and made on both, as in
 `facefast train adapt`; and nothing but the reported numbers is asked of the third. A row of results/transfer.jsonl has
 TAR over all pairs of the third part's pictures by the source on the unshifted set, by the source on this set and by the
-adapted model; `gain` has a 95 % interval over people.
+adapted model; `gain` has a 95 % interval over people. Rows `look-` say what a run sees of each set before it decides
+to choose anything; `--shots` without a number makes these alone.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from facefast.models.fold import LinearMap
 from facefast.models.heads import unit
 from facefast.recipe import AdaptConfig
 from facefast.runtime.process import Runtime, World
-from facefast.training.adapt import FEW_SHRINKAGES, WEIGHTS, adapt_embeddings
-from facefast.training.leftout import choose, tar_of_people
+from facefast.training import sample
+from facefast.training.adapt import FEW_SHRINKAGES, FOLDS, WEIGHTS, adapt_embeddings, choose_map, gather
+from facefast.training.leftout import choose, groups_of_people, tar_of_people
 from facefast.training.restate import layers, restate
 from facefast.training.whiten import Whitening, centring, mean_of, sums_of, within_scatter
 
@@ -228,6 +230,27 @@ def measure(
     )
 
 
+def looked_at(kind: str, people: People, source: Tensor, seed: int) -> dict[str, Any]:
+    """A row of what a run's first look at a sample of the set says of the maps (`facefast.training.sample`): where the
+    highest of their intervals ends."""
+    rows = sample.rows_to_look_at(people.labels, seed)
+    own, labels = source[torch.from_numpy(rows)], people.labels[rows]
+    groups = groups_of_people(labels, FOLDS, seed)
+    gathered = gather(own, torch.ones(len(own), dtype=torch.bool), labels, groups, FOLDS, centre=True)
+    best = max(choose_map(own, labels, groups, gathered)[1], key=lambda trial: trial.high)
+    return record(
+        "transfer",
+        row=f"look-{kind}",
+        title=f"a look at a sample, {kind}",
+        seed=seed,
+        pictures=len(rows),
+        map=best.name,
+        gain=round(best.gain, 4),
+        gain_ends=[round(best.low, 4), round(best.high, 4)],
+        promising=best.high >= sample.WORTH,
+    )
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -236,7 +259,7 @@ def main() -> None:
     parser.add_argument("--source", required=True)
     parser.add_argument("--kinds", nargs="+", choices=(CLEAN, *KINDS), default=[CLEAN, *KINDS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--shots", nargs="+", type=int, default=[MOST, 5], help="pictures a person, 2 to 10")
+    parser.add_argument("--shots", nargs="*", type=int, default=[MOST, 5], help="pictures a person, 2 to 10")
     parser.add_argument("--cache", type=Path, help="folder in which embeddings are kept")
     given = parser.parse_args()
     model = model_from_source(load_source(given.source)).eval()
@@ -250,6 +273,8 @@ def main() -> None:
     clean = of(CLEAN)
     for kind in given.kinds:
         known = clean if kind == CLEAN else of(kind)
+        for seed in given.seeds:
+            print(json.dumps(looked_at(kind, people, known["source"], seed)["gain_ends"]), kind, seed, flush=True)
         for shots in given.shots:
             for seed in given.seeds:
                 line = measure(kind, people, clean["source"], known, seed, shots)
