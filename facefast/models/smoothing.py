@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from facefast.recipe import ImageSpec
+from facefast.recipe.phase import MOST_BLUR
 
 LIGHTNESS = (0.299, 0.587, 0.114)
 """Of red, green and blue in luma (ITU-R BT.601), as JPEG takes it."""
@@ -18,8 +19,6 @@ REFERENCE = 112
 """Height in pixels of the pictures that deviations are given for."""
 REACH = 4.0
 """Deviations beyond which the blur's weights are 0: the rest is less than a level of 255."""
-MOST = 16.0
-"""Deviation."""
 
 
 class Deviations(NamedTuple):
@@ -62,8 +61,8 @@ class Smoothing(nn.Module):
 
     def __init__(self, image: ImageSpec, deviations: Deviations) -> None:
         super().__init__()
-        if not all(0 <= deviation <= MOST for deviation in deviations):
-            raise ValueError(f"deviations of a blur are {list(deviations)}; each must lie in [0, {MOST:g}]")
+        if not all(0 <= deviation <= MOST_BLUR for deviation in deviations):
+            raise ValueError(f"deviations of a blur are {list(deviations)}; each must lie in [0, {MOST_BLUR:g}]")
         self.deviations = deviations
         scale = image.shape[0] / REFERENCE
         of_luma, of_chroma = (

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -347,10 +347,16 @@ def _untrained(state: TrainState, source: Source | None, data: PhaseData, *, ada
     done = state.evaluated.adaptation
     if adapted and done is not None:
         known = _embedded(state, model, data.train)
-        again = AdaptConfig("given", done["batchnorm"], done["batchnorm_last"], done["centre"], done["shrinkage"])
+        again = _again(done)
         adapted_to(state, again, model, data, known)
         model.adaptation = done
     return model
+
+
+def _again(done: Mapping[str, Any]) -> AdaptConfig:
+    """An adaptation as model.json tells of it, to be done as it was."""
+    own = {field.name for field in dataclasses.fields(AdaptConfig)} - {"choose"}
+    return AdaptConfig("given", **{name: value for name, value in done.items() if name in own})
 
 
 def _metrics(state: TrainState, data: PhaseData) -> dict[str, Any] | None:

@@ -17,14 +17,17 @@ from facefast.data import FaceIndex
 from facefast.models import FaceModel
 from facefast.runtime.process import Runtime
 from facefast.training.adapt import (
+    BLURS,
     FOLDS,
     LEAST_PEOPLE,
     Embedding,
     Measuring,
+    best_tars,
+    blur_named,
+    blurred,
     choose_map,
     gather,
     statistics_named,
-    tars_with_few_maps,
     too_few,
 )
 from facefast.training.leftout import FAR, Labels, Trial, choose, groups_of_people
@@ -109,8 +112,8 @@ def rows_to_look_at(labels: Labels, seed: int) -> NDArray[np.int64]:
 
 
 def look(model: FaceModel, index: FaceIndex, embed: Embedding, measure: Measuring, run: Runtime, seed: int) -> Look:
-    """Tries on a sample what `adapt` would try on all pictures: every map, and one weight of BatchNorm
-    statistics, those of one half of the people on the other half.
+    """Tries on a sample what `adapt` would try on all pictures: every map; and on one half of the people one blur, and
+    BatchNorm statistics of the other half with one weight.
 
     Args:
         model: the source, in evaluation mode, unchanged afterwards.
@@ -129,14 +132,13 @@ def look(model: FaceModel, index: FaceIndex, embed: Embedding, measure: Measurin
     known = np.where(seen.numpy(), labels[rows], -1)
     groups = groups_of_people(known, FOLDS, seed)
     trials = choose_map(embeddings, known, groups, gather(embeddings, seen, known, groups, FOLDS, centre=True))[1]
-    if layers(model):
-        trials += _statistics_tried(model, index.select(rows), known, embeddings, embed, measure, seed)
+    trials += _networks_tried(model, index.select(rows), known, embeddings, embed, measure, seed)
     # Where nothing can be told, nothing is ruled out. One rank decides: two kinds of processors may round apart.
     promising = run.broadcast(not trials or any(trial.high >= WORTH for trial in trials))
     return Look(promising, rows, embeddings, seen, people, trials)
 
 
-def _statistics_tried(
+def _networks_tried(
     model: FaceModel,
     sample: FaceIndex,
     known: NDArray[np.int64],
@@ -145,17 +147,22 @@ def _statistics_tried(
     measure: Measuring,
     seed: int,
 ) -> tuple[Trial, ...]:
-    """What BatchNorm statistics add to the map that goes best with them."""
+    """What a blur, and what BatchNorm statistics add to the map that goes best with them."""
     theirs = groups_of_people(known, 2, seed)[known.clip(min=0)]
-    draw = np.random.Generator(np.random.Philox(seed)).permutation
-    giving = np.sort(draw(np.flatnonzero((theirs == 0) & (known >= 0)))[:FOR_STATISTICS])
     asked = np.flatnonzero((theirs == 1) & (known >= 0))
-    changed = copy.deepcopy(model)
-    restate(changed, measure(model, sample.select(giving)), WEIGHT, WEIGHT)
-    after, seen = embed(changed, sample.select(asked), False)
-    labels = np.where(seen.numpy(), known[asked], -1)
+    tried = {blur_named(BLURS[0]): copy.deepcopy(model)}
+    blurred(tried[blur_named(BLURS[0])], BLURS[0])
+    if layers(model):
+        draw = np.random.Generator(np.random.Philox(seed)).permutation
+        giving = np.sort(draw(np.flatnonzero((theirs == 0) & (known >= 0)))[:FOR_STATISTICS])
+        restated = copy.deepcopy(model)
+        restate(restated, measure(model, sample.select(giving)), WEIGHT, WEIGHT)
+        tried[statistics_named(WEIGHT, WEIGHT)] = restated
+    before = best_tars(
+        embeddings[torch.from_numpy(asked)], torch.ones(len(asked), dtype=torch.bool), known[asked], seed
+    )
     found = []
-    for each in (embeddings[torch.from_numpy(asked)], after):
-        tars = tars_with_few_maps(each, seen, labels, seed)
-        found.append(max(tars, key=lambda tar: float(tar.nanmean())))
-    return choose([(statistics_named(WEIGHT, WEIGHT), found[1])], found[0])[1]
+    for name, network in tried.items():
+        after, seen = embed(network, sample.select(asked), False)
+        found.append((name, best_tars(after, seen, known[asked], seed)))
+    return choose(found, before)[1]
