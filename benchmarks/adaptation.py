@@ -198,14 +198,8 @@ def choose_network(
     known: Embedded, half: int, labels: NDArray[np.int64], estimate: NDArray[np.bool_], ask: NDArray[np.bool_]
 ) -> tuple[Deviations, tuple[float, float]]:
     """The blur, then the BatchNorm weights, that are best on the rows to `ask`, as `adapt` chooses them."""
-    best = before = best_tars(known.of(), labels, estimate, ask)
-    tried = []
-    for blur in BLURS:
-        found = best_tars(known.of(blur), labels, estimate, ask)
-        tried.append((str(blur), found))
-        if not float(found.mean()) > float(best.mean()):
-            break
-        best = found
+    before = best_tars(known.of(), labels, estimate, ask)
+    tried = [(str(blur), best_tars(known.of(blur), labels, estimate, ask)) for blur in BLURS]
     place, _ = choose(tried, before)
     blur = BLURS[place] if place >= 0 else NONE
     before = best_tars(known.of(blur), labels, estimate, ask)

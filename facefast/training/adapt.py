@@ -38,7 +38,7 @@ from facefast.training.whiten import (
 )
 
 BLURS = (Deviations(1.2, 4.0), Deviations(2.5, 4.0))
-"""Of the pictures, tried beside none, each as long as the one before has gained."""
+"""Of the pictures, tried beside none."""
 WEIGHTS = ((0.5, 0.5), (1.0, 0.0), (1.0, 1.0))
 """Of the user's BatchNorm statistics at the first layer and the last, tried beside none."""
 SHRINKAGES = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1)
@@ -366,15 +366,11 @@ def choose_blur(
     rows = rows_to_ask(index.labels, np.ones(index.num_classes, np.bool_), FEW_EACH)
     asked = index.select(rows)
     changed = copy.deepcopy(model)
-    best = before = best_tars(*_of_rows(changed, asked, rows, plain, embed), asked.labels, seed)
+    before = best_tars(*_of_rows(changed, asked, rows, plain, embed), asked.labels, seed)
     tried = []
     for blur in BLURS:
         blurred(changed, blur)
-        found = best_tars(*embed(changed, asked, False), asked.labels, seed)
-        tried.append((blur_named(blur), found))
-        if not float(found.nanmean()) > float(best.nanmean()):
-            break
-        best = found
+        tried.append((blur_named(blur), best_tars(*embed(changed, asked, False), asked.labels, seed)))
     place, trials = choose(tried, before)
     return (BLURS[place] if place >= 0 else Deviations(0, 0)), trials
 
