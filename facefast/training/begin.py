@@ -288,7 +288,7 @@ def _few(state: TrainState, model: FaceModel, data: PhaseData, looked: sample.Lo
     known = Embedded(torch.zeros(0, dtype=torch.long), torch.zeros(0, model.embedding_size), torch.zeros(0).bool())
     if looked is not None:
         known = Embedded(torch.from_numpy(looked.rows), looked.embeddings, looked.seen)
-    wanted = sample.few_of_each(labels, state.recipe.seed)
+    wanted = sample.few_of_each(labels, sample.EACH_OF_HEAD, state.recipe.seed)
     for _ in range(2):
         rows = np.setdiff1d(wanted, known.rows.numpy())
         if len(rows):
