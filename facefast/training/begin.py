@@ -257,7 +257,7 @@ def _embedded(
 ) -> tuple[Embedded, bool]:
     """What a phase that begins is to know of its pictures, and whether the model was adapted to them, in place.
 
-    Training goes on from the head that class means give, for which a few pictures of each person are enough. All of
+    Training goes on from the head that class means give, for which some pictures of each person are enough. All of
     them are embedded, with their mirror images, where an adaptation may be worth it, where the model names pictures,
     and where no update follows.
     """
