@@ -34,7 +34,7 @@ EACH = 3
 """Pictures of a person that are looked at, without their mirror images; of few people more, until there are `MOST`."""
 EACH_OF_HEAD = 20
 """Pictures of a person, without their mirror images, whose mean a head starts from. Training does not make up for few:
-three or eight of fifteen cost the default fine-tuning half a point and more (benchmarks/LOG.md)."""
+three or eight of fifteen cost the default fine-tuning five and eight test pictures of 994 (benchmarks/LOG.md)."""
 MOST = 720
 """Pictures in all, of whole people. Where there are no more than that, all are asked at once."""
 WEIGHT = 0.5
