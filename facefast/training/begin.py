@@ -255,7 +255,7 @@ def _embedded(
 ) -> tuple[Embedded, bool]:
     """What a phase that begins is to know of its pictures, and whether the model was adapted to them, in place.
 
-    Training goes on from the head that class means give, for which a few pictures of each person are enough. All of
+    Training goes on from the head that class means give, for which some pictures of each person are enough. All of
     them are embedded, with their mirror images, where an adaptation may be worth it, where the model names pictures,
     and where no update follows.
     """
@@ -286,7 +286,7 @@ def _few(state: TrainState, model: FaceModel, data: PhaseData, looked: sample.Lo
     known = Embedded(torch.zeros(0, dtype=torch.long), torch.zeros(0, model.embedding_size), torch.zeros(0).bool())
     if looked is not None:
         known = Embedded(torch.from_numpy(looked.rows), looked.embeddings, looked.seen)
-    wanted = sample.few_of_each(labels, state.recipe.seed)
+    wanted = sample.few_of_each(labels, sample.EACH_OF_HEAD, state.recipe.seed)
     for _ in range(2):
         rows = np.setdiff1d(wanted, known.rows.numpy())
         if len(rows):

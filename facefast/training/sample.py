@@ -34,7 +34,10 @@ from facefast.training.leftout import FAR, Labels, Trial, choose, groups_of_peop
 from facefast.training.restate import layers, restate
 
 EACH = 3
-"""Pictures of a person, without their mirror images; of few people more, until there are `MOST`."""
+"""Pictures of a person that are looked at, without their mirror images; of few people more, until there are `MOST`."""
+EACH_OF_HEAD = 20
+"""Pictures of a person, without their mirror images, whose mean a head starts from. Training does not make up for few:
+three or eight of fifteen cost the default fine-tuning five and eight test pictures of 994 (benchmarks/LOG.md)."""
 MOST = 720
 """Pictures in all, of whole people. Where there are no more than that, all are asked at once."""
 WEIGHT = 0.5
@@ -82,18 +85,19 @@ class Look(NamedTuple):
             yield trial.told()
 
 
-def few_of_each(labels: Labels, seed: int) -> NDArray[np.int64]:
-    """Rows of a few pictures of each person, drawn at random, in order.
+def few_of_each(labels: Labels, each: int, seed: int) -> NDArray[np.int64]:
+    """Rows of a few pictures of each person, drawn at random, in order; those of fewer are among those of more.
 
     Args:
         labels: [N], below 0 for rows that do not count.
+        each: pictures of a person at most, but where there are few people.
         seed: of the draw.
     """
     drawn = np.random.Generator(np.random.Philox(seed)).permutation(np.flatnonzero(labels >= 0))
     drawn = drawn[np.argsort(labels[drawn], kind="stable")]
     place = np.arange(len(drawn)) - np.searchsorted(labels[drawn], labels[drawn])
     people = len(np.unique(labels[drawn]))
-    return np.sort(drawn[place < max(EACH, MOST // max(people, 1))])
+    return np.sort(drawn[place < max(each, MOST // max(people, 1))])
 
 
 def rows_to_look_at(labels: Labels, seed: int) -> NDArray[np.int64]:
@@ -103,7 +107,7 @@ def rows_to_look_at(labels: Labels, seed: int) -> NDArray[np.int64]:
     Args:
         labels, seed: as there.
     """
-    rows = few_of_each(labels, seed)
+    rows = few_of_each(labels, EACH, seed)
     pictures = np.bincount(labels[rows], minlength=1)
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(pictures))
     order = order[np.argsort(pictures[order] < 2, kind="stable")]

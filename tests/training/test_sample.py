@@ -126,13 +126,14 @@ def test_too_few_people_are_counted_and_nobody_is_embedded() -> None:
 def test_a_few_pictures_of_each_person_are_drawn_by_the_seed_and_more_of_few_people() -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(-1, 300), 20))
     labels[np.flatnonzero(labels == 5)[1:]] = -1
-    rows = sample.few_of_each(labels, seed=1)
+    rows = sample.few_of_each(labels, 3, seed=1)
     counts = np.bincount(labels[rows], minlength=300)
     assert (labels[rows] >= 0).all() and (np.diff(rows) > 0).all()
-    assert counts[5] == 1 and set(np.delete(counts, 5)) == {sample.EACH}
-    np.testing.assert_array_equal(rows, sample.few_of_each(labels, seed=1))
-    assert len(np.setdiff1d(rows, sample.few_of_each(labels, seed=2))) > 300
-    few = sample.few_of_each(labels[labels < 40], seed=1)
+    assert counts[5] == 1 and set(np.delete(counts, 5)) == {3}
+    assert set(rows) < set(sample.few_of_each(labels, 4, seed=1))
+    np.testing.assert_array_equal(rows, sample.few_of_each(labels, 3, seed=1))
+    assert len(np.setdiff1d(rows, sample.few_of_each(labels, 3, seed=2))) > 300
+    few = sample.few_of_each(labels[labels < 40], 3, seed=1)
     assert len(few) == 39 * (sample.MOST // 40) + 1
 
 
@@ -141,7 +142,7 @@ def test_the_sample_is_of_whole_people_and_those_with_one_picture_come_last() ->
     rows = sample.rows_to_look_at(labels, seed=1)
     counts = np.bincount(labels[rows], minlength=900)
     assert (counts[:100] == sample.EACH).all() and counts[100:].max() == 1
-    assert len(rows) == sample.MOST and set(rows) <= set(sample.few_of_each(labels, seed=1))
+    assert len(rows) == sample.MOST and set(rows) <= set(sample.few_of_each(labels, 3, seed=1))
     many = sample.rows_to_look_at(np.repeat(np.arange(5000), 4), seed=1)
     assert len(many) == sample.MOST and (np.bincount(many // 4)[np.unique(many // 4)] == sample.EACH).all()
 
@@ -165,7 +166,7 @@ def test_a_head_starts_from_few_pictures_and_all_of_a_person_of_whom_these_canno
     whose = index.labels[small.BROKEN]
     only = np.flatnonzero(index.labels == whose)
     drawn: NDArray[np.int64] = np.array([0, small.BROKEN, 6])
-    monkeypatch.setattr(sample, "few_of_each", lambda labels, seed: drawn)
+    monkeypatch.setattr(sample, "few_of_each", lambda *_: drawn)
     phase = Phase(name="tune", start="source", head_start="class_mean", batch_size=4, steps=5)
     data = PhaseData(index, NOBODY, NOBODY)
     state = make_state(phase, data=(data,), source=source_run, eval=EvalConfig(baselines=False))
