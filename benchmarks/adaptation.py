@@ -4,18 +4,20 @@
         [--seeds 0 1 2] [--shots 10 5] [--cache DIR]
 
 `--sets` holds the sets of `shifted.py`. Of every person with four pictures or more, ten at most are embedded, without
-mirror images, by the source and with the BatchNorm statistics of one half of the people and of the other; with
-`--cache` this is done once. People are then divided into three parts: that half, a sixth and a third. BatchNorm
-statistics are of the first part, and their weight is chosen on the second; the map is chosen and made on both, as in
-`facefast train adapt`; and nothing but the reported numbers is asked of the third. A row of results/transfer.jsonl has
-TAR over all pairs of the third part's pictures by the source on the unshifted set, by the source on this set and by the
-adapted model; `gain` has a 95 % interval over people.
+mirror images, by the source, of blurred pictures, and with the BatchNorm statistics of one half of the people or of the
+other; with `--cache` each is done once. People are then divided into three parts: that half, a sixth and a third.
+BatchNorm statistics are of the first part; the blur and their weight are chosen on the second; the map is chosen and
+made on both, as in `facefast train adapt`; and nothing but the reported numbers is asked of the third. A row of
+results/transfer.jsonl has TAR over all pairs of the third part's pictures by the source on the unshifted set, by the
+source on this set and by the adapted model; `gain` has a 95 % interval over people. Rows `look-` say what a run sees of
+each set before it decides to choose anything; `--shots` without a number makes these alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,10 +34,12 @@ from facefast.data import make_loader, read_index
 from facefast.models import FaceModel, load_source, model_from_source
 from facefast.models.fold import LinearMap
 from facefast.models.heads import unit
+from facefast.models.smoothing import Deviations
 from facefast.recipe import AdaptConfig
 from facefast.runtime.process import Runtime, World
-from facefast.training.adapt import FEW_SHRINKAGES, WEIGHTS, adapt_embeddings
-from facefast.training.leftout import choose, tar_of_people
+from facefast.training import sample
+from facefast.training.adapt import BLURS, FEW_SHRINKAGES, FOLDS, WEIGHTS, adapt_embeddings, blurred, choose_map, gather
+from facefast.training.leftout import choose, groups_of_people, tar_of_people
 from facefast.training.restate import layers, restate
 from facefast.training.whiten import Whitening, centring, mean_of, sums_of, within_scatter
 
@@ -46,6 +50,7 @@ BATCHES = 6
 """That statistics are taken of."""
 FARS = {"tar@1e-2": 1e-2, "tar@1e-3": 1e-3}
 DRAWS = 1000
+NONE = Deviations(0.0, 0.0)
 RUN = Runtime(World(0, 1, 0, 1), torch.device("cpu"))
 
 
@@ -99,34 +104,45 @@ def _own(buffer: Tensor | None) -> Tensor:
     return buffer.clone()
 
 
-def name_of(weights: tuple[float, float], half: int) -> str:
-    """Of embeddings in the cache."""
-    return f"{weights[0]:g}-{weights[1]:g}/{half}"
+class Embedded:
+    """Embeddings of one set by the source, changed in one way or another: each is made when it is first asked for."""
 
+    def __init__(self, root: Path, model: FaceModel, people: People, cache: Path | None) -> None:
+        self.model, self.people, self.cache = model, people, cache
+        self.index = read_index(root, "celeba").select(people.rows)
+        self.held: dict[str, NDArray[np.float32]] = {}
+        if cache is not None and cache.exists():
+            with np.load(cache) as held:
+                self.held = {name: held[name] for name in held.files}
+        self._statistics: dict[tuple[Deviations, int], dict[str, tuple[Tensor, Tensor]]] = {}
 
-def embeddings_of(root: Path, model: FaceModel, people: People, cache: Path | None) -> dict[str, Tensor]:
-    """By `name_of`, and `source`: embeddings of one set."""
-    if cache is not None and cache.exists():
-        held = np.load(cache)
-        return {name: torch.from_numpy(held[name]) for name in held.files}
-    index = read_index(root, "celeba").select(people.rows)
-    pictures = torch.zeros(len(index), 3, *model.image.shape, dtype=torch.uint8)
-    with make_loader(index, model.image, batch_size=64, dtype=torch.float32, threads=1) as loader:
-        for batch in loader:
-            levels = batch.images * model.pixel_std + model.pixel_mean
-            pictures[batch.rows[batch.rows >= 0]] = levels[batch.rows >= 0].round().clamp(0, 255).byte()
-    found = {"source": embedded(model, pictures)}
-    for half in range(2):
-        own = torch.from_numpy(people.first[people.labels] == (half == 0))
-        statistics = moments(model, pictures[own])
-        for weights in WEIGHTS:
-            changed = copy.deepcopy(model)
-            restate(changed, statistics, *weights)
-            found[name_of(weights, half)] = embedded(changed, pictures)
-    if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(cache, allow_pickle=False, **found)
-    return {name: torch.from_numpy(values) for name, values in found.items()}
+    @functools.cached_property
+    def pictures(self) -> Tensor:
+        """[N, 3, H, W] uint8."""
+        pictures = torch.zeros(len(self.index), 3, *self.model.image.shape, dtype=torch.uint8)
+        with make_loader(self.index, self.model.image, batch_size=64, dtype=torch.float32, threads=1) as loader:
+            for batch in loader:
+                levels = batch.images * self.model.pixel_std + self.model.pixel_mean
+                pictures[batch.rows[batch.rows >= 0]] = levels[batch.rows >= 0].round().clamp(0, 255).byte()
+        return pictures
+
+    def of(self, blur: Deviations = NONE, weights: tuple[float, float] = (0.0, 0.0), half: int = 0) -> Tensor:
+        """[N, D] by the source that blurs its pictures and has statistics of one half of the people."""
+        name = f"{blur.luma:g}-{blur.chroma:g}" + (f"/{weights[0]:g}-{weights[1]:g}/{half}" if any(weights) else "")
+        if name not in self.held:
+            changed = copy.deepcopy(self.model)
+            if any(blur):
+                blurred(changed, blur)
+            if any(weights):
+                if (blur, half) not in self._statistics:
+                    own = torch.from_numpy(self.people.first[self.people.labels] == (half == 0))
+                    self._statistics[blur, half] = moments(changed, self.pictures[own])
+                restate(changed, self._statistics[blur, half], *weights)
+            self.held[name] = embedded(changed, self.pictures)
+            if self.cache is not None:
+                self.cache.parent.mkdir(parents=True, exist_ok=True)
+                np.savez(self.cache, allow_pickle=False, **self.held)
+        return torch.from_numpy(self.held[name])
 
 
 class Passed(NamedTuple):
@@ -163,30 +179,36 @@ def gain_interval(before: Passed, after: Passed, seed: int) -> list[float]:
     return [round(float(value), 5) for value in np.quantile(gains, [0.025, 0.975])]
 
 
-def choose_weights(
-    known: dict[str, Tensor], half: int, labels: NDArray[np.int64], estimate: NDArray[np.bool_], ask: NDArray[np.bool_]
-) -> tuple[float, float]:
-    """The BatchNorm weights that are best on the rows to `ask` with the map that goes best with them."""
-    best: dict[tuple[float, float], Tensor] = {}
-    for weights in ((0.0, 0.0), *WEIGHTS):
-        embeddings = known[name_of(weights, half) if any(weights) else "source"]
-        own = embeddings[torch.from_numpy(estimate)]
-        seen, nobody = torch.ones(len(own), dtype=torch.bool), np.zeros(len(own), np.int64)
-        centre = mean_of(sums_of(own, seen, nobody, 1))
-        people = np.unique(labels[estimate], return_inverse=True)[1]
-        maps = Whitening(within_scatter(own, people, np.zeros(people.max() + 1, np.int64), 1, centre)[0])
-        tried: list[LinearMap | nn.Identity] = [nn.Identity()]
-        tried.extend(centring(centre) if s == 1 else maps.map(s, centre) for s in FEW_SHRINKAGES)
-        tars = [tar_of_people(each(embeddings[torch.from_numpy(ask)].double()), labels[ask]) for each in tried]
-        best[weights] = max(tars, key=lambda each: float(each.mean()))
-    before = best.pop((0.0, 0.0))
-    place, _ = choose([(str(weights), tars) for weights, tars in best.items()], before)
-    return WEIGHTS[place] if place >= 0 else (0.0, 0.0)
+def best_tars(
+    embeddings: Tensor, labels: NDArray[np.int64], estimate: NDArray[np.bool_], ask: NDArray[np.bool_]
+) -> Tensor:
+    """TARs of the people of the rows to `ask`, with the best map that the rows to `estimate` by give."""
+    own = embeddings[torch.from_numpy(estimate)]
+    seen, nobody = torch.ones(len(own), dtype=torch.bool), np.zeros(len(own), np.int64)
+    centre = mean_of(sums_of(own, seen, nobody, 1))
+    people = np.unique(labels[estimate], return_inverse=True)[1]
+    maps = Whitening(within_scatter(own, people, np.zeros(people.max() + 1, np.int64), 1, centre)[0])
+    tried: list[LinearMap | nn.Identity] = [nn.Identity()]
+    tried.extend(centring(centre) if s == 1 else maps.map(s, centre) for s in FEW_SHRINKAGES)
+    tars = [tar_of_people(each(embeddings[torch.from_numpy(ask)].double()), labels[ask]) for each in tried]
+    return max(tars, key=lambda each: float(each.mean()))
 
 
-def measure(
-    kind: str, people: People, clean: Tensor, known: dict[str, Tensor], seed: int, shots: int
-) -> dict[str, Any]:
+def choose_network(
+    known: Embedded, half: int, labels: NDArray[np.int64], estimate: NDArray[np.bool_], ask: NDArray[np.bool_]
+) -> tuple[Deviations, tuple[float, float]]:
+    """The blur, then the BatchNorm weights, that are best on the rows to `ask`, as `adapt` chooses them."""
+    before = best_tars(known.of(), labels, estimate, ask)
+    tried = [(str(blur), best_tars(known.of(blur), labels, estimate, ask)) for blur in BLURS]
+    place, _ = choose(tried, before)
+    blur = BLURS[place] if place >= 0 else NONE
+    before = best_tars(known.of(blur), labels, estimate, ask)
+    tried = [(str(each), best_tars(known.of(blur, each, half), labels, estimate, ask)) for each in WEIGHTS]
+    place, _ = choose(tried, before)
+    return blur, WEIGHTS[place] if place >= 0 else (0.0, 0.0)
+
+
+def measure(kind: str, people: People, clean: Tensor, known: Embedded, seed: int, shots: int) -> dict[str, Any]:
     """Divides, adapts, measures and records one row."""
     half, labels = seed % 2, people.labels
     order = np.random.default_rng(seed).permutation(np.flatnonzero(people.first != (half == 0)))
@@ -195,8 +217,8 @@ def measure(
     estimate = (people.first[labels] == (half == 0)) & (place < shots)
     ask = np.isin(labels, asked) & (place < shots)
     third = torch.from_numpy(np.isin(labels, unseen))
-    weights = choose_weights(known, half, labels, estimate, ask)
-    embeddings = known[name_of(weights, half) if any(weights) else "source"]
+    blur, weights = choose_network(known, half, labels, estimate, ask)
+    embeddings = known.of(blur, weights, half)
     mine = estimate | ask
     own = embeddings[torch.from_numpy(mine)].clone()
     names = np.unique(labels[mine], return_inverse=True)[1]
@@ -206,7 +228,7 @@ def measure(
     fields: dict[str, Any] = {}
     for name, far in FARS.items():
         on = labels[third.numpy()]
-        best, before, now = (verified(each, on, far) for each in (clean[third], known["source"][third], after))
+        best, before, now = (verified(each, on, far) for each in (clean[third], known.of()[third], after))
         fields |= {f"clean_{name}": round(best.tar, 5), f"source_{name}": round(before.tar, 5)}
         fields |= {name: round(now.tar, 5), f"gain_{name}": gain_interval(before, now, seed)}
     cost = fields["clean_tar@1e-2"] - fields["source_tar@1e-2"]
@@ -222,9 +244,31 @@ def measure(
         unseen_pictures=int(third.sum()),
         **fields,
         regained=round(gain / cost, 3) if kind != CLEAN else None,
+        blur=list(blur),
         batchnorm=list(weights),
         centre=done.centre,
         shrinkage=done.shrinkage,
+    )
+
+
+def looked_at(kind: str, people: People, source: Tensor, seed: int) -> dict[str, Any]:
+    """A row of what a run's first look at a sample of the set says of the maps (`facefast.training.sample`): where the
+    highest of their intervals ends."""
+    rows = sample.rows_to_look_at(people.labels, seed)
+    own, labels = source[torch.from_numpy(rows)], people.labels[rows]
+    groups = groups_of_people(labels, FOLDS, seed)
+    gathered = gather(own, torch.ones(len(own), dtype=torch.bool), labels, groups, FOLDS, centre=True)
+    best = max(choose_map(own, labels, groups, gathered)[1], key=lambda trial: trial.high)
+    return record(
+        "transfer",
+        row=f"look-{kind}",
+        title=f"a look at a sample, {kind}",
+        seed=seed,
+        pictures=len(rows),
+        map=best.name,
+        gain=round(best.gain, 4),
+        gain_ends=[round(best.low, 4), round(best.high, 4)],
+        promising=best.high >= sample.WORTH,
     )
 
 
@@ -236,25 +280,27 @@ def main() -> None:
     parser.add_argument("--source", required=True)
     parser.add_argument("--kinds", nargs="+", choices=(CLEAN, *KINDS), default=[CLEAN, *KINDS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--shots", nargs="+", type=int, default=[MOST, 5], help="pictures a person, 2 to 10")
+    parser.add_argument("--shots", nargs="*", type=int, default=[MOST, 5], help="pictures a person, 2 to 10")
     parser.add_argument("--cache", type=Path, help="folder in which embeddings are kept")
     given = parser.parse_args()
     model = model_from_source(load_source(given.source)).eval()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     people = people_of(read_index(given.root, "celeba").labels)
 
-    def of(kind: str) -> dict[str, Tensor]:
+    def of(kind: str) -> Embedded:
         root = given.root if kind == CLEAN else given.sets / kind
-        return embeddings_of(root, model, people, given.cache and given.cache / f"{kind}.npz")
+        return Embedded(root, model, people, given.cache and given.cache / f"{kind}.npz")
 
     clean = of(CLEAN)
     for kind in given.kinds:
         known = clean if kind == CLEAN else of(kind)
+        for seed in given.seeds:
+            print(json.dumps(looked_at(kind, people, known.of(), seed)["gain_ends"]), kind, seed, flush=True)
         for shots in given.shots:
             for seed in given.seeds:
-                line = measure(kind, people, clean["source"], known, seed, shots)
+                line = measure(kind, people, clean.of(), known, seed, shots)
                 shown = ("row", "seed", "clean_tar@1e-2", "source_tar@1e-2", "tar@1e-2", "gain_tar@1e-2", "regained")
-                print(json.dumps({key: line[key] for key in (*shown, "batchnorm", "shrinkage")}), flush=True)
+                print(json.dumps({key: line[key] for key in (*shown, "blur", "batchnorm", "shrinkage")}), flush=True)
 
 
 if __name__ == "__main__":

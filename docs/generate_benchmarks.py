@@ -61,6 +61,13 @@ TABLES = (
         ("images_per_second", *SPREAD, "ratio_to_compute"),
     ),
     Table(
+        "start",
+        "From the start of the default fine-tuning to its first update",
+        "python benchmarks/bench_start.py",
+        ("data", "options", "threads"),
+        ("seconds", *SPREAD, "cpu_seconds", "pictures"),
+    ),
+    Table(
         "peers",
         "Trainings beside the usual loaders and loops",
         "python benchmarks/peers.py",

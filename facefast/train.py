@@ -32,7 +32,7 @@ from facefast.runtime.progress import print_line
 from facefast.runtime.terminal import speaking, tell
 from facefast.training.alike import same_arguments, same_checkpoint, same_start
 from facefast.training.begin import begin, find_source, find_teacher, pictures_of, settle
-from facefast.training.choice import has_best, measure, measure_untrained, report_phase
+from facefast.training.choice import has_best, measure, measure_untrained, report_phase, report_untrained
 from facefast.training.decoding import settle_decoding
 from facefast.training.elastic import division_said, take_division
 from facefast.training.finish import fail, finish, leave, reached, read_status, write_status
@@ -77,6 +77,7 @@ def train(recipe: Recipe, folder: Path, resume: str, run: Runtime) -> int:
                     if stopping:
                         return leave(folder, state, log)
             report_phase(folder, state, data, log)  #            the phase's chosen model on the test part, once
+            report_untrained(state, source, data, log)  #        and what its source does without any update
         return finish(folder, state, source, datasets, log)
 
 

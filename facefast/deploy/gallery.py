@@ -89,11 +89,13 @@ class Offer:
 
 
 def fingerprint(model: FaceModel) -> str:
-    """What tells embeddings of one model from those of another: its weights without the heads, and how it wants its
-    pictures."""
+    """What tells embeddings of one model from those of another: its weights without the heads, its layers, and how it
+    wants its pictures."""
     digest = hashlib.sha256(json.dumps(to_json(model.image), sort_keys=True).encode())
+    if model.layers():
+        digest.update(json.dumps(model.layers(), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith(("backbone.", "embedding.")) and not name.endswith("num_batches_tracked"):
+        if name.startswith(("backbone.", "embedding.", "linear_map.")) and not name.endswith("num_batches_tracked"):
             values = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {values.dtype} {tuple(values.shape)} ".encode())
             digest.update(values.reshape(-1).view(torch.uint8).numpy().data)

@@ -135,6 +135,11 @@ def require_insightface(model: FaceModel) -> None:
             f"InsightFace has no {model.config.backbone}; it has {', '.join(INSIGHTFACE)}: export to onnx, torch or "
             "safetensors"
         )
+    if model.layers():
+        raise ValueError(
+            f"InsightFace's {model.config.backbone} has no layer for the model's {' and '.join(model.layers())}: "
+            "export to onnx, torch or safetensors"
+        )
     ours, theirs = model.image, ARCFACE_IMAGE.settled()
     fields = ("shape", "mean", "std", "color", "template")
     pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in fields}

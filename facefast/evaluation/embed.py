@@ -14,9 +14,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from facefast.data import FaceIndex, make_loader
+from facefast.data import Batch, FaceIndex, make_loader
 from facefast.data.prepare import Locate, read_photographs
 from facefast.models import FaceModel, checkpoint
+from facefast.models.folded import folded
 from facefast.models.precision import Precision
 from facefast.recipe import Photographs, Reading
 from facefast.runtime.exits import NumericsError
@@ -92,16 +93,21 @@ def embed_rows(
         ) as loader,
     ):
         before: Callable[[], tuple[Tensor, Tensor]] | None = None
+        network: FaceModel | None = None
         for batch in loader:
-            embeddings = encoded(model, batch.images)
+            if network is None:
+                plain = run.device.type != "cpu" or precision.name != "fp32"
+                network = model if plain else folded(model, batch.images[:2])
+            images = _filled(batch)
+            embeddings = encoded(network, images)
             if mirror != "none":
-                mirrored = encoded(model, batch.images.flip(3))
+                mirrored = encoded(network, images.flip(3))
                 both = torch.cat([embeddings, mirrored], 1)
                 embeddings = both if mirror == "joined" else (embeddings + mirrored) / 2
             if found is None:
                 found = torch.zeros(len(index), embeddings.shape[1])
             # A batch is waited for when the next one is under way: the device always has work.
-            arriving = _on_the_way(batch.rows, embeddings)
+            arriving = _on_the_way(batch.rows[: len(images)], embeddings)
             if before is not None:
                 _write(*before(), found, seen)
             before = arriving
@@ -117,6 +123,16 @@ def embed_rows(
             f"{index.path(broken[0])}): its weights or BatchNorm statistics have diverged; use an earlier checkpoint"
         )
     return found.clone(), seen > 0  # a tensor of inference mode could not be changed
+
+
+def _filled(batch: Batch) -> Tensor:
+    """A batch's images without the padding at its end; on a CPU, which is not sooner done with fewer pictures than it
+    takes at a time."""
+    if batch.images.device.type != "cpu":
+        return batch.images
+    part = PART * torch.get_num_threads()
+    filled = 1 + int(torch.nonzero(batch.rows >= 0).max()) if bool((batch.rows >= 0).any()) else 1
+    return batch.images[: math.ceil(filled / part) * part]
 
 
 def encoded(model: FaceModel, images: Tensor) -> Tensor:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from facefast.models import provenance
 from facefast.models.face import FaceModel
@@ -67,6 +71,7 @@ def build_model(
     held = sum(tensor.numel() for tensor in source.state.values()) + (LARGEST_NETWORK if config.partial else COUNTERS)
     require_numbers(lambda: FaceModel(config, 0, image), held, source.name)
     model = FaceModel(config, num_classes, image, class_names, attributes=attributes, world=world)
+    model.add_layers(source.layers)
     model.report = apply_source(model, source, partial=config.partial)
     model.provenance = provenance.of_run(source, config.source_licence)
     return model
@@ -86,7 +91,7 @@ def require_numbers(build: Callable[[], FaceModel], held: int, name: str) -> Non
         ValueError: with both numbers; or what `build` raises.
     """
     try:
-        with torch.device("meta"):
+        with without_memory():
             wanted = sum(tensor.numel() for tensor in build().state_dict().values())
     except RuntimeError as error:
         if "meta" in str(error):  # a few of timm's networks compute while they are built
@@ -97,6 +102,23 @@ def require_numbers(build: Callable[[], FaceModel], held: int, name: str) -> Non
             f"{name} describes a model of {wanted} numbers, and its weights hold {held}; one of the two is damaged or "
             "another model's: take a whole copy of both"
         )
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Within it, tensors that are made have a shape and a type, and nothing is drawn for them."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Initialisers leave tensors as they are: to draw for a tensor without memory, torch loads its compiler, which took
+    longer than to read the weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def model_from_source(source: Source) -> FaceModel:

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from facefast.models import provenance
 from facefast.models.backbones import Backbone, build_backbone
 from facefast.models.heads import HEADS, AttributeHeads, CosineHead, LinearHead, unit
+from facefast.models.smoothing import Smoothing
+from facefast.models.weights.source import LAYERS, Report
 from facefast.models.weights.source import MODEL_FORMAT as FORMAT
-from facefast.models.weights.source import Report
 from facefast.ops import class_block
 from facefast.recipe import AttributeSpec, ImageSpec, ModelConfig, from_json, to_json
 from facefast.runtime.process import World
@@ -97,6 +98,8 @@ class FaceModel(nn.Module):
                 nn.BatchNorm1d(config.embedding),
             )
             self.embedding_size = config.embedding
+        self.smoothing: Smoothing | None = None
+        """Blurs the pictures ahead of the backbone; None where they are taken as they are."""
         self.linear_map: nn.Linear | None = None
         """Follows the embedding of a network that ends in no layer which could take such a map in."""
         self._backbone_stages = network.stages
@@ -117,6 +120,24 @@ class FaceModel(nn.Module):
             with torch.no_grad():
                 nn.init.eye_(self.linear_map.weight)
                 nn.init.zeros_(self.linear_map.bias)
+
+    def add_layers(self, document: Mapping[str, Any]) -> None:
+        """Adds the layers of `LAYERS` that a model.json tells of, those that are not there yet.
+
+        Raises:
+            ValueError: what it says of one is something else.
+        """
+        if document.get("smoothing") is not None:
+            self.smoothing = Smoothing.from_json(self.image, document["smoothing"]).to(self.pixel_mean.device)
+        if document.get("linear_map", False) is not False:
+            if document["linear_map"] is not True:
+                raise ValueError(f"model.json: linear_map is {document['linear_map']!r:.80}; it must be true or false")
+            self.add_linear_map()
+
+    def layers(self) -> dict[str, Any]:
+        """What `add_layers` adds, as a JSON value."""
+        said: dict[str, Any] = {} if self.smoothing is None else {"smoothing": self.smoothing.to_json()}
+        return said | ({} if self.linear_map is None else {"linear_map": True})
 
     def set_classes(self, num_classes: int, class_names: Sequence[str] = ()) -> None:
         """Gives the model a new head with random weights, on the device of the rest.
@@ -144,6 +165,8 @@ class FaceModel(nn.Module):
             ValueError: pictures of another size than the model's.
         """
         self._check_shape(images)
+        if self.smoothing is not None:
+            images = self.smoothing(images)
         embeddings: Tensor = self.embedding(self.backbone(images))
         return embeddings if self.linear_map is None else self.linear_map(embeddings)
 
@@ -287,7 +310,7 @@ class FaceModel(nn.Module):
             "num_classes": self.num_classes,
             "class_names": list(self.class_names),
             "attributes": to_json(self.attribute_heads.specs if self.attribute_heads else ()),
-            **({} if self.linear_map is None else {"linear_map": True}),
+            **self.layers(),
             **{name: getattr(self, name) for name in FINDINGS},
         }
 
@@ -307,7 +330,7 @@ class FaceModel(nn.Module):
         require_format(document)
         fields = ("backbone", "embedding", "head", "dropout")
         wanted = {*fields, "format", "scale", "image", "num_classes", "class_names"}
-        present = set(document) - {"attributes", "linear_map", *FINDINGS}  # older files have none
+        present = set(document) - {"attributes", *LAYERS, *FINDINGS}  # older files have none
         if present != wanted:
             differing = ", ".join(sorted(present ^ wanted))
             raise ValueError(f"model.json has wrong or missing entries: {differing}")
@@ -331,10 +354,8 @@ class FaceModel(nn.Module):
             backbone,
             world,
         )
-        if document.get("linear_map", False) is not False:
-            if document["linear_map"] is not True:
-                raise ValueError(f"model.json: linear_map is {document['linear_map']!r:.80}; it must be true or false")
-            model.add_linear_map()
+        if backbone is None:  # an exported network holds them
+            model.add_layers(document)
         for name in FINDINGS:
             value = document.get(name)
             if not isinstance(value, dict | None):

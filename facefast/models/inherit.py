@@ -10,7 +10,7 @@ from facefast.models.face import FaceModel
 
 @torch.no_grad()
 def inherit(student: FaceModel, teacher: FaceModel) -> float:
-    """Copies the teacher's layers that the student has too, the heads excepted.
+    """Copies the teacher's layers that the student has too, the heads excepted; it sees what the teacher sees.
 
     Of a stage that has more blocks in the teacher, those at even distances are taken, the first and the last always:
     the first one changes the size, so that the others fit wherever they stood.
@@ -43,6 +43,7 @@ def inherit(student: FaceModel, teacher: FaceModel) -> float:
         if other is not None and other.shape == value.shape:
             value.copy_(other)
             taken += value.numel()
+    student.add_layers({name: said for name, said in teacher.layers().items() if name == "smoothing"})
     if not taken:
         raise ValueError(
             f"{student.config.backbone} has no layer of the size that the teacher {teacher.config.backbone} has; "

@@ -122,12 +122,16 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """What the source model is told of the pictures in closed form, before any training: BatchNorm statistics and how
-    the embeddings of one person scatter."""
+    """What the source model is told of the pictures in closed form, before any training: how noisy they are, BatchNorm
+    statistics and how the embeddings of one person scatter."""
 
     choose: Literal["none", "auto", "given"] = "none"
-    """auto tries several amounts on people left out and takes none that gains nothing there; given is what the two
-    below say; none leaves the source as it is."""
+    """auto tries several amounts on people left out and takes none that gains nothing there; given is what
+    those below say; none leaves the source as it is."""
+    luma: float = 0.0
+    """Standard deviation of a blur of lightness ahead of the network, in pixels of a picture 112 high, up to 16."""
+    chroma: float = 0.0
+    """The same for colour, which bears more of it."""
     batchnorm: float = 0.0
     """Weight of these pictures' BatchNorm statistics in place of the source's (AdaBN, Li et al. 2016), 0 to 1, at the
     first layer."""
@@ -146,12 +150,18 @@ class AdaptConfig:
                 f"adapt.batchnorm {self.batchnorm} and adapt.batchnorm_last {self.batchnorm_last} must lie in [0, 1], "
                 f"adapt.shrinkage {self.shrinkage} in [{LEAST_SHRINKAGE}, 1]"
             )
-        neutral = weights[1] == 0 and self.shrinkage == 1 and not self.centre
+        if not (0 <= self.luma <= MOST_BLUR and 0 <= self.chroma <= MOST_BLUR):
+            raise ValueError(
+                f"adapt.luma {self.luma} and adapt.chroma {self.chroma} must lie in [0, {MOST_BLUR:g}]: pixels of a "
+                "picture 112 high"
+            )
+        neutral = weights[1] == self.luma == self.chroma == 0 and self.shrinkage == 1 and not self.centre
         if (self.choose == "given") == neutral:
             raise ValueError(
-                f"adapt.choose {self.choose} with adapt.batchnorm {self.batchnorm:g}, adapt.batchnorm_last "
-                f"{self.batchnorm_last:g}, adapt.centre {str(self.centre).lower()} and adapt.shrinkage "
-                f"{self.shrinkage:g}: give an amount of one of them together with choose given, and only then"
+                f"adapt.choose {self.choose} with adapt.luma {self.luma:g}, adapt.chroma {self.chroma:g}, "
+                f"adapt.batchnorm {self.batchnorm:g}, adapt.batchnorm_last {self.batchnorm_last:g}, adapt.centre "
+                f"{str(self.centre).lower()} and adapt.shrinkage {self.shrinkage:g}: give an amount of one of them "
+                "together with choose given, and only then"
             )
 
     @property
@@ -161,6 +171,7 @@ class AdaptConfig:
 
 
 LEAST_SHRINKAGE = 0.01
+MOST_BLUR = 16.0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""What a source model can be told of the user's pictures without training: the BatchNorm statistics, where the
-embeddings lie, and how those of one person scatter. How much of each is chosen on people left out, since it costs
-where it does not help.
+"""What a source model can be told of the user's pictures without training: how far to blur them, the BatchNorm
+statistics, where the embeddings lie, and how those of one person scatter. How much of each is chosen on people left
+out, since it costs where it does not help.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from facefast.data import FaceIndex
 from facefast.data.subsets import joined
 from facefast.models import FaceModel
 from facefast.models.fold import LinearMap, fold
+from facefast.models.smoothing import Deviations, Smoothing
 from facefast.recipe import AdaptConfig
 from facefast.runtime.process import Runtime
 from facefast.training.leftout import FAR, Labels, Trial, choose, groups_of_people, rows_to_ask, tar_of_people
@@ -36,6 +37,8 @@ from facefast.training.whiten import (
     within_scatter,
 )
 
+BLURS = (Deviations(1.2, 4.0), Deviations(2.5, 4.0))
+"""Of the pictures, tried beside none."""
 WEIGHTS = ((0.5, 0.5), (1.0, 0.0), (1.0, 1.0))
 """Of the user's BatchNorm statistics at the first layer and the last, tried beside none."""
 SHRINKAGES = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1)
@@ -46,7 +49,7 @@ FOLDS = 5
 FEW_FOLDS = 3
 """Of half of the people."""
 FEW_EACH = 6
-"""Pictures of a person by which BatchNorm statistics are compared: each is embedded once for every weight."""
+"""Pictures of a person by which blurs and BatchNorm statistics are compared: each is embedded once for every one."""
 LEAST_PEOPLE = 10
 """With two pictures or more: with fewer left out, a gain cannot be told from chance."""
 
@@ -55,6 +58,10 @@ LEAST_PEOPLE = 10
 class Adaptation:
     """What was done to a model, and on which grounds."""
 
+    luma: float = 0.0
+    """Standard deviation of a blur of lightness, in pixels of a picture 112 high; 0 takes pictures as they are."""
+    chroma: float = 0.0
+    """The same for colour."""
     batchnorm: float = 0.0
     """Weight of the pictures' own BatchNorm statistics at the first layer; 0 keeps the source's."""
     batchnorm_last: float = 0.0
@@ -72,7 +79,7 @@ class Adaptation:
     @property
     def changes(self) -> bool:
         """Whether the model is another one."""
-        return max(self.batchnorm, self.batchnorm_last) > 0 or self.centre or self.shrinkage < 1
+        return max(self.luma, self.chroma, self.batchnorm, self.batchnorm_last) > 0 or self.centre or self.shrinkage < 1
 
     def told(self) -> Iterator[str]:
         """For people."""
@@ -84,17 +91,26 @@ class Adaptation:
                 f"TAR at FAR {FAR:.0%} by more than chance does"
             )
         else:
-            done = [_statistics_named(self.batchnorm, self.batchnorm_last)]
+            done = [blur_named(Deviations(self.luma, self.chroma))]
+            done += [statistics_named(self.batchnorm, self.batchnorm_last)]
             done += [_map_named(self.shrinkage, self.centre)]
             yield f"the source model is adapted: {' and '.join(filter(None, done))}"
         for trial in self.trials:
-            yield (
-                f"  {trial.name}: TAR at FAR {FAR:.0%} of people left out {trial.tar:.1%}, "
-                f"{100 * trial.gain:+.1f} points ({100 * trial.low:+.1f} to {100 * trial.high:+.1f})"
-            )
+            yield trial.told()
 
 
-def _statistics_named(first: float, last: float) -> str:
+def too_few(people: int) -> str:
+    """Why nothing can be chosen."""
+    return f"{people} people have two pictures or more; {LEAST_PEOPLE} are needed to choose an adaptation by"
+
+
+def blur_named(blur: Deviations) -> str:
+    """A blur by its deviations, for people."""
+    return f"pictures blurred, lightness by {blur.luma:g} and colour by {blur.chroma:g} pixels of 112" * any(blur)
+
+
+def statistics_named(first: float, last: float) -> str:
+    """BatchNorm statistics by their weights, for people."""
     if first == last:
         return f"BatchNorm statistics of these pictures, weight {first:g}" if first else ""
     return f"BatchNorm statistics of these pictures, weight {first:g} at the first layer to {last:g} at the last"
@@ -141,15 +157,23 @@ def adapt(
     """
     people = int((np.bincount(index.labels[index.labels >= 0], minlength=1) > 1).sum())
     if config.choose == "auto" and people < LEAST_PEOPLE:
-        why = f"{people} people have two pictures or more; {LEAST_PEOPLE} are needed to choose an adaptation by"
-        return Adaptation(why=why), known
+        return Adaptation(why=too_few(people)), known
     statistical = bool(layers(model))
-    weights = config.batchnorm, config.batchnorm_last
+    blur, weights = Deviations(config.luma, config.chroma), (config.batchnorm, config.batchnorm_last)
     trials: tuple[Trial, ...] = ()
-    if config.choose == "auto" and statistical:
+    told: tuple[Tensor, Tensor] | None = None
+    # Each is judged with what was chosen before it, and broadcast: two kinds of processors may round to either side of
+    # chance.
+    if config.choose == "auto":
         told = embed(model, index, False) if plain is None else (plain, known[1])
-        weights, trials = choose_statistics(model, index, unnamed, told, embed, measure, seed)
-        weights = run.broadcast(weights)  # two kinds of processors may round to either side of chance
+        blur, trials = choose_blur(model, index, told, embed, seed)
+        blur = Deviations(*run.broadcast(tuple(blur)))
+    if any(blur):
+        blurred(model, blur)
+        told = None
+    if config.choose == "auto" and statistical:
+        weights, tried = choose_statistics(model, index, unnamed, told, embed, measure, seed)
+        weights, trials = run.broadcast(weights), trials + tried
     elif any(weights) and not statistical:
         raise ValueError(
             f"adapt.batchnorm {weights[0]:g} and adapt.batchnorm_last {weights[1]:g} have no effect: "
@@ -157,11 +181,12 @@ def adapt(
         )
     if any(weights):
         restate(model, measure(model, _with(index, unnamed)), *weights)
+    if any(blur) or any(weights):
         known = embed(model, index, True)
     mapped = adapt_embeddings(*known, index.labels, config, run, seed)
     if mapped.map is not None:
         fold(model, mapped.map, mapped.mean, mapped.variance)
-    return Adaptation(*weights, mapped.centre, mapped.shrinkage, people, trials + mapped.trials), known
+    return Adaptation(*blur, *weights, mapped.centre, mapped.shrinkage, people, trials + mapped.trials), known
 
 
 class Mapped(NamedTuple):
@@ -279,6 +304,27 @@ def tars_left_out(
     return [torch.cat(tars) if tars else torch.zeros(0, dtype=torch.float64) for tars in found]
 
 
+def tars_with_few_maps(embeddings: Tensor, seen: Tensor, labels: Labels, seed: int) -> list[Tensor]:
+    """TARs [P] of `tars_left_out` for `FEW_SHRINKAGES`, by which blurs and BatchNorm statistics are compared.
+
+    Args:
+        embeddings: [N, D] of any length.
+        seen: [N] bool, False for rows that hold no embedding.
+        labels: [N], below 0 for rows that do not count.
+        seed: which people are in which group.
+    """
+    folds = groups_of_people(labels, FEW_FOLDS, seed)
+    known = np.where(seen.numpy(), labels, -1)
+    people = gather(embeddings, seen, known, folds, FEW_FOLDS, centre=True)
+    return tars_left_out(embeddings, known, folds, people, FEW_SHRINKAGES)
+
+
+def best_tars(embeddings: Tensor, seen: Tensor, labels: Labels, seed: int) -> Tensor:
+    """TARs [P] of people left out with the one of a few maps that is best on the whole; arguments as for
+    `tars_with_few_maps`."""
+    return max(tars_with_few_maps(embeddings, seen, labels, seed), key=lambda each: float(each.nanmean()))
+
+
 def choose_map(
     embeddings: Tensor, labels: Labels, groups: NDArray[np.int64], people: People
 ) -> tuple[float | None, tuple[Trial, ...]]:
@@ -296,11 +342,50 @@ def choose_map(
     return (shrinkages[best] if best >= 0 else None), trials
 
 
+def blurred(model: FaceModel, blur: Deviations) -> None:
+    """Lets a model blur its pictures, in place of what blur it had."""
+    model.smoothing = Smoothing(model.image, blur).to(model.pixel_mean.device)
+
+
+def choose_blur(
+    model: FaceModel, index: FaceIndex, plain: tuple[Tensor, Tensor] | None, embed: Embedding, seed: int
+) -> tuple[Deviations, tuple[Trial, ...]]:
+    """How far to blur the pictures, each judged with the map that goes best with it.
+
+    Args:
+        model: unchanged afterwards.
+        index: the pictures.
+        plain: the model's embeddings of `index` without mirror images, [N, D], and [N] whether they could be read,
+            where they are there already.
+        embed: as for `adapt`.
+        seed: which people are left out together.
+
+    Returns:
+        The deviations, 0 where nothing is gained above chance; and what was tried.
+    """
+    rows = rows_to_ask(index.labels, np.ones(index.num_classes, np.bool_), FEW_EACH)
+    asked = index.select(rows)
+    changed = copy.deepcopy(model)
+    before = best_tars(*_of_rows(changed, asked, rows, plain, embed), asked.labels, seed)
+    tried = []
+    for blur in BLURS:
+        blurred(changed, blur)
+        tried.append((blur_named(blur), best_tars(*embed(changed, asked, False), asked.labels, seed)))
+    place, trials = choose(tried, before)
+    return (BLURS[place] if place >= 0 else Deviations(0, 0)), trials
+
+
+def _of_rows(
+    model: FaceModel, asked: FaceIndex, rows: NDArray[np.int64], plain: tuple[Tensor, Tensor] | None, embed: Embedding
+) -> tuple[Tensor, Tensor]:
+    return embed(model, asked, False) if plain is None else (plain[0][rows], plain[1][rows])
+
+
 def choose_statistics(
     model: FaceModel,
     index: FaceIndex,
     unnamed: FaceIndex | None,
-    plain: tuple[Tensor, Tensor],
+    plain: tuple[Tensor, Tensor] | None,
     embed: Embedding,
     measure: Measuring,
     seed: int,
@@ -315,7 +400,7 @@ def choose_statistics(
         model: unchanged afterwards.
         index: the pictures; those without a name belong to both halves.
         unnamed: more of the same kind, which do so too.
-        plain: the model's embeddings of `index` without mirror images, [N, D], and [N] whether they could be read.
+        plain: as for `choose_blur`.
         embed, measure: as for `adapt`.
         seed: which people are in which half.
 
@@ -329,7 +414,6 @@ def choose_statistics(
         statistics = measure(model, _with(others, unnamed))
         rows = rows_to_ask(index.labels, groups == half, FEW_EACH)
         asked = index.select(rows)
-        folds = groups_of_people(asked.labels, FEW_FOLDS, seed)
         changed = copy.deepcopy(model)
         for weights, found in tars.items():
             if any(weights):
@@ -337,16 +421,14 @@ def choose_statistics(
                 restate(changed, statistics, *weights)
                 embeddings, seen = embed(changed, asked, False)
             else:
-                embeddings, seen = plain[0][rows], plain[1][rows]
-            labels = np.where(seen.numpy(), asked.labels, -1)
-            people = gather(embeddings, seen, labels, folds, FEW_FOLDS, centre=True)
-            found.append(tars_left_out(embeddings, labels, folds, people, FEW_SHRINKAGES))
+                embeddings, seen = _of_rows(model, asked, rows, plain, embed)
+            found.append(tars_with_few_maps(embeddings, seen, asked.labels, seed))
     # Of each weight the best of its maps, over both halves.
     best_of = {
         weights: max((torch.cat(one) for one in zip(*found, strict=True)), key=lambda each: float(each.nanmean()))
         for weights, found in tars.items()
     }
     before = best_of.pop((0.0, 0.0))
-    tried = [(_statistics_named(*weights), found) for weights, found in best_of.items()]
+    tried = [(statistics_named(*weights), found) for weights, found in best_of.items()]
     best, trials = choose(tried, before)
     return (WEIGHTS[best] if best >= 0 else (0.0, 0.0)), trials

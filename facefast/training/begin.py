@@ -3,15 +3,16 @@ and the source model's embeddings for what it does untrained."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from facefast.data import FaceIndex
 from facefast.data.corrections import Label, read_labels, write_labels
 from facefast.data.divide import PhaseData
 from facefast.evaluation.baselines import LabelledEmbeddings, class_means
@@ -19,12 +20,13 @@ from facefast.evaluation.embed import Mirror, embed_rows, single
 from facefast.labels.clustering import assign
 from facefast.models import STUDENTS, FaceModel, Source, build_model, checkpoint, inherit, load_source
 from facefast.models.batchnorm import takes_statistics
-from facefast.models.build import DEFAULT_BACKBONE
+from facefast.models.build import DEFAULT_BACKBONE, without_memory
 from facefast.models.provenance import of_run
-from facefast.recipe import AdaptConfig, ImageSpec, Phase, Recipe, to_json
+from facefast.recipe import AdaptConfig, ImageSpec, Phase, PhasePlan, Recipe, to_json
 from facefast.runtime import files
 from facefast.runtime.log import RunLog
-from facefast.training.adapt import Adaptation, adapt
+from facefast.training import sample
+from facefast.training.adapt import Adaptation, Embedding, Measuring, adapt
 from facefast.training.distill import Teacher, caches_teacher
 from facefast.training.losses import best_probability
 from facefast.training.restate import statistics_of
@@ -55,7 +57,7 @@ def find_teacher(recipe: Recipe, source: Source | None, device: torch.device) ->
     if any(phase.start == "teacher" for phase in recipe.phases):
         config = dataclasses.replace(recipe.model, source="none", backbone=_backbone(recipe, source, teacher))
         # Only whether names and shapes fit is of interest: tensors without memory are enough.
-        with torch.device("meta"):
+        with without_memory():
             inherit(build_model(config, 0, teacher.image), teacher)
     if any(phase.distill.features for phase in recipe.phases):
         teacher.stage_ends()
@@ -126,8 +128,7 @@ def starting_model(
 def _take_over(model: FaceModel, before: FaceModel, head_start: str) -> None:
     """The weights of the phase before; its heads too where they stand for the same and are wanted."""
     model.adaptation = before.adaptation
-    if before.linear_map is not None:
-        model.add_linear_map()
+    model.add_layers(before.layers())
     kept = dict(before.state_dict())
     # By name and in order: row k of a head's weight stands for class k.
     same_classes = model.class_names == before.class_names and type(model.head) is type(before.head)
@@ -159,12 +160,8 @@ class Start:
 
     data: PhaseData
     """The phase's data, with the names that were given to pictures without one."""
-    known: LabelledEmbeddings | None
-    """The source model's embeddings of it, where the model is measured before any training."""
-    untouched: FaceModel | None = None
-    """The source model as it was before it was adapted, where it was."""
     adapted: LabelledEmbeddings | None = None
-    """The adapted model's embeddings, where it was and the source's are wanted too."""
+    """Embeddings of it by the adapted model, where the source was adapted and the baselines are wanted."""
 
 
 def begin(
@@ -190,53 +187,41 @@ def begin(
     if saved:
         document = files.read_json(saved / "model.json")
         model.adaptation = document.get("adaptation")
-        if document.get("linear_map"):
-            model.add_linear_map()
+        model.add_layers(document)
         model.load_state_dict(checkpoint.read_weights(saved, model))
         state.anchored = checkpoint.read_tensors(saved, "anchor") or None
     model.to(state.run.device)
     if state.precision.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    from_source = phase.start == "source" and state.recipe.eval.baselines and bool((data.labels() >= 0).any())
-    wants_means = phase.head_start == "class_mean"
-    # One pass over the pictures serves all four. A run that goes on needs none: its head is in the checkpoint, the
-    # names are in a file, and what the source did untrained is in the log.
-    fresh: tuple[Tensor, Tensor] | None = None
-    plain: Tensor | None = None
-    chooses = phase.adapt.choose == "auto"
-    if not saved and (from_source or wants_means or phase.labels == "pseudo" or phase.adapt.active):
+    if phase.start == "source" and not saved:
+        state.anchored = None
+    # A run that goes on embeds nothing: its head is in the checkpoint, the names are in a file.
+    fresh: Embedded | None = None
+    adapted = False
+    if not saved and (phase.head_start == "class_mean" or phase.labels == "pseudo" or phase.adapt.active):
         network = model
         if phase.start == "teacher" and teacher is not None and teacher.embedding_size == model.embedding_size:
             network = teacher  # the layers that a student took over do not fit each other yet
-        # Apart where the adaptation is to be chosen, for which pictures are taken as they are.
-        both, seen = embed_training_rows(state, network, data, mirror="joined" if chooses else "mean")
-        fresh, plain = (single(both, network.embedding_size), seen), both[:, : network.embedding_size]
-    before, untouched = fresh, None
-    if phase.start == "source" and not saved:
-        state.anchored = None
-    if phase.adapt.active and fresh is not None:
-        untouched = copy.deepcopy(model)
-        before = (fresh[0].clone(), fresh[1]) if from_source else None  # the adaptation changes what it is given
-        fresh = _adapted(state, phase, model, data, fresh, plain if chooses else None, log)
-        if model.adaptation is not None and any(each.l2sp for each in state.recipe.phases):
+        fresh, adapted = _embedded(state, phase, plan, network, data, log)
+        if model.adaptation is not None and any(each.l2sp for each in state.recipe.phases) and adapted:
             own = model.state_dict().items()
             state.anchored = {name: tensor.clone() for name, tensor in own if not name.startswith(HEADS)}
     if phase.labels == "pseudo":
+        names = None if fresh is None else (fresh.embeddings, fresh.seen)
         data = with_pseudo_labels(
-            folder / f"pseudo-labels-{phase.name}.csv", state, data, phase.pseudo_confidence, fresh, log
+            folder / f"pseudo-labels-{phase.name}.csv", state, data, phase.pseudo_confidence, names, log
         )
     # After the names were given: class weights and the warnings below are about what will be trained on.
     labels = data.labels()
     counts = labels[labels >= 0].bincount(minlength=plan.num_classes)
     for warning in advice(counts, phase):
         log.say(f"note: {warning}")
-    if wants_means and fresh is not None and model.head is not None:
-        embeddings, seen = fresh
+    if phase.head_start == "class_mean" and fresh is not None and model.head is not None:
         # A cosine head takes the directions; a linear one also needs the usual length of an embedding.
-        block = model.head.block
-        mine = seen & (labels >= block.start) & (labels < block.stop)
-        means = class_means(embeddings, (labels - block.start).where(mine, -1), len(block))
-        model.head.start_from(means, float(embeddings[seen].norm(dim=1).mean()))
+        block, whose = model.head.block, labels[fresh.rows]
+        mine = fresh.seen & (whose >= block.start) & (whose < block.stop)
+        means = class_means(fresh.embeddings, (whose - block.start).where(mine, -1), len(block))
+        model.head.start_from(means, float(fresh.embeddings[fresh.seen].norm(dim=1).mean()))
     state.enter(number, model, side_inputs(state, number, model, data, source, teacher, counts))
     if saved:
         state.load(saved)
@@ -244,13 +229,91 @@ def begin(
         log.say(f"note: updates are not recorded as a CUDA graph: {state.unrecorded}")
     for warning in batchnorm_advice(state):
         log.say(f"note: {warning}")
-    if before is None or fresh is None or not from_source:
-        return Start(data, None)
-    known = LabelledEmbeddings(before[0], labels.where(before[1], -1), plan.num_classes)
-    if state.model.adaptation is None:
-        return Start(data, known)
-    adapted = LabelledEmbeddings(fresh[0], labels.where(fresh[1], -1), plan.num_classes)
-    return Start(data, known, untouched, adapted)
+    if fresh is None or not adapted or state.model.adaptation is None or not wants_baselines(state, data):
+        return Start(data)
+    return Start(data, LabelledEmbeddings(fresh.embeddings, labels.where(fresh.seen, -1), plan.num_classes))
+
+
+def wants_baselines(state: TrainState, data: PhaseData) -> bool:
+    """Whether this phase's final table says what the source does without any update."""
+    return state.phase.start == "source" and state.recipe.eval.baselines and bool((data.labels() >= 0).any())
+
+
+class Embedded(NamedTuple):
+    """Embeddings of training pictures."""
+
+    rows: Tensor
+    """[K] int64, which pictures."""
+    embeddings: Tensor
+    """[K, D] of any length."""
+    seen: Tensor
+    """[K] bool, which could be read."""
+
+
+def _embedded(
+    state: TrainState, phase: Phase, plan: PhasePlan, model: FaceModel, data: PhaseData, log: RunLog
+) -> tuple[Embedded, bool]:
+    """What a phase that begins is to know of its pictures, and whether the model was adapted to them, in place.
+
+    Training goes on from the head that class means give, for which some pictures of each person are enough. All of
+    them are embedded, with their mirror images, where an adaptation may be worth it, where the model names pictures,
+    and where no update follows.
+    """
+    seed, auto = state.recipe.seed, phase.adapt.choose == "auto"
+    whole = len(data.train) <= sample.MOST or not plan.steps or phase.labels == "pseudo"
+    looked: sample.Look | None = None
+    if phase.adapt.active and not whole:
+        if auto:
+            looked = sample.look(model.eval(), data.train, *asking(state), state.run, seed)
+            for text in looked.told():
+                log.say(text)
+        whole = looked is None or looked.promising
+    if not whole:
+        return _few(state, model, data, looked), False
+    # Apart where the adaptation is to be chosen, for which pictures are taken as they are.
+    both, seen = embed_training_rows(state, model, data, mirror="joined" if auto else "mean")
+    fresh, plain = (single(both, model.embedding_size), seen), both[:, : model.embedding_size]
+    if phase.adapt.active:
+        fresh = _adapted(state, phase, model, data, fresh, plain if auto else None, log)
+    return Embedded(torch.arange(len(data.train)), *fresh), phase.adapt.active
+
+
+def _few(state: TrainState, model: FaceModel, data: PhaseData, looked: sample.Look | None) -> Embedded:
+    """Embeddings, without mirror images, of a few pictures of each person, those that were looked at already among
+    them; of all pictures of a person of whom none of these can be read."""
+    labels = np.where(data.train.faults == 0, data.train.labels, -1)
+    embed = asking(state).embed
+    known = Embedded(torch.zeros(0, dtype=torch.long), torch.zeros(0, model.embedding_size), torch.zeros(0).bool())
+    if looked is not None:
+        known = Embedded(torch.from_numpy(looked.rows), looked.embeddings, looked.seen)
+    wanted = sample.few_of_each(labels, sample.EACH_OF_HEAD, state.recipe.seed)
+    for _ in range(2):
+        rows = np.setdiff1d(wanted, known.rows.numpy())
+        if len(rows):
+            more = Embedded(torch.from_numpy(rows), *embed(model, data.train.select(rows), False))
+            known = Embedded(*map(torch.cat, zip(known, more, strict=True)))
+        readable = labels[known.rows[known.seen].numpy()]
+        wanted = np.flatnonzero((labels >= 0) & ~np.isin(labels, readable))
+    return known
+
+
+class Asking(NamedTuple):
+    """How pictures are put to a model that may be adapted."""
+
+    embed: Embedding
+    measure: Measuring
+
+
+def asking(state: TrainState) -> Asking:
+    """As the run reads pictures and computes."""
+    run, precision, reading, seed = state.run, state.precision, state.reading, state.recipe.seed
+    size = state.recipe.eval.batch_size
+
+    def embed(network: FaceModel, index: FaceIndex, mirror: bool) -> tuple[Tensor, Tensor]:
+        both: Mirror = "mean" if mirror else "none"
+        return embed_rows(network, index, run, precision, reading, batch_size=size, mirror=both)
+
+    return Asking(embed, lambda network, index: statistics_of(network, index, run, precision, reading, seed))
 
 
 def _adapted(
@@ -282,20 +345,17 @@ def adapted_to(
     """Adapts a source model in place to the training pictures, of which it has the embeddings `known`, and `plain`
     where those without mirror images are there, too."""
     model.eval()
-    run, precision, reading, seed = state.run, state.precision, state.reading, state.recipe.seed
-    size = state.recipe.eval.batch_size
+    asked = asking(state)
     return adapt(
         model,
         data.train,
         data.unnamed,
         config,
         known,
-        embed=lambda network, index, mirror: embed_rows(
-            network, index, run, precision, reading, batch_size=size, mirror="mean" if mirror else "none"
-        ),
-        measure=lambda network, index: statistics_of(network, index, run, precision, reading, seed),
-        run=run,
-        seed=seed,
+        embed=asked.embed,
+        measure=asked.measure,
+        run=state.run,
+        seed=state.recipe.seed,
         plain=plain,
     )
 

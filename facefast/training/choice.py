@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from facefast.models.heads import START_SCALE
 from facefast.recipe import AdaptConfig, EvalConfig, to_json
 from facefast.runtime import files
 from facefast.runtime.log import RunLog
-from facefast.training.begin import Start, adapted_to
+from facefast.training.begin import Start, adapted_to, wants_baselines
 from facefast.training.step import TrainState
 
 MEANS = "class-means"
@@ -76,42 +76,56 @@ def measure_untrained(state: TrainState, data: PhaseData, log: RunLog, start: St
     """Measures the model before any training, the floor to beat, where it knows anything; returns whether it is the
     best so far.
 
-    With embeddings of the training pictures by the source, the table gets rows for what that does untrained.
+    Where the source was adapted, the table gets the rows of what that does without any update.
     """
-    known, untouched = start.known, start.untouched
-    if known is None and state.phase.head_start != "class_mean":
+    if not wants_baselines(state, data) and state.phase.head_start != "class_mean":
         return False
-    # Both need the validation pictures: they are embedded once.
+    # The adapted rows need the validation pictures too: they are embedded once.
     embed = remembering(functools.partial(_embedded, state, state.evaluated))
-    improved = measure(state, data, log, known if untouched is None else None, embed)
+    improved = measure(state, data, log, embed)
     if state.phase.adapt.active and state.evaluated.adaptation is not None and state.phase_plan.steps:
         if state.phase.name in state.validated:  # what `measure` has just found
             state.validated[ADAPTED] = state.validated[state.phase.name]
         _report(state, ADAPTED, _evaluate(state, state.evaluated, data.evaluation, embed=embed), log)
-    if start.adapted is not None and state.evaluated.adaptation is not None:
+    if start.adapted is not None:
         _report_adapted_probe(state, data, start.adapted, embed, log)
-    if known is not None:
-        if untouched is not None:
-            embed = remembering(functools.partial(_embedded, state, untouched))
-            state.validated |= with_baselines(_evaluate(state, untouched, data.validation, known, embed))
-        _report_baselines(state, data, known, embed, log)
     # A probe is fitted on each rank, and two kinds of processors may end a picture apart.
     state.validated = state.run.broadcast(state.validated)
     state.set_modes()
     return improved
 
 
+def report_untrained(state: TrainState, source: Source | None, data: PhaseData, log: RunLog) -> None:
+    """Rows of the final table for what the source does without any update, and what they reach on the validation part,
+    after the phase that starts from it: no update waits for them, and a run that goes on before they are in a
+    checkpoint comes by here again."""
+    if not wants_baselines(state, data):
+        return
+    model = _untrained(state, source, data, adapted=False)
+    embed = remembering(functools.partial(_embedded, state, model))
+    known = _labelled(data.train, embed)
+    state.validated |= with_baselines(_evaluate(state, model, data.validation, known, embed))
+    # A probe is fitted on each rank, and two kinds of processors may end a picture apart.
+    state.validated = state.run.broadcast(state.validated)
+    # What chose nothing yet serves the class means too.
+    if data.validation.test is not None:
+        known = known.joined(_labelled(data.validation.test, embed))
+    phases, state.reported = state.reported, {}
+    for row, results in with_baselines(_evaluate(state, model, data.evaluation, known, embed)).items():
+        _report(state, row, results, log)
+    # Phases stand below in the table; what a resume reports anew is what was reported.
+    state.reported |= {row: results for row, results in phases.items() if row not in state.reported}
+
+
 def measure(
     state: TrainState,
     data: PhaseData,
     log: RunLog,
-    known: LabelledEmbeddings | None = None,
     embed: Embed | None = None,
 ) -> bool:
     """Measures the model on the validation part, on all ranks, and logs it; returns whether it is the best so far.
 
     Args:
-        known: embeddings of the training pictures, where the baselines are wanted too.
         embed: as for `evaluate`.
     """
     here = (state.phase_number, state.phase_step)
@@ -119,9 +133,8 @@ def measure(
         state.chosen = here
         return True
     state.run.broadcast_buffers(state.evaluated)  # every rank measures the model that rank 0 saves
-    results = _evaluate(state, state.evaluated, data.validation, known, embed)
+    results = _evaluate(state, state.evaluated, data.validation, embed=embed)
     state.set_modes()
-    state.validated |= with_baselines(results)
     try:
         value, name = named_metric(state.recipe.eval, results)
     except ValueError:
@@ -156,15 +169,6 @@ def _evaluate(
 
 def _embedded(state: TrainState, model: FaceModel, index: FaceIndex) -> tuple[Tensor, Tensor]:
     return embed_rows(model, index, state.run, state.precision, state.reading, batch_size=state.recipe.eval.batch_size)
-
-
-def _report_baselines(state: TrainState, data: PhaseData, known: LabelledEmbeddings, embed: Embed, log: RunLog) -> None:
-    """Rows of the final table for the source untrained; what chose nothing yet serves its class means too."""
-    if data.validation.test is not None:
-        known = known.joined(_labelled(data.validation.test, embed))
-    rows = with_baselines(_evaluate(state, state.evaluated, data.evaluation, known, embed))
-    for row, results in rows.items():
-        _report(state, row, results, log)
 
 
 def _report_adapted_probe(
@@ -334,16 +338,25 @@ def _untrained(state: TrainState, source: Source | None, data: PhaseData, *, ada
     """The source with a cosine head, adapted once more as it was where that is wanted."""
     config = dataclasses.replace(state.recipe.model, head="cosine")
     names = data.train.class_names
-    model = build_model(config, len(names), state.recipe.image, names, source).to(state.run.device).eval()
+    with torch.random.fork_rng():  # whoever draws next draws what it would have drawn
+        model = build_model(config, len(names), state.recipe.image, names, source).to(state.run.device).eval()
+    if state.precision.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.scale, model.faces = START_SCALE, state.faces
     model.provenance = state.evaluated.provenance
     done = state.evaluated.adaptation
     if adapted and done is not None:
         known = _embedded(state, model, data.train)
-        again = AdaptConfig("given", done["batchnorm"], done["batchnorm_last"], done["centre"], done["shrinkage"])
+        again = _again(done)
         adapted_to(state, again, model, data, known)
         model.adaptation = done
     return model
+
+
+def _again(done: Mapping[str, Any]) -> AdaptConfig:
+    """An adaptation as model.json tells of it, to be done as it was."""
+    own = {field.name for field in dataclasses.fields(AdaptConfig)} - {"choose"}
+    return AdaptConfig("given", **{name: value for name, value in done.items() if name in own})
 
 
 def _metrics(state: TrainState, data: PhaseData) -> dict[str, Any] | None:

@@ -38,6 +38,13 @@ class Trial:
     high: float
     """`ERRORS` standard errors below and above the gain."""
 
+    def told(self) -> str:
+        """For people."""
+        return (
+            f"  {self.name}: TAR at FAR {FAR:.0%} of people left out {self.tar:.1%}, "
+            f"{100 * self.gain:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+        )
+
 
 def tar_of_people(embeddings: Tensor, labels: Labels) -> Tensor:
     """[P] for each person with two pictures, in the order of their labels: the part of pairs of their pictures above

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -24,12 +25,40 @@ def build_optimizer(phase: Phase, groups: list[dict[str, Any]], device: torch.de
         return _fused_by_apex(apex, phase, groups)
     if phase.optimizer == "sgd":
         momentum = phase.momentum
-        return with_momentum(torch.optim.SGD(groups, lr=phase.lr, momentum=momentum, nesterov=momentum > 0, fused=True))
+        return with_momentum(Sgd(groups, lr=phase.lr, momentum=momentum, nesterov=momentum > 0, fused=True))
     if phase.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=phase.lr, betas=betas, fused=True)
+        return Adam(groups, lr=phase.lr, betas=betas, fused=True)
     if phase.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=phase.lr, betas=betas, fused=True)
+        return AdamW(groups, lr=phase.lr, betas=betas, fused=True)
     return Lamb(groups, lr=phase.lr, betas=betas)
+
+
+class _Uncompiled(torch.optim.Optimizer):
+    """Methods without what keeps compiled code out of them: their first call would load torch's compiler, which takes
+    a second, and facefast compiles no optimiser."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class Sgd(_Uncompiled, torch.optim.SGD):
+    """torch's own."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
+class Adam(_Uncompiled, torch.optim.Adam):
+    """torch's own."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+
+
+class AdamW(_Uncompiled, torch.optim.AdamW):
+    """torch's own."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
@@ -65,7 +94,7 @@ def _apex() -> Any:
         return None
 
 
-class Lamb(torch.optim.Optimizer):
+class Lamb(_Uncompiled):
     """LAMB (You et al. 2019, arXiv 1904.00962), decoupled weight decay, in multi-tensor operations.
 
     Takes `found_inf` from a GradScaler on the device, as torch's fused optimisers do: a step with a non-finite gradient

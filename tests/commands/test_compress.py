@@ -184,3 +184,18 @@ def test_a_place_that_cannot_be_written_ends_with_74(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="choose another --out"):
         compress._write(tmp_path / "file" / "out", b"", {"int8": {}})
+
+
+def test_a_model_with_layers_of_its_own_is_compressed_with_them(drawn: Path, tmp_path: Path) -> None:
+    model = small.make_uneven_model()
+    model.add_layers({"smoothing": {"luma": 3.0, "chroma": 6.0}, "linear_map": True})
+    assert model.linear_map is not None
+    with torch.no_grad():
+        model.linear_map.weight.add_(0.2 * torch.randn(16, 16, generator=torch.Generator().manual_seed(1)))
+    run = small.save_run(tmp_path / "run", model, drawn)
+    assert command(run, drawn, tmp_path / "int8") == 0
+    found = checkpoint.load_model(tmp_path / "int8")
+    images = torch.randint(0, 256, (8, 3, small.SIZE, small.SIZE), dtype=torch.uint8)
+    wanted = model.embed(images)
+    assert (found.embed(images) * wanted).sum(1).mean() > 0.9
+    assert (small.make_uneven_model().embed(images) * wanted).sum(1).mean() < 0.8

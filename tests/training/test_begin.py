@@ -14,6 +14,7 @@ import torch
 from facefast.data import FaceIndex
 from facefast.data.divide import PhaseData
 from facefast.evaluation.baselines import class_means
+from facefast.evaluation.embed import embed_rows
 from facefast.models import FaceModel, Source, checkpoint, load_source
 from facefast.recipe import (
     AttributeSpec,
@@ -284,17 +285,18 @@ def test_the_source_itself_may_teach_and_does_not_learn(index: FaceIndex, source
 # Beginning.
 
 
-def test_a_phase_begins_with_class_means_and_knows_what_the_source_does_untrained(
-    index: FaceIndex, source_run: Path, tmp_path: Path
-) -> None:
+def test_a_phase_begins_with_class_means(index: FaceIndex, source_run: Path, tmp_path: Path) -> None:
     data, said = PhaseData(index, NOBODY, NOBODY), Said()
     phase = Phase(name="tune", start="source", head_start="class_mean", batch_size=4, steps=5)
     state = make_state(phase, data=(data,), source=source_run)
-    found = begin.begin(tmp_path, state, 0, data, load_source(source_run), None, None, said.log)
+    begin.begin(tmp_path, state, 0, data, load_source(source_run), None, None, said.log)
     assert said[0] == "phase tune: 9 pictures of 3 identities, 5 steps of 4, starts from source"
-    assert found.known is not None
-    assert found.known.labels.tolist() == [0, 0, 0, 1, -1, 1, 2, 2, 2]  # bo's second picture counts for nothing
-    means = class_means(found.known.embeddings, found.known.labels, 3)
+    embeddings, seen = embed_rows(
+        checkpoint.load_model(source_run), index, RUN, state.precision, state.reading, batch_size=4
+    )
+    labels = torch.tensor(index.labels, dtype=torch.long).where(seen, -1)
+    assert labels.tolist() == [0, 0, 0, 1, -1, 1, 2, 2, 2]  # bo's second picture counts for nothing
+    means = class_means(embeddings, labels, 3)
     assert state.model.head is not None
     rows = torch.nn.functional.normalize(state.model.head.weight.detach())
     torch.testing.assert_close(rows, means, rtol=0, atol=1e-5)
@@ -302,15 +304,17 @@ def test_a_phase_begins_with_class_means_and_knows_what_the_source_does_untraine
     assert state.model.training
 
 
-def test_the_source_is_measured_untrained_only_where_that_is_wanted(
-    index: FaceIndex, source_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("wanted", [True, False])
+def test_nothing_is_embedded_before_a_phase_that_begins_with_another_head(
+    index: FaceIndex, source_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool
 ) -> None:
     data = PhaseData(index, NOBODY, NOBODY)
-    monkeypatch.setattr(begin, "embed_training_rows", lambda *_, **__: pytest.fail("nobody wants embeddings"))
+    monkeypatch.setattr(begin, "embed_rows", lambda *_, **__: pytest.fail("nobody wants embeddings"))
     state = make_state(
-        Phase(start="source", batch_size=4), data=(data,), source=source_run, eval=EvalConfig(baselines=False)
+        Phase(start="source", batch_size=4), data=(data,), source=source_run, eval=EvalConfig(baselines=wanted)
     )
-    assert begin.begin(tmp_path, state, 0, data, load_source(source_run), None, None, Said().log).known is None
+    begin.begin(tmp_path, state, 0, data, load_source(source_run), None, None, Said().log)
+    assert begin.wants_baselines(state, data) == wanted  # after the phase
 
 
 def test_a_phase_that_is_taken_up_has_its_checkpoints_weights_and_embeds_nothing(
@@ -327,10 +331,9 @@ def test_a_phase_that_is_taken_up_has_its_checkpoints_weights_and_embeds_nothing
         for parameter in state.model.parameters():
             parameter.add_(1.0)
     saved = checkpoint.save(tmp_path, 3, tensors=state.tensors(), documents=state.documents(), best=True, keep=1)
-    monkeypatch.setattr(begin, "embed_training_rows", lambda *_, **__: pytest.fail("what it knew is in the checkpoint"))
+    monkeypatch.setattr(begin, "embed_rows", lambda *_, **__: pytest.fail("what it knew is in the checkpoint"))
     resumed = make_state(phase, data=(data,), source=source_run)
-    found = begin.begin(tmp_path, resumed, 0, data, load_source(source_run), None, saved, said.log)
-    assert found.known is None
+    begin.begin(tmp_path, resumed, 0, data, load_source(source_run), None, saved, said.log)
     assert same(resumed.model, state.model, "")
     assert (resumed.step, resumed.phase_step, resumed.best, resumed.chosen) == (3, 3, 0.5, (0, 2))
     assert resumed.validated == state.validated

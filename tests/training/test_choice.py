@@ -93,7 +93,7 @@ def measured(index: FaceIndex, monkeypatch: pytest.MonkeyPatch) -> Any:
     def measure(state: TrainState, *found: tuple[int, float]) -> list[bool]:
         log = Heard()
         for state.phase_step, value in found:
-            monkeypatch.setattr(choice, "_evaluate", lambda *_, value=value: {"top1": value})
+            monkeypatch.setattr(choice, "_evaluate", lambda *_, value=value, **__: {"top1": value})
             assert choice.measure(state, data, cast(RunLog, log)) == log.improved[-1]
         return log.improved
 
@@ -131,13 +131,13 @@ def test_pictures_that_give_no_number_are_no_pictures_to_choose_by(
 ) -> None:
     asked = EvaluationSet(test=None, verification=index, pairs=None, held_out=False)
     data, said = PhaseData(index, asked, NOBODY), Said()
-    monkeypatch.setattr(choice, "_evaluate", lambda *_: {"known_auc": NAN, "known_pairs": 0})
+    monkeypatch.setattr(choice, "_evaluate", lambda *_, **__: {"known_auc": NAN, "known_pairs": 0})
     for state.phase_step in (2, 4):
         assert choice.measure(state, data, said.log)
     assert state.best is None and state.chosen == (0, 4)
     assert said == 2 * ["note: the validation part gives no number to choose by"]
     assert measured(state, (6, 0.5)) == [True]
-    monkeypatch.setattr(choice, "_evaluate", lambda *_: {"known_auc": NAN, "known_pairs": 0})
+    monkeypatch.setattr(choice, "_evaluate", lambda *_, **__: {"known_auc": NAN, "known_pairs": 0})
     assert not choice.measure(state, data, said.log) and state.chosen == (0, 6)
     state.recipe = dataclasses.replace(state.recipe, eval=EvalConfig(metric="auc"))
     with pytest.raises(ValueError, match="eval.metric is auc, for which the evaluation has too few pairs"):

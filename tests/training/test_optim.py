@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Literal
 
 import pytest
@@ -134,3 +136,22 @@ def test_a_first_update_that_is_skipped_leaves_nothing_behind(name: Optimizer, d
         ends.append(weight.detach().clone())
     assert ends[0].isfinite().all()
     assert torch.equal(ends[0], ends[1])  # as if the skipped one had not been
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb"])
+def test_an_update_and_a_checkpoint_of_it_load_no_compiler(name: str) -> None:
+    code = f"""
+import sys, torch
+from facefast.recipe import Phase
+from facefast.training.optim import build_optimizer
+weight = torch.nn.Parameter(torch.ones(3))
+group = {{"params": [weight], "lr": 0.1, "weight_decay": 0.0}}
+optimizer = build_optimizer(Phase(optimizer={name!r}), [group], torch.device("cpu"))
+weight.square().sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+assert (weight < 1).all() and not weight.grad
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

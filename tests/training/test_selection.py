@@ -24,8 +24,9 @@ from facefast.models.precision import Precision
 from facefast.recipe import Reading, Recipe, from_json
 from facefast.runtime import files, manifest
 from facefast.runtime.lines import read_lines
+from facefast.runtime.log import RunLog
 from facefast.training import choice
-from facefast.training.step import TrainState
+from facefast.training.step import TrainState, train_step
 from tests.support import small
 from tests.support.beginning import RUN
 from tests.support.ranks import run_ranks
@@ -121,12 +122,9 @@ def test_the_test_part_is_asked_once_for_each_row_and_never_before_its_phase_is_
     assert {count for count, _ in asked} == {test, PEOPLE * 4} and len(asked) > 2
 
 
-HANDED_ON = [("means", "class means", "class_means_top1"), ("probed", "linear probe", "probe_top1")]
-
-
-@pytest.mark.parametrize(("which", "name", "metric"), HANDED_ON)
+@pytest.mark.parametrize(("which", "name"), [("means", "class means"), ("probed", "linear probe")])
 def test_what_fine_tuning_does_not_beat_is_handed_on_by_name(
-    which: str, name: str, metric: str, request: pytest.FixtureRequest
+    which: str, name: str, request: pytest.FixtureRequest
 ) -> None:
     run = request.getfixturevalue(which)
     best = run / "checkpoints" / "best"
@@ -134,10 +132,11 @@ def test_what_fine_tuning_does_not_beat_is_handed_on_by_name(
     manifest.verify(best)
     status = files.read_json(run / "status.json")["best"]
     (*_, row) = (line for line in lines(run, "test") if line["phase"] == name)
+    means = next(line for line in lines(run, "test") if line["phase"] == "class means")
     first = lines(run, "validation")[0]
-    assert first["top1"] == first["class_means_top1"]  # the head starts from them
+    assert first["top1"] == pytest.approx(means["validation"])  # the head starts from them
     assert status["phase"] == name and status["value"] == row["top1"]
-    assert status["validation"] == row["validation"] == first[metric] >= first["top1"]
+    assert status["validation"] == row["validation"] >= first["top1"] - 1e-6
     assert f'{name}</bdi> <span class="tag">handed on' in (run / "report.html").read_text()
     assert not (best / "state.json").exists() and checkpoint.newest(run) == run / "checkpoints" / "step-0000006"
 
@@ -225,18 +224,48 @@ def test_a_checkpoint_taken_over_into_another_folder_is_handed_on_from_there(
     assert best["phase"] == "all" and best["value"] is not None
 
 
-def test_a_run_stopped_before_its_first_update_still_reports_what_the_source_does_untrained(
-    probed: Path, words: list[str], tmp_path: Path
+UNTRAINED = ["class means", "5 nearest neighbours", "linear probe"]
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_run_stopped_before_it_measured_the_source_untrained_ends_with_the_same_table(
+    probed: Path, words: list[str], tmp_path: Path, step: int
 ) -> None:
+    """Stopped before its first update, and between the last update of the phase that starts from the source and the
+    rows of what that does untrained."""
     (tmp_path / "checkpoints").mkdir()
-    before = Path(shutil.copytree(probed / "checkpoints" / "step-0000000", tmp_path / "checkpoints" / "step-0000000"))
-    assert files.read_json(before / "state.json")["reported"].keys() == {
-        "class means",
-        "5 nearest neighbours",
-        "linear probe",
-    }
+    name = f"step-{step:07d}"
+    before = Path(shutil.copytree(probed / "checkpoints" / name, tmp_path / "checkpoints" / name))
+    if step:  # it holds the choice, and what was chosen
+        shutil.copytree(probed / "checkpoints" / "step-0000000", tmp_path / "checkpoints" / "step-0000000")
+    assert files.read_json(before / "state.json")["reported"] == {}
     assert train.main([*words, f"--out={tmp_path}"]) == 0
     assert content(tmp_path / "checkpoints" / "best") == content(probed / "checkpoints" / "best")
+    after = [files.read_json(run / "checkpoints" / "step-0000006" / "state.json") for run in (probed, tmp_path)]
+    assert after[0] == after[1]
+    assert list(after[0]["reported"]) == [*UNTRAINED, "last"] and set(UNTRAINED) <= after[0]["validated"].keys()
+    assert lines(tmp_path, "test") == lines(probed, "test")
+
+
+def test_no_update_waits_for_what_the_source_does_untrained(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    report = RunLog.report
+
+    def update(*rest: Any) -> Any:
+        happened.append("update")
+        return train_step(*rest)
+
+    def listen(self: RunLog, at: Any, row: str, results: Any) -> None:
+        happened.append(row)
+        report(self, at, row, results)
+
+    monkeypatch.setattr(RunLog, "report", listen)
+    monkeypatch.setattr(train, "train_step", update)
+    assert train.main([*words, f"--out={tmp_path}"]) == 0
+    updates = ["update"] * 3
+    assert happened[:11] == [*updates, "last", *UNTRAINED, *updates, "all"]
 
 
 def rank(number: int, arguments: list[str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ INT8 = "model-int8.onnx"
 """The network of an int8 package, in place of model.safetensors."""
 MODEL_FORMAT = 1
 """Of model.json."""
+LAYERS = ("smoothing", "linear_map")
+"""What model.json says of layers that a backbone does not have by itself."""
 EXPORTED = (
     "whose numbers can no longer be trained; give the run, the checkpoint or the safetensors package that it was made "
     "from"
@@ -68,6 +70,8 @@ class Source:
     """Of the file they came from; empty where a library gave them."""
     provenance: Mapping[str, Any] | None = None
     """Of a facefast model: what it began from itself."""
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    """Of a facefast model: what `FaceModel.add_layers` adds to its backbone."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +249,7 @@ def _from_folder(path: Path) -> Source:
             state=read(weights[0]),
             sha256=files.sha256(weights[0]),
             provenance=config.get("provenance"),
+            layers={name: config[name] for name in LAYERS if name in config},
         )
     raise ValueError(
         f"source folder {path} holds no facefast model (model.json beside model.safetensors); give "
