@@ -35,9 +35,9 @@ from facefast.training.restate import layers, restate
 
 EACH = 3
 """Pictures of a person that are looked at, without their mirror images; of few people more, until there are `MOST`."""
-EACH_OF_HEAD = 20
+EACH_OF_HEAD = 14
 """Pictures of a person, without their mirror images, whose mean a head starts from. Training does not make up for few:
-three or eight of fifteen cost the default fine-tuning five and eight test pictures of 994 (benchmarks/LOG.md)."""
+eight of fifteen cost the default fine-tuning eight test pictures of 994, fourteen cost two (benchmarks/LOG.md)."""
 MOST = 720
 """Pictures in all, of whole people. Where there are no more than that, all are asked at once."""
 WEIGHT = 0.5

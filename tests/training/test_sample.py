@@ -30,10 +30,16 @@ PICTURES = 9
 class Pictures:
     """People who differ in all numbers alike; pictures of one by `within` in a quarter of them and by half elsewhere,
     all `middle` away from 0. With the source's BatchNorm statistics `noise` comes on top, until they are restated, and
-    `grain` does, until the pictures are blurred."""
+    `grain` does, until the pictures are blurred; nothing rids them of what is `lasting`."""
 
     def __init__(
-        self, people: int, within: float = 0.5, middle: float = 0.0, noise: float = 0.0, grain: float = 0.0
+        self,
+        people: int,
+        within: float = 0.5,
+        middle: float = 0.0,
+        noise: float = 0.0,
+        grain: float = 0.0,
+        lasting: float = 0.0,
     ) -> None:
         generator = np.random.default_rng(3)
         self.labels = np.repeat(np.arange(people), PICTURES)
@@ -42,6 +48,7 @@ class Pictures:
         clean = generator.normal(size=(people, 24))[self.labels] + spread * generator.normal(
             size=(len(self.labels), 24)
         )
+        clean += lasting * np.random.default_rng(4).normal(size=clean.shape)
         self.restated = torch.tensor(clean + middle).float()
         self.noise = max(noise, grain) * torch.tensor(generator.normal(size=self.restated.shape)).float()
         self.blurs = grain > noise
@@ -83,12 +90,21 @@ def restating(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_pictures_like_the_sources_are_let_through_after_a_bounded_number_of_them(seed: int) -> None:
     pictures = Pictures(400)
     found = pictures.look(seed)
-    assert not found.promising and len(found.trials) == 8
+    assert not found.promising and len(found.trials) == 6 and found.verified > 0.99
     assert len(found.rows) == sample.MOST < len(pictures.labels)
-    assert sum(pictures.asked) <= sample.MOST + sample.FOR_STATISTICS + 2 * 0.6 * sample.MOST
+    assert sum(pictures.asked) <= sample.MOST
     assert not any(pictures.mirrored)
     said = list(found.told())
-    assert said[0].startswith("the source model stays as it is: 720 pictures of 240 people rule out") and len(said) == 9
+    assert said[0].startswith("the source model stays as it is: 720 pictures of 240 people rule out") and len(said) == 7
+    assert "no blur and no BatchNorm statistics are tried" in said[0]
+
+
+def test_a_blur_and_statistics_are_tried_where_many_pairs_fail_and_no_map_helps() -> None:
+    pictures = Pictures(400, lasting=1.0)
+    found = pictures.look()
+    assert not found.promising and len(found.trials) == 8 and 0.1 < found.verified < sample.VERIFIED
+    assert sum(pictures.asked) <= sample.MOST + sample.FOR_STATISTICS + 2 * 0.6 * sample.MOST
+    assert "are tried" not in next(found.told())
 
 
 SHIFTED = [{"within": 2.0}, {"within": 4.0}, {"within": 1.0, "middle": 8.0}, {"noise": 1.5}, {"grain": 1.5}]
@@ -105,7 +121,7 @@ def test_pictures_that_an_adaptation_helps_are_never_let_through(shift: dict[str
 
 def test_what_cannot_be_ruled_out_is_asked_of_all_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     def tried(high: float) -> sample.Look:
-        trial = Trial("a map", 0.9, 0.0, -high, high)
+        trial = Trial("a map", 0.5, 0.0, -high, high)
         monkeypatch.setattr(sample, "choose_map", lambda *_: (None, (trial,)))
         monkeypatch.setattr(sample, "_networks_tried", lambda *_: ())
         return Pictures(20).look()
