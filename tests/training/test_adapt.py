@@ -372,6 +372,7 @@ def test_fine_tuning_goes_on_from_the_adapted_model_and_resumes_with_it(
     words = [
         "finetune", f"--data.root={drawn}", f"--model.source={source}", *WORDS, "--phases.last.adapt.choose=given",
         "--phases.last.adapt.shrinkage=0.2", "--phases.last.adapt.batchnorm=1", "--phases.last.steps=3",
+        "--phases.last.adapt.luma=3", "--phases.last.adapt.chroma=8",
         "--phases.all.steps=2", "--phases.last.batch-size=8", "--phases.all.batch-size=8", "--save-every=2", "--keep=9",
     ]  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -380,10 +381,12 @@ def test_fine_tuning_goes_on_from_the_adapted_model_and_resumes_with_it(
     assert rows[:4] == ["adapted class means", "adapted linear probe", "last", "class means"]
     last = checkpoint.load_model(checkpoint.of_step(whole, 5))
     assert last.adaptation is not None and last.adaptation["batchnorm"] == 1
+    assert last.layers() == {"smoothing": {"luma": 3.0, "chroma": 8.0}}
     # From a checkpoint in the middle of the phase that adapted, to the same bits.
     assert train.main([*words, f"--out={cut}", f"--resume={checkpoint.of_step(whole, 2)}"]) == 0
-    again = checkpoint.load_model(checkpoint.of_step(cut, 5)).state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in last.state_dict().items())
+    again = checkpoint.load_model(checkpoint.of_step(cut, 5))
+    assert again.layers() == last.layers()
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in last.state_dict().items())
 
 
 def test_adapted_model_that_no_update_improves_is_handed_on_by_its_name(
@@ -408,7 +411,7 @@ def test_probe_on_the_adapted_model_is_handed_on_as_the_same_model_adapted_once_
     words = [
         "adapt", f"--data.root={drawn}", f"--model.source={source}", f"--out={tmp_path}", *WORDS,
         "--phases.adapt.adapt.choose=given", "--phases.adapt.adapt.batchnorm=1", "--phases.adapt.adapt.centre",
-        "--phases.adapt.adapt.shrinkage=0.2", "--data.test-fraction=0.2",
+        "--phases.adapt.adapt.shrinkage=0.2", "--phases.adapt.adapt.luma=2", "--data.test-fraction=0.2",
     ]  # fmt: skip
     monkeypatch.setattr(divide, "LEAST_TO_CHOOSE", 8)  # names choose
     assert train.main(words) == 0
@@ -416,6 +419,7 @@ def test_probe_on_the_adapted_model_is_handed_on_as_the_same_model_adapted_once_
     assert best.readlink() == Path("adapted-linear-probe")
     adapted_before, probed = checkpoint.load_model(checkpoint.of_step(tmp_path, 0)), checkpoint.load_model(best)
     assert probed.adaptation == adapted_before.adaptation is not None
+    assert probed.layers() == adapted_before.layers() == {"smoothing": {"luma": 2.0, "chroma": 0.0}}
     for name, tensor in adapted_before.state_dict().items():
         if not name.startswith("head."):
             torch.testing.assert_close(probed.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
@@ -454,9 +458,10 @@ def test_gallery_enrolled_by_the_source_is_refused_by_the_adapted_model(drawn: P
     offered = gallery.Offer(["ann", "bo"], torch.randn(2, width), np.arange(1, 5, dtype=np.uint64).reshape(2, 2))
     gallery.enroll(path, offered, gallery.fingerprint(model))
     gallery.Gallery(path, gallery.fingerprint(model))
-    _, _, changed = adapted(read_index(drawn), AdaptConfig("given", centre=True), model)
-    with pytest.raises(ValueError, match="enrolled with another model"):
-        gallery.Gallery(path, gallery.fingerprint(changed))
+    for config in (AdaptConfig("given", centre=True), AdaptConfig("given", luma=1.0)):
+        _, _, changed = adapted(read_index(drawn), config, small.make_model().eval())
+        with pytest.raises(ValueError, match="enrolled with another model"):
+            gallery.Gallery(path, gallery.fingerprint(changed))
 
 
 def test_pictures_whose_embeddings_are_not_finite_end_before_anything_is_adapted(drawn: Path) -> None:
