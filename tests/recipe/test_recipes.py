@@ -107,6 +107,11 @@ def lines(run: Path, split: str) -> list[dict[str, Any]]:
     return [line for line in found if line["split"] == split]
 
 
+def reported(run: Path, phase: str) -> dict[str, Any]:
+    """What the test part gave for a phase's model."""
+    return [line for line in lines(run, "test") if line["phase"] == phase][-1]
+
+
 def weights(run: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(run / "checkpoints" / "last" / "model.safetensors")
 
@@ -156,7 +161,7 @@ def test_the_default_moves_the_last_stages_first_and_then_all(runs: Runs, source
     evaluations = lines(runs["finetune"], "validation")
     assert [evaluation["phase"] for evaluation in evaluations] == ["last", "last", "last", "all", "all"]
     titles = ["class means", "5 nearest neighbours", "linear probe"]
-    assert [line["phase"] for line in lines(runs["finetune"], "test")] == [*titles, "last", "all"]
+    assert [line["phase"] for line in lines(runs["finetune"], "test")] == ["last", *titles, "all"]
     rates = {line["phase"]: line["lr"] for line in lines(runs["finetune"], "train")}
     assert max(rates.values()) <= 0.01
     page = (runs["finetune"] / "report.html").read_text()
@@ -204,10 +209,11 @@ def test_each_loss_trains_to_other_weights(name: str, field: str, value: Any, ru
 def test_sets_for_verification_only_need_no_classes(name: str, runs: Runs, source: Path) -> None:
     assert moved(runs[name], source)
     assert not any(key.startswith("head") for key in weights(runs[name]))
-    assert "top1" not in lines(runs[name], "test")[-1]
+    assert "top1" not in reported(runs[name], name)
     best = files.read_json(runs[name] / "status.json")["best"]
     # Two people kept out are too few to be divided: pairs of known people choose, those of strangers are reported.
-    assert (best["metric"], best["value"]) == ("verification_accuracy", lines(runs[name], "test")[-1][best["metric"]])
+    value = reported(runs[name], name)["verification_accuracy"]
+    assert (best["metric"], best["value"]) == ("verification_accuracy", value)
     chosen = [line["known_verification_accuracy"] for line in lines(runs[name], "validation")]
     assert best["validation"] == max(chosen)
 
@@ -233,7 +239,7 @@ def test_the_regularised_run_evaluates_averaged_weights(runs: Runs) -> None:
 
 
 def test_attributes_are_told_beside_names(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluation = lines(runs["multitask"], "test")[-1]
+    evaluation = reported(runs["multitask"], "multitask")
     assert {"top1", "Male/auc", "Male/accuracy", "Smiling/auc", "tasks"} <= evaluation.keys()
     training = lines(runs["multitask"], "train")
     assert {"loss/identity", "loss/Male", "loss/Smiling"} <= training[0].keys()
@@ -246,7 +252,7 @@ def test_attributes_are_told_beside_names(runs: Runs, capsys: pytest.CaptureFixt
 
 def test_yes_or_no_is_learnt_from_people_and_asked_of_strangers(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     run = runs["binary"]
-    assert {"match/auc", "match/accuracy", "match/tar@1e-2"} <= lines(run, "test")[-1].keys()
+    assert {"match/auc", "match/accuracy", "match/tar@1e-2"} <= reported(run, "binary").keys()
     assert files.read_json(run / "status.json")["best"]["metric"] == "tasks"
     capsys.readouterr()
     picture = next((runs.drawn / "img_align_celeba").iterdir())
@@ -338,7 +344,7 @@ def test_a_set_that_knows_only_ages_joins_a_run_on_names(runs: Runs, tmp_path: P
     words = ["--phases.multitask.batch-size=8", "--phases.multitask.steps=6", "--tasks.attributes", "Male", "age"]
     words += ["--tasks.weights", "0.5", "0.1", f"--data.more={tmp_path / 'afad'}", f"--model.source={runs.source}"]
     assert train.main(["multitask", *TINY, *words, f"--data.root={runs.drawn}", f"--out={out}"]) == 0
-    evaluation = lines(out, "test")[-1]
+    evaluation = reported(out, "multitask")
     assert {"top1", "Male/auc", "age/mae", "age/within5", "tasks"} <= evaluation.keys()
     assert 0 <= evaluation["age/mae"] <= 2
     assert files.read_json(out / "checkpoints/last/model.json")["attributes"] == [
