@@ -89,11 +89,9 @@ class Offer:
 
 
 def fingerprint(model: FaceModel) -> str:
-    """What tells embeddings of one model from those of another: its weights without the heads, its layers, and how it
-    wants its pictures."""
-    digest = hashlib.sha256(json.dumps(to_json(model.image), sort_keys=True).encode())
-    if model.layers():
-        digest.update(json.dumps(model.layers(), sort_keys=True).encode())
+    """What tells embeddings of one model from those of another: weights without the heads, layers and pictures."""
+    said = to_json(model.image) | model.layers()
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(("backbone.", "embedding.", "linear_map.")) and not name.endswith("num_batches_tracked"):
             values = tensor.detach().cpu().contiguous()

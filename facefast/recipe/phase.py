@@ -153,7 +153,7 @@ class AdaptConfig:
         if not (0 <= self.luma <= MOST_BLUR and 0 <= self.chroma <= MOST_BLUR):
             raise ValueError(
                 f"adapt.luma {self.luma} and adapt.chroma {self.chroma} must lie in [0, {MOST_BLUR:g}]: pixels of a "
-                "picture 112 high"
+                "picture of ArcFace's size"
             )
         neutral = weights[1] == self.luma == self.chroma == 0 and self.shrinkage == 1 and not self.centre
         if (self.choose == "given") == neutral:

@@ -19,7 +19,7 @@ from facefast.data import FaceIndex
 from facefast.data.subsets import joined
 from facefast.models import FaceModel
 from facefast.models.fold import LinearMap, fold
-from facefast.models.smoothing import Deviations, Smoothing
+from facefast.models.smoothing import REFERENCE, Deviations, Smoothing
 from facefast.recipe import AdaptConfig
 from facefast.runtime.process import Runtime
 from facefast.training.leftout import FAR, Labels, Trial, choose, groups_of_people, rows_to_ask, tar_of_people
@@ -106,7 +106,9 @@ def too_few(people: int) -> str:
 
 def blur_named(blur: Deviations) -> str:
     """A blur by its deviations, for people."""
-    return f"pictures blurred, lightness by {blur.luma:g} and colour by {blur.chroma:g} pixels of 112" * any(blur)
+    return f"pictures blurred, lightness by {blur.luma:g} and colour by {blur.chroma:g} pixels of {REFERENCE}" * any(
+        blur
+    )
 
 
 def statistics_named(first: float, last: float) -> str:
