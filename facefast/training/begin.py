@@ -139,19 +139,12 @@ def _take_over(model: FaceModel, before: FaceModel, head_start: str) -> None:
     model.load_state_dict(kept, strict=False)
 
 
-def embed_training_rows(
-    state: TrainState, model: FaceModel, data: PhaseData, *, mirror: Mirror
+def embed_pictures(
+    state: TrainState, model: FaceModel, index: FaceIndex, mirror: Mirror = "mean"
 ) -> tuple[Tensor, Tensor]:
-    """[N, D] embeddings of the phase's training pictures without augmentation, and which rows were readable."""
-    return embed_rows(
-        model,
-        data.train,
-        state.run,
-        state.precision,
-        state.reading,
-        batch_size=state.recipe.eval.batch_size,
-        mirror=mirror,
-    )
+    """[N, D] embeddings of pictures without augmentation, as the run reads and computes, and which were readable."""
+    size = state.recipe.eval.batch_size
+    return embed_rows(model, index, state.run, state.precision, state.reading, batch_size=size, mirror=mirror)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +264,7 @@ def _embedded(
     if not whole:
         return _few(state, model, data, looked), False
     # Apart where the adaptation is to be chosen, for which pictures are taken as they are.
-    both, seen = embed_training_rows(state, model, data, mirror="joined" if auto else "mean")
+    both, seen = embed_pictures(state, model, data.train, "joined" if auto else "mean")
     fresh, plain = (single(both, model.embedding_size), seen), both[:, : model.embedding_size]
     if phase.adapt.active:
         fresh = _adapted(state, phase, model, data, fresh, plain if auto else None, log)
@@ -307,11 +300,9 @@ class Asking(NamedTuple):
 def asking(state: TrainState) -> Asking:
     """As the run reads pictures and computes."""
     run, precision, reading, seed = state.run, state.precision, state.reading, state.recipe.seed
-    size = state.recipe.eval.batch_size
 
     def embed(network: FaceModel, index: FaceIndex, mirror: bool) -> tuple[Tensor, Tensor]:
-        both: Mirror = "mean" if mirror else "none"
-        return embed_rows(network, index, run, precision, reading, batch_size=size, mirror=both)
+        return embed_pictures(state, network, index, "mean" if mirror else "none")
 
     return Asking(embed, lambda network, index: statistics_of(network, index, run, precision, reading, seed))
 
@@ -391,7 +382,7 @@ def side_inputs(
 
     def embeddings_of(network: FaceModel) -> Tensor:
         """[N, D], NaN where a picture could not be read."""
-        embeddings, seen = embed_training_rows(state, network, data, mirror="none")
+        embeddings, seen = embed_pictures(state, network, data.train, "none")
         embeddings[~seen] = torch.nan
         return embeddings.to(state.run.device)
 

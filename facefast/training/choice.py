@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from facefast.data import FaceIndex
 from facefast.data.divide import EvaluationSet, PhaseData
@@ -26,7 +25,7 @@ from facefast.evaluation.baselines import (
     class_means,
     linear_probe,
 )
-from facefast.evaluation.embed import Embed, embed_rows, remembering
+from facefast.evaluation.embed import Embed, remembering
 from facefast.evaluation.measure import evaluate
 from facefast.evaluation.naming import Decisions, decide
 from facefast.evaluation.report import with_baselines
@@ -35,7 +34,7 @@ from facefast.models.heads import START_SCALE
 from facefast.recipe import AdaptConfig, EvalConfig, to_json
 from facefast.runtime import files
 from facefast.runtime.log import RunLog
-from facefast.training.begin import Start, adapted_to, wants_baselines
+from facefast.training.begin import Start, adapted_to, embed_pictures, wants_baselines
 from facefast.training.step import TrainState
 
 MEANS = "class-means"
@@ -81,7 +80,7 @@ def measure_untrained(state: TrainState, data: PhaseData, log: RunLog, start: St
     if not wants_baselines(state, data) and state.phase.head_start != "class_mean":
         return False
     # The adapted rows need the validation pictures too: they are embedded once.
-    embed = remembering(functools.partial(_embedded, state, state.evaluated))
+    embed = remembering(functools.partial(embed_pictures, state, state.evaluated))
     improved = measure(state, data, log, embed)
     if state.phase.adapt.active and state.evaluated.adaptation is not None and state.phase_plan.steps:
         if state.phase.name in state.validated:  # what `measure` has just found
@@ -102,7 +101,7 @@ def report_untrained(state: TrainState, source: Source | None, data: PhaseData, 
     if not wants_baselines(state, data):
         return
     model = _untrained(state, source, data, adapted=False)
-    embed = remembering(functools.partial(_embedded, state, model))
+    embed = remembering(functools.partial(embed_pictures, state, model))
     known = _labelled(data.train, embed)
     state.validated |= with_baselines(_evaluate(state, model, data.validation, known, embed))
     # A probe is fitted on each rank, and two kinds of processors may end a picture apart.
@@ -165,10 +164,6 @@ def _evaluate(
     embed: Embed | None = None,
 ) -> dict[str, float]:
     return evaluate(model, on, state.recipe.eval, state.run, state.precision, state.reading, known, embed)
-
-
-def _embedded(state: TrainState, model: FaceModel, index: FaceIndex) -> tuple[Tensor, Tensor]:
-    return embed_rows(model, index, state.run, state.precision, state.reading, batch_size=state.recipe.eval.batch_size)
 
 
 def _report_adapted_probe(
@@ -301,7 +296,7 @@ def hand_on(folder: Path, state: TrainState, source: Source | None, data: PhaseD
     if row not in FOLDERS:
         best = _chosen(folder, state)
         model = checkpoint.load_model(best, state.run.device, state.sharing)
-        embed: Embed = functools.partial(_embedded, state, model)
+        embed: Embed = functools.partial(embed_pictures, state, model)
         before = model.to_config()
         if model.thresholds is None:
             decide_for(model, state, data, embed, log)
@@ -318,7 +313,7 @@ def hand_on(folder: Path, state: TrainState, source: Source | None, data: PhaseD
     )
     model = _untrained(state, source, data, adapted=row == ADAPTED_PROBE)
     assert model.head is not None
-    embed = remembering(functools.partial(_embedded, state, model))
+    embed = remembering(functools.partial(embed_pictures, state, model))
     known = _labelled(data.train, embed)
     fitted = class_means if row == CLASS_MEANS else linear_probe
     model.head.start_from(fitted(known.embeddings, known.labels, known.num_classes), 1.0)
@@ -346,7 +341,7 @@ def _untrained(state: TrainState, source: Source | None, data: PhaseData, *, ada
     model.provenance = state.evaluated.provenance
     done = state.evaluated.adaptation
     if adapted and done is not None:
-        known = _embedded(state, model, data.train)
+        known = embed_pictures(state, model, data.train)
         again = _again(done)
         adapted_to(state, again, model, data, known)
         model.adaptation = done

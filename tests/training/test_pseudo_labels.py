@@ -125,14 +125,14 @@ def test_a_phase_with_pseudo_labels_counts_the_names_that_it_gave(
 def test_a_student_gives_names_by_its_teacher_whose_layers_fit_each_other(
     loose: PhaseData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher, embed = small.make_model(template="none"), begin.embed_training_rows
+    teacher, embed = small.make_model(template="none"), begin.embed_pictures
     asked: list[FaceModel] = []
 
     def listen(state: TrainState, model: FaceModel, *rest: Any, **more: Any) -> Any:
         asked.append(model)
         return embed(state, model, *rest, **more)
 
-    monkeypatch.setattr(begin, "embed_training_rows", listen)
+    monkeypatch.setattr(begin, "embed_pictures", listen)
     phase = dataclasses.replace(PSEUDO, start="teacher", distill=DistillConfig(logits=0.0, features=1.0))
     state = make_state(phase, data=(loose,), model={"teacher": "run"})
     begin.begin(tmp_path, state, 0, loose, None, teacher, None, Said().log)
