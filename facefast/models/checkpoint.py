@@ -174,7 +174,7 @@ def _write_all(folder: Path, tensors: Named, documents: dict[str, Any], fetch: F
 
 
 def write_tensors(path: Path, named: dict[str, Tensor]) -> str:
-    """A .safetensors file of named tensors; returns the hex SHA-256 of it.
+    """A .safetensors file of named tensors; returns the hex XXH3-128 of it.
 
     Raises:
         OSError: it cannot be written.

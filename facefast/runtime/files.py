@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import xxhash
 
 from facefast.runtime.exits import StorageError
 from facefast.runtime.untrusted import read_whole
@@ -386,9 +387,15 @@ def _sync_folder(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Hex SHA-256 of a file's content: what names it, to everybody."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def xxh3(path: Path) -> str:
+    """Hex XXH3-128 of a file's content: what finds damage, at the speed of memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def replace_folder(aside: Path, path: Path) -> None:

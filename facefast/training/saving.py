@@ -11,11 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from facefast.models import checkpoint
-from facefast.models.spread import Fetch, Named, Spread, here, rows_of_all_ranks
+from facefast.models.spread import Fetch, Named, rows_of_all_ranks
 from facefast.runtime.exits import NumericsError
 from facefast.training.choice import best_of
 from facefast.training.finish import write_status
@@ -44,8 +41,8 @@ def save(folder: Path, state: TrainState, improved: bool) -> None:
             return
         write = _writing(folder, state, improved)
         if fetch is None:
-            staged = Staged(tensors)
-            state.saves.begin(lambda: write(staged.tensors(), None))
+            staged = state.staged.take(tensors)
+            state.saves.begin(lambda: write(staged(), None))
         else:
             # Ranks share the head because none has room for all of it: it goes into the file a piece at a time, which
             # takes every rank's answers. A copy is what that is to avoid.
@@ -65,56 +62,3 @@ def _writing(folder: Path, state: TrainState, improved: bool) -> Callable[[Named
         write_status(folder, "running", step=step, best=best)
 
     return write
-
-
-class Staged:
-    """Copies of tensors in the host's memory, as they are now in the device's order of work.
-
-    From a GPU they travel on a stream of their own, beside the next updates; the host does not wait.
-    """
-
-    def __init__(self, tensors: Named) -> None:
-        self._done: torch.cuda.Event | None = None
-        self._kept: list[Tensor] = []
-        flat = [here(tensor).detach() for named in tensors.values() for tensor in named.values()]
-        on_gpu = [tensor for tensor in flat if tensor.is_cuda]
-        copies = self._from_gpu(on_gpu) if on_gpu else iter(())
-        staged = iter([next(copies) if tensor.is_cuda else _plain(tensor) for tensor in flat])
-        self._tensors = {
-            file: {
-                name: Spread(next(staged), tensor.rows) if isinstance(tensor, Spread) else next(staged)
-                for name, tensor in named.items()
-            }
-            for file, named in tensors.items()
-        }
-
-    def _from_gpu(self, tensors: list[Tensor]) -> Any:
-        stream = torch.cuda.current_stream(tensors[0].device)
-        try:
-            # The next update changes weights in place: what travels beside it is a copy, made in a thousandth of the
-            # time that the way to the host takes.
-            tensors = [tensor.clone() for tensor in tensors]
-            side = torch.cuda.Stream(tensors[0].device)
-            side.wait_stream(stream)
-            self._kept, stream = tensors, side
-        except torch.OutOfMemoryError:  # in line, before the next update
-            pass
-        with torch.cuda.stream(stream):
-            copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
-            for to, tensor in zip(copies, tensors, strict=True):
-                to.copy_(tensor, non_blocking=True)
-                tensor.record_stream(stream)
-        self._done = torch.cuda.Event()
-        self._done.record(stream)
-        return iter(copies)
-
-    def tensors(self) -> Named:
-        """By file and name, once they have arrived."""
-        if self._done is not None:
-            self._done.synchronize()
-            self._kept = []  # the device's memory is wanted
-        return self._tensors
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)

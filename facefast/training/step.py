@@ -40,6 +40,7 @@ from facefast.training.guard import StatisticsGuard
 from facefast.training.objective import Objective, RowCounts
 from facefast.training.optim import build_optimizer, rate_factor
 from facefast.training.prune import Pruner
+from facefast.training.staged import Staged
 from facefast.training.transfer import (
     Anchor,
     freeze_batchnorm,
@@ -91,6 +92,7 @@ class TrainState:
     def __init__(self, recipe: Recipe, plan: Plan, run: Runtime) -> None:
         self.recipe, self.plan, self.run = recipe, plan, run
         self.saves = Background(run)  # the checkpoint that is being written
+        self.staged = Staged()  # and what it holds
         require_statistics(recipe, plan)
         self.reading = recipe.data.reading(decode_threads(recipe.threads, run.world))
         self.precision = Precision.choose(recipe.precision, recipe.model.backbone, recipe.channels_last, run.device)

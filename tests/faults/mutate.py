@@ -76,7 +76,7 @@ MUTATIONS: dict[str, Mutation] = {
         "facefast/runtime/lines.py", '["step"] <= first_step', '["step"] >= 0', "tests/runtime/test_log.py"
     ),
     "hashes in the manifest": Mutation(
-        "facefast/runtime/manifest.py", "if files.sha256(file) != digest:", "if False:", FLIPS
+        "facefast/runtime/manifest.py", "if hashed(file) != digest:", "if False:", FLIPS
     ),
     "hash of the manifest": Mutation(
         "facefast/runtime/manifest.py", 'manifest["digest"] == _digest(manifest)', "True", f"{FLIPS} -k bit"

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -97,14 +98,28 @@ def test_a_manifest_that_is_anything_else_is_not_sound(tmp_path: Path, text: str
         manifest.verify(path)
 
 
+def test_checkpoints_of_the_first_format_have_other_hashes_and_are_checked_as_well(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    names = sorted(file.name for file in path.iterdir() if file.name != "manifest.json")
+    entries = {name: {"bytes": (path / name).stat().st_size, "sha256": files.sha256(path / name)} for name in names}
+    document: dict[str, Any] = {"format": 1, "step": 1, "files": entries}
+    files.write_json(path / "manifest.json", document | {"digest": manifest._digest(document)})
+    assert checkpoint.newest(tmp_path) == path
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "model.safetensors").write_bytes(content)
+    with pytest.raises(StorageError, match="model.safetensors does not match the hash in its manifest"):
+        manifest.verify(path)
+
+
 def test_checkpoints_of_a_later_facefast_are_refused_and_stay(tmp_path: Path) -> None:
     write(tmp_path, 1)
     newer = write(tmp_path, 2)
-    document = files.read_json(newer / "manifest.json") | {"format": 2}
+    document = files.read_json(newer / "manifest.json") | {"format": 3}
     document["digest"] = manifest._digest(document)
     files.write_json(newer / "manifest.json", document)
     with pytest.raises(
-        StorageError, match="has checkpoint format 2, this facefast reads 1; use the facefast that wrote"
+        StorageError, match="has checkpoint format 3, this facefast reads 2; use the facefast that wrote"
     ):
         checkpoint.newest(tmp_path)
     assert newer.exists()
@@ -172,7 +187,7 @@ def test_the_safetensors_library_reads_what_was_written_bit_for_bit(tmp_path: Pa
     assert found.keys() == named.keys()
     for name, tensor in named.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-    assert digest == files.sha256(tmp_path / "ours")
+    assert digest == files.xxh3(tmp_path / "ours")
 
 
 def test_a_type_that_no_file_of_tensors_has_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from facefast.models.spread import Spread
 from facefast.runtime import files
 from facefast.runtime.exits import NumericsError, StorageError
 from facefast.training.guard import not_finite
-from facefast.training.saving import Staged, save
+from facefast.training.saving import save
+from facefast.training.staged import Staged
 from facefast.training.step import TrainState
 from tests.support import small
 from tests.training.test_endings import make_state
@@ -147,15 +148,23 @@ def test_numbers_that_are_not_finite_are_found_before_anything_is_begun(state: T
 def test_copies_are_of_the_moment_and_in_the_order_of_files() -> None:
     one = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     spread = Spread(torch.randn(3, 2), 3)
-    staged = Staged({"model": {"one": one, "head": spread}, "optimizer": {"step": torch.tensor(7.0)}})
+    room = Staged()
+    staged = room.take({"model": {"one": one, "head": spread}, "optimizer": {"step": torch.tensor(7.0)}})
     expected = one.clone()
     one.zero_()
-    found = staged.tensors()
+    found = staged()
     assert isinstance(found["model"]["one"], torch.Tensor) and found["model"]["one"].is_contiguous()
     torch.testing.assert_close(found["model"]["one"], expected, rtol=0, atol=0)
     head = found["model"]["head"]
     assert isinstance(head, Spread) and head.rows == 3 and head.block is not spread.block
     assert found["optimizer"]["step"] == 7 and list(found) == ["model", "optimizer"]
+
+    again = room.take({"ema": {"other": expected + 1}, "model": {"head": spread, "step": torch.tensor(8.0)}})()
+    other = again["ema"]["other"]
+    assert isinstance(other, torch.Tensor) and torch.equal(other, expected + 1)
+    assert other.data_ptr() == found["model"]["one"].data_ptr()  # in the same room
+    larger = room.take({"model": {"one": torch.ones(9)}})()["model"]["one"]
+    assert isinstance(larger, torch.Tensor) and torch.equal(larger, torch.ones(9))
 
 
 def test_a_sum_that_overflows_is_no_broken_tensor_and_every_broken_one_is_named() -> None:
