@@ -5,9 +5,9 @@
 
 Contenders are a loader and a loop each. Loaders: torchvision's v2 transforms in a DataLoader, DALI's stock operators,
 FFCV where it is importable (`benchmarks/bench_input.py` has them), or one batch that stays in memory. Loops: forward,
-cross entropy, backward, fused SGD, in autocast where ours is; eager, or compiled by torch.compile. Beside them
-`facefast train` as it is, and its update on batches in memory. Losses have their peers, Liger and quack among them, in
-`benchmarks/bench_focal.py`, heads in `benchmarks/bench_linear_focal.py`.
+cross entropy, backward, fused SGD, in autocast where ours is; every layer torch's own; eager, or compiled by
+torch.compile. Beside them `facefast train` as it is, and its update on batches in memory. Losses have their peers,
+Liger and quack among them, in `benchmarks/bench_focal.py`, heads in `benchmarks/bench_linear_focal.py`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import Tensor
 from facefast.data import FaceIndex
 from facefast.data.drawn import synthetic
 from facefast.models import build_model
+from facefast.models.fused import layer_by_layer
 from facefast.models.precision import Precision
 from facefast.recipe import ImageSpec, ModelConfig
 from facefast.runtime import process
@@ -70,7 +71,7 @@ def train(peer: str, network: str, way: Way, folder: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
     labels = torch.arange(way.batch, device=device) % way.index.num_classes
     for done, batch in enumerate(images(loader, way, folder), 1):
-        with precision.autocast(device):
+        with layer_by_layer(), precision.autocast(device):
             logits = forward(batch.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(24 * logits.float(), labels)
         optimizer.zero_grad(set_to_none=True)

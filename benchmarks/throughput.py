@@ -1,8 +1,8 @@
 """Trainings as they are, their updates alone and their loaders alone, network by network: pictures a second.
 
     python benchmarks/throughput.py [--networks mobilefacenet iresnet50 ...] [--device cuda] [--updates-per-epoch 20]
-        [--rounds 5] [--data ../shared/data/celeba-mini | --data drawn] [--modes "whole job" "compute only"]
-        [--plot throughput.svg] [-- options of train]
+        [--rounds 5] [--starts 1] [--data ../shared/data/celeba-mini | --data drawn]
+        [--modes "whole job" "compute only"] [--plot throughput.svg] [-- options of train]
 
 The whole job is `facefast train`: loader, log, a checkpoint and an epoch's end at every N updates. Compute only is its
 update on batches that stay in memory. The three are processes of which two always stand still; ratios are formed within
@@ -65,6 +65,7 @@ def arguments(words: list[str]) -> tuple[argparse.Namespace, tuple[str, ...]]:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--updates-per-epoch", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--starts", type=int, default=1, help="how often all is started anew for so many rounds")
     parser.add_argument("--modes", nargs="+", choices=throughput.MODES, default=list(throughput.MODES))
     parser.add_argument("--batch", type=int, default=0, help="pictures of an update; 0 is each network's own")
     parser.add_argument("--size", type=int, default=0, help="pixels on a side; 0 is each network's own")
@@ -82,7 +83,8 @@ def main() -> None:
         root = synthetic.write(Path(folder) / "drawn", DRAWN) if given.data == "drawn" else given.data
         for number, setting in enumerate(settings(given, further)):
             place = Path(folder) / str(number)
-            rates = throughput.measure(setting, root, place, given.device, given.rounds, given.modes, told=print)
+            how = (setting, root, place, given.device, given.rounds, given.modes)
+            rates = throughput.measure(*how, told=print, starts=given.starts)
             rows = [record("throughput", **row) for row in throughput.rows(setting, rates, given.device)]
             own = machine.key(machine.machine())
             verdicts += [throughput.verdict(row, throughput.before(row, earlier, own)) for row in rows]

@@ -149,10 +149,21 @@ def measure(
     rounds: int,
     modes: Sequence[str] = MODES,
     told: Callable[[str], None] = lambda text: None,
+    starts: int = 1,
 ) -> dict[str, list[float]]:
-    """Pictures a second of each mode, one number a round; the arguments are those of `entries` and `in_turns`."""
-    folder.mkdir(parents=True)
-    return in_turns(entries(setting, root, folder, device, modes), rounds, told)
+    """Pictures a second of each mode, one number a round; the arguments are those of `entries` and `in_turns`.
+
+    Args:
+        starts: how often all modes are started anew, each time for so many rounds: where a process happens to find its
+            memory makes it faster or slower by some percent for as long as it lives.
+    """
+    rates: dict[str, list[float]] = {}
+    for start in range(starts):
+        own = folder / str(start)  # a run folder that no earlier start has left anything in
+        own.mkdir(parents=True)
+        for name, found in in_turns(entries(setting, root, own, device, modes), rounds, told).items():
+            rates.setdefault(name, []).extend(found)
+    return rates
 
 
 def rows(setting: Setting, rates: Mapping[str, Sequence[float]], device: str) -> list[dict[str, Any]]:
