@@ -1,7 +1,7 @@
 """What adaptation wins back of what a shift of the pictures costs, on people who had no part in it.
 
-    python benchmarks/adaptation.py --root CELEBA --sets DIR --source WEIGHTS [--kinds clean grey small blur jpeg all]
-        [--seeds 0 1 2] [--shots 10 5] [--cache DIR]
+    python benchmarks/adaptation.py --root CELEBA --sets DIR --source WEIGHTS
+        [--kinds clean grey small blur jpeg all all@0.5] [--seeds 0 1 2] [--shots 10 5] [--cache DIR]
 
 `--sets` holds the sets of `shifted.py`. Of every person with four pictures or more, ten at most are embedded, without
 mirror images, by the source, of blurred pictures, and with the BatchNorm statistics of one half of the people or of the
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--sets", type=Path, required=True)
     parser.add_argument("--source", required=True)
-    parser.add_argument("--kinds", nargs="+", choices=(CLEAN, *KINDS), default=[CLEAN, *KINDS])
+    parser.add_argument("--kinds", nargs="+", help="clean, or folders of --sets", default=[CLEAN, *KINDS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--shots", nargs="*", type=int, default=[MOST, 5], help="pictures a person, 2 to 10")
     parser.add_argument("--cache", type=Path, help="folder in which embeddings are kept")

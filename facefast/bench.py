@@ -19,6 +19,8 @@ import tyro
 
 from facefast import __version__
 from facefast.data.drawn import synthetic
+from facefast.models import build_model
+from facefast.recipe import ImageSpec, ModelConfig
 from facefast.recipe.options import parse
 from facefast.recipe.ranges import MOST, require
 from facefast.runtime import exits, files, machine
@@ -96,6 +98,12 @@ def main(arguments: list[str] | None = None) -> int:
     return outcome.code
 
 
+def _require_network(given: BenchArguments) -> None:
+    """Raises ValueError where there is no such network, or none of such pictures, before faces are drawn for it."""
+    with torch.device("meta"):
+        build_model(ModelConfig(backbone=given.model.backbone), 0, ImageSpec(size=given.image.size))
+
+
 def measured(given: BenchArguments, further: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows, written down, and what they are beside the last ones of such a machine.
 
@@ -112,6 +120,7 @@ def measured(given: BenchArguments, further: tuple[str, ...]) -> tuple[list[dict
         given.updates_per_epoch,
         further,
     )
+    _require_network(given)
     files.require_writable(given.rows, advice=OTHER.format("rows"))
     if given.plot is not None:
         throughput.require_svg(given.plot)

@@ -116,11 +116,14 @@ def read_label_lines(path: str | os.PathLike[str]) -> list[Label]:
     return [line for _, line in _read(Path(path), Label, "facefast label")]
 
 
-def apply_corrections(index: FaceIndex, path: str | os.PathLike[str]) -> FaceIndex:
+def apply_corrections(index: FaceIndex, path: str | os.PathLike[str], counts: Counter[str] | None = None) -> FaceIndex:
     """The index without the pictures to drop, with labels changed and identities merged as suspects.csv says.
 
     A picture that one line drops is dropped, whatever others say. A merge takes along what is relabelled to it.
     Identities that are left without a picture are gone from the class names.
+
+    Args:
+        counts: is told how many pictures were `dropped` and how many of the others `renamed`.
 
     Raises:
         ValueError: the file is no such table, or lines do not fit the index: a picture or an identity that is not
@@ -156,9 +159,12 @@ def apply_corrections(index: FaceIndex, path: str | os.PathLike[str]) -> FaceInd
         labels[row] = label
     # The last entry is for label -1, which as an index is the last place.
     final = np.array([_last(merged, label) for label in range(index.num_classes)] + [-1])
-    changed = dataclasses.replace(index, labels=final[labels].astype(np.int32))
+    labels = final[labels]
+    changed = dataclasses.replace(index, labels=labels.astype(np.int32))
     if dropped.all():
         raise ValueError(f"{path} drops all {len(index)} pictures; delete lines from it")
+    if counts is not None:
+        counts.update(dropped=int(dropped.sum()), renamed=int((~dropped & (labels != index.labels)).sum()))
     return changed.select(~dropped).compact()
 
 

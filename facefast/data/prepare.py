@@ -216,7 +216,11 @@ def read_photographs(
     """
     index = _scanned(_here(data.root, data, crew), data.format, reading, crew, faults)
     if data.corrections:
-        index = apply_corrections(index, data.corrections)
+        counts: Counter[str] = Counter()
+        index = apply_corrections(index, data.corrections, counts)
+        tell(f"corrections: {counts['dropped']} pictures dropped, {counts['renamed']} given to another identity")
+        if faults is not None and counts["dropped"]:
+            faults["dropped by data.corrections"] += counts["dropped"]
     if data.labels:
         index = read_labels(index, data.labels)
     return _located(index, reading, locate)

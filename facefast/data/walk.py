@@ -14,6 +14,7 @@ Every reader and every command asks here, so that none sees other files than the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,10 @@ SYSTEM_FOLDERS = frozenset(
     ]
 )
 """Names, in lower case, of folders that systems put beside photographs."""
+COPIES = frozenset(
+    b".thumbnails .thumbs .@__thumb .cache .picasaoriginals .ipynb_checkpoints .dtrash .trash .trashes .recycle".split()
+)
+"""Names, in lower case, of hidden folders in which programs keep copies of photographs."""
 SPLIT_FOLDERS = {
     b"train": 0, b"training": 0, b"val": 1, b"valid": 1, b"validation": 1, b"test": 2, b"testing": 2,
 }  # fmt: skip
@@ -106,12 +111,17 @@ def entries(folder: bytes) -> list[os.DirEntry[bytes]]:
     return [entry for _, _, entry in _entries(folder)]
 
 
-def _entries(folder: bytes) -> list[tuple[bytes, Kind, os.DirEntry[bytes]]]:
+def _entries(
+    folder: bytes, hidden: list[os.DirEntry[bytes]] | None = None
+) -> list[tuple[bytes, Kind, os.DirEntry[bytes]]]:
+    """What is not left out; what is hidden goes to `hidden`."""
     found = []
     with os.scandir(folder) as everything:
         for entry in everything:
             name = entry.name
             if name[0] == _DOT:
+                if hidden is not None:
+                    hidden.append(entry)
                 continue
             kind = kind_of(name)
             if kind is Kind.OTHER and name.lower() in SYSTEM_FOLDERS:
@@ -181,13 +191,15 @@ def list_pictures(folder: str | bytes | os.PathLike[str], *, descend_first: bool
     """Sorted paths, relative to `folder`, of the pictures below it, and of what cannot be looked into.
 
     A folder named like a picture is listed for the scan to report, unless it is right in `folder` and `descend_first`
-    lets it be an identity. Companions are counted in a warning at the end.
+    lets it be an identity. Companions, and hidden folders right in `folder` that hold pictures, are counted in a
+    warning at the end.
 
     Raises:
         DataError: `folder` itself cannot be read.
     """
     companions: list[bytes] = []
-    for path, kind in _walk(os.fsencode(folder), descend_first, stop_at_pictures=True):
+    hidden: list[os.DirEntry[bytes]] = []
+    for path, kind in _walk(os.fsencode(folder), descend_first, stop_at_pictures=True, hidden=hidden):
         if kind is Kind.PICTURE or kind is Kind.LOST:
             yield path
         elif kind is Kind.COMPANION:
@@ -199,6 +211,21 @@ def list_pictures(folder: str | bytes | os.PathLike[str], *, descend_first: bool
             "photographs",
             stacklevel=2,
         )
+    if people := sorted(entry.name for entry in hidden if _holds_pictures(entry)):
+        warnings.warn(
+            f"{len(people)} folders of pictures in {printable(os.fsencode(folder))} begin with a dot, which hides "
+            f"them, and are left out (first: {printable(people[0])}); rename those that are people",
+            stacklevel=2,
+        )
+
+
+def _holds_pictures(hidden: os.DirEntry[bytes]) -> bool:
+    """Whether a hidden entry is a folder with a picture right inside, and no program's own."""
+    if hidden.name.lower() in COPIES or not is_folder(hidden):
+        return False
+    with contextlib.suppress(OSError), os.scandir(hidden.path) as inside:
+        return any(is_picture(entry.name) for entry in inside)
+    return False
 
 
 def list_files(folder: str | os.PathLike[str]) -> Iterator[bytes]:
@@ -216,10 +243,13 @@ def list_files(folder: str | os.PathLike[str]) -> Iterator[bytes]:
         yield path
 
 
-def _walk(base: bytes, descend_first: bool, stop_at_pictures: bool) -> Iterator[tuple[bytes, Kind]]:
-    """Files and what cannot be looked into; folders named like a picture are not entered where that is said."""
+def _walk(
+    base: bytes, descend_first: bool, stop_at_pictures: bool, hidden: list[os.DirEntry[bytes]] | None = None
+) -> Iterator[tuple[bytes, Kind]]:
+    """Files and what cannot be looked into; folders named like a picture are not entered where that is said. What is
+    hidden right in `base` goes to `hidden`."""
     top_entries(os.fsdecode(base))
-    stack = [(b"", iter(_entries(base)))]
+    stack = [(b"", iter(_entries(base, hidden)))]
     top = _identity(base)
     seen = {top}
     while stack:

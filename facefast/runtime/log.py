@@ -425,7 +425,8 @@ def verdict(speeds: list[Speed], allreduce_seconds: float, transfer_seconds: flo
         transfer_seconds: measured time of one picture's way to the device, 0 on the CPU.
 
     Returns:
-        {"bound_by", "advice", "images_per_second", "data_wait_fraction", "transfer_fraction", "allreduce_fraction"}.
+        {"bound_by", "advice", "images_per_second", "data_wait_fraction", "transfer_fraction", "allreduce_fraction"};
+        "bound_by" and "advice" are empty where there was no update.
     """
     seconds = max(sum(speed.seconds for speed in speeds), 1e-9)
     wait = sum(speed.waited for speed in speeds) / seconds
@@ -436,6 +437,7 @@ def verdict(speeds: list[Speed], allreduce_seconds: float, transfer_seconds: flo
         "decode": "raise --threads, decode on a GPU, or store pictures nearer to image.size",
         "transfer": "store pictures nearer to image.size, or use a machine with a faster way to its GPU",
         "all-reduce": "raise the batch size or phases.K.accumulate, or use a faster network",
+        "": "",
         "compute": "use precision bf16 where hardware and network gain by it, --compile always, a smaller backbone or "
         "image.size",
     }
@@ -443,6 +445,8 @@ def verdict(speeds: list[Speed], allreduce_seconds: float, transfer_seconds: flo
         bound = "transfer" if transfer > wait / 2 else "decode"
     else:
         bound = "all-reduce" if allreduce > 0.3 else "compute"
+    if not pictures:
+        bound = ""
     return {
         "bound_by": bound,
         "advice": advice[bound],

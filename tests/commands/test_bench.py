@@ -119,6 +119,7 @@ def test_a_drawing_is_written_or_said_not_to_be(
         (["--batch-size=1"], "batch is 1"),
         (["--plot=bench.png"], "give a name that ends in .svg"),
         (["--rows=."], "choose another --rows"),
+        (["--model.backbone=resnet5"], "resnet5"),
         (["--bakcbone=x"], "there is no option --bakcbone"),
     ],
 )

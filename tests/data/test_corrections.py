@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,9 @@ def test_pictures_are_dropped_relabelled_and_kept(tmp_path: Path, index: FaceInd
         wrong("bob/1.jpg", "bob", "keep", "ann"),
         Correction("duplicate", "9.jpg", "", "ann", "drop", other_path="ann/0.jpg"),
     )
-    changed = apply_corrections(index, path)
+    counts: Counter[str] = Counter()
+    changed = apply_corrections(index, path, counts)
+    assert counts == {"dropped": 2, "renamed": 1}
     assert people_of(changed) == {
         "ann/0.jpg": "ann",
         "bob/0.jpg": "cat",

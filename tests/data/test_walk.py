@@ -125,3 +125,12 @@ def test_whether_a_folder_holds_pictures_needs_no_whole_walk(tmp_path: Path) -> 
     touch(tmp_path, "a/readme.txt", "b/c/d/1.jpg", "e/1.seg.png", "f/.hidden.jpg")
     (tmp_path / "a/up").symlink_to(tmp_path / "a")
     assert [holds_picture(os.fsencode(tmp_path / name)) for name in "abef"] == [False, True, False, False]
+
+
+def test_hidden_folders_of_pictures_are_named_but_for_those_of_programs(tmp_path: Path) -> None:
+    touch(
+        tmp_path, "ann/1.jpg", ".bob/1.jpg", ".cat/1.jpg", ".thumbnails/1.jpg", ".git/config", "ann/.d/1.jpg", ".e.jpg"
+    )
+    message = r"^2 folders of pictures in .* begin with a dot, .* left out \(first: \.bob\); rename"
+    with pytest.warns(UserWarning, match=message):
+        assert listed(tmp_path) == ["ann/1.jpg"]

@@ -420,7 +420,13 @@ def test_the_audit_of_a_folder_is_reviewed_without_computing_again_until_a_signa
     given = [str(run_folder), "--data.root", str(drawn), "--out", str(out), "--confidence", "0.01"]
     assert audit.main(given) == 0
     command = [sys.executable, "-m", "facefast.audit", "--review", "--out", str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what a shell starts beside itself
+    ) as started:
         assert started.stderr is not None and started.stdout is not None
         address = re.findall(r"http://127\.0\.0\.1:\d+/\S+", started.stderr.readline())[0]
         with urlopen(f"{address}items", timeout=60) as answer:
