@@ -142,12 +142,7 @@ MUTATIONS: dict[str, Mutation] = {
     "refusal to save what is not finite": Mutation(
         SAVING, "if state.run.agree(bool(broken)):", "if False:", "tests/faults/test_numerics.py -k of_a_state"
     ),
-    "seeds of an update": Mutation(
-        STEP,
-        "        torch.manual_seed(_seed(state.recipe.seed, state.step, turn * world.size + world.rank))\n",
-        "",
-        KILLED,
-    ),
+    "seeds of an update": Mutation(STEP, "torch.manual_seed(_seed(", "(_seed(", KILLED),
     "state of the optimiser": Mutation(
         STEP,
         'unpack_optimizer(self.optimizer, slots, document["optimizer"])',
