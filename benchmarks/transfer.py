@@ -120,6 +120,13 @@ ROWS: dict[str, Row] = {
         "8 a person: default, not adapted", "finetune",
         ("--data.shots=8", "--phases.last.adapt.choose=none", NO_BASELINES),
     ),
+    **{
+        f"shots8-l2sp{strength}": Row(
+            f"8 a person: default + L2-SP {strength}", "finetune",
+            ("--data.shots=8", NO_BASELINES, *_all_layers("last+all", f"l2sp={strength}")),
+        )
+        for strength in ("0.1", "1")
+    },
     **{name: row for shots in (1, 2, 5, 10) for name, row in _few(shots).items()},
 }  # fmt: skip
 
