@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from record import record
-from shifted import KINDS
+from shifted import SHIFTS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--sets", type=Path, required=True)
     parser.add_argument("--source", required=True)
-    parser.add_argument("--kinds", nargs="+", help="clean, or folders of --sets", default=[CLEAN, *KINDS])
+    parser.add_argument("--kinds", nargs="+", help="clean, or folders of --sets", default=[CLEAN, *SHIFTS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--shots", nargs="*", type=int, default=[MOST, 5], help="pictures a person, 2 to 10")
     parser.add_argument("--cache", type=Path, help="folder in which embeddings are kept")

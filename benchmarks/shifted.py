@@ -1,12 +1,13 @@
 """Makes sets of photographs as another camera would have taken them, from a folder in CelebA's layout.
 
     python benchmarks/shifted.py --root CELEBA --out DIR [--kinds grey small blur jpeg all] [--strength 1]
+    python benchmarks/shifted.py --root CELEBA --out DIR --kinds fog dark motion hot
 
 Each kind is a folder DIR/KIND in the same layout, with the same names, people and landmarks; what changes is how the
 pictures look. Every picture's noise comes from its name: the command makes the same files again. With a strength below
-1 the folder is DIR/KIND@STRENGTH, and the pictures lie between the photographs and what strength 1 makes of them: blur
-and noise are so much of theirs, height and JPEG quality lie so far on the way down to theirs on a logarithmic scale.
-Grey is grey at any strength.
+1 the folder is DIR/KIND@STRENGTH, and the pictures lie between the photographs and what strength 1 makes of them: blur,
+noise, paths and hot pixels are so much of theirs; height, JPEG quality, contrast and light lie so far on the way down
+to theirs on a logarithmic scale. Grey is grey at any strength.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ SHOWN = 122 / 218
 BLUR, NOISE = 2.5, 16.0
 """Standard deviations: of the blur in pixels of the 218 high pictures, of the noise in levels of 255."""
 BEST, QUALITY = 95, 6
+HAZE, CONTRAST = 204.0, 0.12
+"""The level of what veils a picture, and the part of its own contrast that is left."""
+LIGHT, ELECTRONS, GAMMA = 0.04, 800, 2.2
+"""The part of the light that is left, and the electrons that white is of in all of it: their number is random."""
+PATH = 12.0
+"""Pixels of the 218 high pictures that the camera moves along while it looks."""
+HOT = 0.1
+"""The part of the pixels that is black or white."""
 ALIGNED = "img_align_celeba"
 
 
@@ -69,7 +78,40 @@ def everything(picture: Picture, seed: int, strength: float) -> Picture:
     return picture
 
 
-KINDS = {"grey": grey, "small": small, "blur": blur, "jpeg": jpeg, "all": everything}
+def fog(picture: Picture, seed: int, strength: float) -> Picture:
+    """Through haze or a dirty pane: hardly any contrast, around a light grey."""
+    left = CONTRAST**strength
+    return np.asarray(np.rint(picture * left + HAZE * (1 - left)), np.uint8)
+
+
+def dark(picture: Picture, seed: int, strength: float) -> Picture:
+    """With little light: so few electrons a pixel that their number varies visibly."""
+    light = (picture / 255) ** GAMMA * LIGHT**strength
+    counted = np.random.Generator(np.random.Philox(seed)).poisson(light * ELECTRONS) / ELECTRONS
+    return np.asarray(np.rint(255 * np.clip(counted, 0, 1) ** (1 / GAMMA)), np.uint8)
+
+
+def motion(picture: Picture, seed: int, strength: float) -> Picture:
+    """Blurred along a straight path of any direction."""
+    angle = np.random.Generator(np.random.Philox(seed)).uniform(0, np.pi)
+    reach = int(np.ceil(strength * PATH / 2)) + 1
+    path = np.zeros((2 * reach + 1, 2 * reach + 1))
+    for place in np.linspace(-strength * PATH / 2, strength * PATH / 2, 60):
+        path[reach + round(place * np.sin(angle)), reach + round(place * np.cos(angle))] = 1
+    return np.asarray(cv2.filter2D(picture, -1, path / path.sum()), np.uint8)
+
+
+def hot(picture: Picture, seed: int, strength: float) -> Picture:
+    """Pixels here and there are black or white, others in every picture."""
+    drawn = np.random.Generator(np.random.Philox(seed)).random(picture.shape[:2])
+    changed = picture.copy()
+    changed[drawn < strength * HOT / 2] = 0
+    changed[drawn > 1 - strength * HOT / 2] = 255
+    return changed
+
+
+SHIFTS = {"grey": grey, "small": small, "blur": blur, "jpeg": jpeg, "all": everything}
+KINDS = SHIFTS | {"fog": fog, "dark": dark, "motion": motion, "hot": hot}
 
 
 def _change(source: Path, target: Path, kind: str, strength: float) -> None:
@@ -104,7 +146,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(SHIFTS))
     parser.add_argument("--strength", type=float, default=1.0)
     arguments = parser.parse_args()
     for kind in arguments.kinds:
