@@ -44,7 +44,7 @@ def save(
     keep: int,
     fetch: Fetch | None = None,
 ) -> Path:
-    """Writes `checkpoints/step-N`, points `last` (and `best`) at it and removes old ones.
+    """Writes `checkpoints/step-N` of a run folder that stands, points `last` (and `best`) at it and removes old ones.
 
     Args:
         tensors: file stem -> named tensors, for instance {"model": model.state_dict()}.
@@ -64,7 +64,7 @@ def save(
     # 4. Only then do the links move, and only after them are old checkpoints removed.
     folder, path = run_folder / FOLDER, of_step(run_folder, step)
     with files.storing(path, advice=UNTOUCHED):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # not the run folder: one that was just moved away is not to be made anew
         _remove_leftovers(folder)
     with _completed(path, step, needed_bytes(tensors)) as (aside, hashes):
         hashes |= _write_all(aside, tensors, documents, fetch)

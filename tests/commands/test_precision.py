@@ -51,6 +51,7 @@ def save_run(folder: Path, backbone: str, drawn: Path, **fields: Any) -> Path:
     model = small.make_model(backbone)
     recipe = dataclasses.replace(small.make_recipe(drawn, model), **fields)
     tensors, documents = {"model": model.state_dict()}, {"model": model.to_config(), "recipe": to_json(recipe)}
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder, 1, tensors=tensors, documents=documents, best=True, keep=1)
     return folder
 

@@ -107,6 +107,7 @@ def save_with(folder: Path, model: FaceModel, root: Path, **fields: object) -> P
     rest = {name: value for name, value in fields.items() if name not in names}
     recipe = dataclasses.replace(recipe, data=data, **rest)  # type: ignore[arg-type]
     tensors, documents = {"model": model.state_dict()}, {"model": model.to_config(), "recipe": to_json(recipe)}
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder, 1, tensors=tensors, documents=documents, best=True, keep=1)
     return folder
 

@@ -221,10 +221,17 @@ def test_an_optimizer_survives_the_round_trip_exactly(tmp_path: Path) -> None:
     assert torch.equal(one.bias, two.bias)
 
 
+def test_a_run_folder_that_was_moved_away_is_not_made_anew(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="No such file or directory"):
+        write(tmp_path / "run", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def save_model(folder: Path) -> Path:
     model = build_model(
         ModelConfig(backbone="mobilefacenet", head="cosine"), 3, ImageSpec(size=32), ("ann", "bo", "cy")
     ).eval()
+    folder.mkdir(parents=True, exist_ok=True)
     return checkpoint.save(
         folder,
         1,
@@ -273,6 +280,7 @@ def test_going_on_with_another_recipe_or_other_photographs_is_refused_by_name(tm
     told = Recipe(model=ModelConfig(source="w.pth", source_licence="MIT"), phases=phases)
     again = dataclasses.replace(told, model=dataclasses.replace(told.model, source_licence="BSD"))
     said = {"recipe": to_json(told), "plan": to_json(plan)}
+    (tmp_path / "told").mkdir()
     named = checkpoint.save(tmp_path / "told", 1, tensors={}, documents=said, best=True, keep=1)
     checkpoint.check_same_run(named, again, plan)  # nor is what somebody learnt of a licence later
     other = Recipe(phases=(Phase(start="scratch", lr=0.5),))

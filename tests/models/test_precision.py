@@ -62,6 +62,7 @@ def save_run(folder: Path, backbone: str, **fields: object) -> Path:
         if value is None:
             del recipe[name]
     tensors, documents = {"model": model.state_dict()}, {"model": model.to_config(), "recipe": recipe}
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder, 1, tensors=tensors, documents=documents, best=True, keep=1)
     return folder
 

@@ -66,6 +66,7 @@ def make_recipe(root: Path, model: FaceModel) -> Recipe:
 
 def save_run(folder: Path, model: FaceModel, root: Path) -> Path:
     """A run folder with one checkpoint of `model`."""
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(
         folder,
         1,

@@ -83,6 +83,7 @@ def test_what_a_thread_writes_is_to_the_byte_what_is_written_at_once(state: Trai
     save(tmp_path, state, improved=True)
     state.saves.settle()
     at_once = tmp_path / "at once"
+    at_once.mkdir()
     documents = state.documents()
     checkpoint.save(at_once, 4, tensors=state.tensors(), documents=documents, best=True, keep=3)
     found, expected = (folder / checkpoint.FOLDER / "step-0000004" for folder in (tmp_path, at_once))
