@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -11,6 +13,9 @@ import types
 from pathlib import Path
 
 import pytest
+import timing
+import torch
+from throughput import NETWORKS
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = ROOT / "benchmarks" / "on_gpu.sh"
@@ -70,6 +75,16 @@ def test_of_rows_that_measure_the_same_on_such_a_machine_the_last_counts() -> No
     assert lines[0] == "2 cores of A, 8 GiB, torch 2; load 2 to 3." and "| a | 3 | c |" in lines
 
 
+def test_the_hosts_time_has_no_wait_for_the_gpu_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    runs = {name: functools.partial(done.append, name) for name in ("ours", "theirs")}
+    found = timing.queued(runs, 2)
+    assert {name: len(seconds) for name, seconds in found.items()} == {"ours": 2, "theirs": 2}
+    turns = [["wait", *[name] * timing.QUEUED] for name in ("theirs", "ours", "ours", "theirs")]
+    assert done == [*itertools.chain(*turns), "wait"]
+
+
 # docs/scaling.md
 
 
@@ -80,6 +95,13 @@ def scaling() -> types.ModuleType:
 
 def test_the_page_of_scaling_is_what_its_numbers_give(scaling: types.ModuleType) -> None:
     assert scaling.PAGE.read_text() == scaling.page(), "write it again: python docs/generate_scaling.py"
+
+
+def test_what_scaling_begins_with_is_what_is_measured_on_a_gpu(scaling: types.ModuleType) -> None:
+    """Of the same network at another batch a row would say nothing about the numbers that the page is made of."""
+    for training in scaling.TRAININGS:
+        measured = NETWORKS[training.backbone]
+        assert (measured.size, measured.cuda) == (training.size, training.batch), training.name
 
 
 def test_an_all_reduce_within_a_machine_needs_no_network(scaling: types.ModuleType) -> None:
