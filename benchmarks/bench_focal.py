@@ -6,8 +6,7 @@ on a GPU, beside Liger, quack and apex where they are importable.
 
 Every contender gives the loss of each row, then the gradient for a random upstream gradient. They take turns; compared
 are the medians over the rounds. GB/s counts the bytes that have to move (logits read twice, gradient written once),
-beside the bandwidth of a plain copy measured in the same rounds; on a GPU every run starts from a cold cache, and of
-those that are a whole call the host's time is measured too, which is what a small matrix takes.
+beside the bandwidth of a plain copy measured in the same rounds; on a GPU every run starts from a cold cache.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from libraries import library, missing
 from record import record
-from timing import interleaved, options, queued, ratio, summary
+from timing import interleaved, options, ratio, summary
 from torch import Tensor
 
 from facefast.ops import focal_loss
@@ -74,17 +72,8 @@ def both_ways(loss: Loss, logits: Tensor, target: Tensor, upstream: Tensor) -> N
     loss(logits, target).backward(upstream)
 
 
-class Times(NamedTuple):
-    """Seconds of each contender, one number per round."""
-
-    run: dict[str, list[float]]
-    """Forward and backward."""
-    host: dict[str, list[float]]
-    """What the host needs to send them off to a GPU; of whole calls."""
-
-
-def measure(rows: int, classes: int, rounds: int, device: str, dtype: torch.dtype) -> Times:
-    """Forward and backward of each contender."""
+def measure(rows: int, classes: int, rounds: int, device: str, dtype: torch.dtype) -> dict[str, list[float]]:
+    """Seconds per forward and backward of each contender, one number per round."""
     torch._dynamo.reset()
     logits = torch.randn(rows, classes, device=device).to(dtype).requires_grad_()
     target, upstream = torch.randint(0, classes, (rows,), device=device), torch.rand(rows, device=device)
@@ -93,31 +82,28 @@ def measure(rows: int, classes: int, rounds: int, device: str, dtype: torch.dtyp
         name: functools.partial(both_ways, f, logits, target, upstream)
         for name, f in {"facefast": native, **peers(device)}.items()
     }
-    calls = dict(runs)
     numbers = (GAMMA, 0.0, 1.0, 1.0, -100, 1.0, 0.0, 0.0, False, 0)
     ops, plain = torch.ops.facefast, logits.detach()
     _, stats, count = ops.focal_forward(plain, target, None, None, *numbers)
     runs["facefast forward"] = lambda: ops.focal_forward(plain, target, None, None, *numbers)
     runs["facefast backward"] = lambda: ops.focal_backward(upstream, plain, target, None, None, stats, count, *numbers)
     runs["copy"] = lambda: copied.copy_(source)
-    return Times(interleaved(runs, rounds, device), queued(calls, rounds) if device == "cuda" else {})
+    return interleaved(runs, rounds, device)
 
 
-def report(rows: int, classes: int, device: str, dtype: torch.dtype, times: Times) -> None:
+def report(rows: int, classes: int, device: str, dtype: torch.dtype, seconds: dict[str, list[float]]) -> None:
     """Prints a table and records a row for each contender."""
-    seconds = times.run
     size = rows * classes * dtype.itemsize
     kind = str(dtype).removeprefix("torch.")
     print(f"\n{rows} x {classes} {kind} on {device}, {len(seconds['copy'])} rounds")
-    print(f"{'':18}{'ms':>9}{'lowest':>9}{'highest':>9}{'GB/s':>8}{'host ms':>9}{'facefast is':>13}")
-    for name, taken in seconds.items():
-        shown = summary(taken)
-        bandwidth = MOVED.get(name, 3) * size / statistics.median(taken) / 1e9
-        times_ours = ratio(taken, seconds["facefast"])
-        host = 1e3 * statistics.median(times.host[name]) if name in times.host else None
+    print(f"{'':18}{'ms':>9}{'lowest':>9}{'highest':>9}{'GB/s':>8}{'facefast is':>13}")
+    for name, times in seconds.items():
+        shown = summary(times)
+        bandwidth = MOVED.get(name, 3) * size / statistics.median(times) / 1e9
+        times_ours = ratio(times, seconds["facefast"])
         print(
             f"{name:18}{shown['milliseconds']:9.3f}{shown['lowest']:9.3f}{shown['highest']:9.3f}{bandwidth:8.1f}"
-            f"{'-' if host is None else format(host, '.3f'):>9}" + ("" if name in MOVED else f"{times_ours:12.2f}x")
+            + ("" if name in MOVED else f"{times_ours:12.2f}x")
         )
         record(
             "focal",
@@ -129,7 +115,6 @@ def report(rows: int, classes: int, device: str, dtype: torch.dtype, times: Time
             threads=THREADS if device == "cpu" else None,
             **shown,
             gigabytes_per_second=round(bandwidth, 1),
-            host_milliseconds=None if host is None else round(host, 4),
             facefast_ratio=None if name in MOVED else round(times_ours, 3),
         )
     for name in missing("liger", "quack", "apex"):
@@ -140,9 +125,9 @@ def report(rows: int, classes: int, device: str, dtype: torch.dtype, times: Time
 def test_focal_beside_torch(rows: int, classes: int, capsys: pytest.CaptureFixture[str]) -> None:
     """The same as the command, for `make bench`."""
     torch.set_num_threads(THREADS)
-    times = measure(rows, classes, 15, "cpu", torch.float32)
+    seconds = measure(rows, classes, 15, "cpu", torch.float32)
     with capsys.disabled():
-        report(rows, classes, "cpu", torch.float32, times)
+        report(rows, classes, "cpu", torch.float32, seconds)
 
 
 def main() -> None:

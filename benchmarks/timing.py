@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 import torch
 
 BURST = 0.03  # seconds of work in a turn
-QUEUED = 20  # runs that the host sends off between two waits
 FLUSH = 256 << 20  # bytes written between runs on a GPU: more than its cache
 
 
@@ -28,20 +27,6 @@ def interleaved(
     for number in range(rounds):
         for name in list(runs) if number % 2 else reversed(list(runs)):
             seconds[name].append(clock(runs[name], repeats[name]))
-    return seconds
-
-
-def queued(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds that the host takes for a run of each contender without waiting for the GPU, one number per round.
-
-    Few runs at a time: a full queue would make the host wait after all.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
-        for name in list(runs) if number % 2 else reversed(list(runs)):
-            torch.cuda.synchronize()
-            seconds[name].append(_on_cpu(runs[name], QUEUED))
-    torch.cuda.synchronize()
     return seconds
 
 

@@ -86,7 +86,7 @@ TABLES = (
         "The focal loss, forward and backward",
         "python benchmarks/bench_focal.py",
         ("rows", "classes", "dtype", "device", "contender"),
-        ("milliseconds", *SPREAD, "gigabytes_per_second", "host_milliseconds", "facefast_ratio"),
+        ("milliseconds", *SPREAD, "gigabytes_per_second", "facefast_ratio"),
     ),
     Table(
         "linear_focal",

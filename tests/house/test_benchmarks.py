@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import itertools
 import json
 import math
 import re
@@ -13,8 +11,6 @@ import types
 from pathlib import Path
 
 import pytest
-import timing
-import torch
 from throughput import NETWORKS
 
 ROOT = Path(__file__).parents[2]
@@ -73,16 +69,6 @@ def test_of_rows_that_measure_the_same_on_such_a_machine_the_last_counts() -> No
     ]
     lines = made.shown(table, next(iter(found.values())))
     assert lines[0] == "2 cores of A, 8 GiB, torch 2; load 2 to 3." and "| a | 3 | c |" in lines
-
-
-def test_the_hosts_time_has_no_wait_for_the_gpu_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
-    runs = {name: functools.partial(done.append, name) for name in ("ours", "theirs")}
-    found = timing.queued(runs, 2)
-    assert {name: len(seconds) for name, seconds in found.items()} == {"ours": 2, "theirs": 2}
-    turns = [["wait", *[name] * timing.QUEUED] for name in ("theirs", "ours", "ours", "theirs")]
-    assert done == [*itertools.chain(*turns), "wait"]
 
 
 # docs/scaling.md
