@@ -39,7 +39,7 @@ class Network(NamedTuple):
 
 
 NETWORKS = {
-    "mobilefacenet": Network(112, 16, 64),
+    "mobilefacenet": Network(112, 16, 512),
     "iresnet50": Network(112, 8, 512),
     "iresnet100": Network(112, 8, 256),
     "resnet50": Network(224, 8, 256),

@@ -11,7 +11,6 @@ import types
 from pathlib import Path
 
 import pytest
-from throughput import NETWORKS
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = ROOT / "benchmarks" / "on_gpu.sh"
@@ -81,13 +80,6 @@ def scaling() -> types.ModuleType:
 
 def test_the_page_of_scaling_is_what_its_numbers_give(scaling: types.ModuleType) -> None:
     assert scaling.PAGE.read_text() == scaling.page(), "write it again: python docs/generate_scaling.py"
-
-
-def test_what_scaling_begins_with_is_what_is_measured_on_a_gpu(scaling: types.ModuleType) -> None:
-    """Of the same network at another batch a row would say nothing about the numbers that the page is made of."""
-    for training in scaling.TRAININGS:
-        measured = NETWORKS[training.backbone]
-        assert (measured.size, measured.cuda) == (training.size, training.batch), training.name
 
 
 def test_an_all_reduce_within_a_machine_needs_no_network(scaling: types.ModuleType) -> None:
