@@ -100,7 +100,7 @@ TABLES = (
         "BatchNorm, its activation and a residual, forward and backward",
         "python benchmarks/bench_norm.py",
         ("shape", "kind", "dtype", "device", "threads", "contender"),
-        ("milliseconds", *SPREAD, "facefast_ratio"),
+        ("milliseconds", *SPREAD, "copies", "facefast_ratio"),
     ),
     Table(
         "adapt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -12,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from facefast.ops import linear_focal_loss
-from facefast.ops.linear_focal import MEASURED, keeps_logits
+from facefast.ops.linear_focal import MEASURED, Measured, keeps_logits
 from tests.support.derive import derive
 from tests.support.memory import peak_bytes
+
+ROWS = Path(__file__).parents[2] / "benchmarks" / "results" / "linear_focal.jsonl"
 
 
 def operands(rows: int, classes: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,3 +94,35 @@ def test_logits_are_kept_where_the_separate_way_was_measured_to_be_faster(
     assert not keeps_logits(torch.zeros(rows, 1), classes), "nothing was measured on a CPU"
     turned = tuple(one._replace(fused=one.separate, separate=one.fused) for one in MEASURED)
     assert keeps_logits(like, classes, turned) is not wanted, "another machine's table decides for it"
+
+
+def of_rows(lines: list[dict[str, Any]]) -> set[Measured]:
+    """The table that rows of benchmarks/bench_linear_focal.py give: of each shape the last of each contender on an H100
+    in bfloat16. Keeping the logits is what is chosen, so its row counts where there is one, before that of the loss
+    after a layer."""
+    last: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+    for line in lines:
+        if "H100" in line["machine"].get("gpu", "") and (line["dtype"], line["dim"]) == ("bfloat16", 512):
+            last.setdefault((line["rows"], line["classes"]), {})[line["contender"]] = line
+    found = set()
+    for (rows, classes), of in last.items():
+        ways = of["fused"], of.get("kept", of["facefast"])
+        times = (round(way["milliseconds"], 3) for way in ways)
+        found.add(Measured(rows, classes, *times, *(way["peak_mebibytes"] for way in ways)))
+    return found
+
+
+def test_the_table_that_chooses_is_what_the_last_rows_say() -> None:
+    assert set(MEASURED) == of_rows([json.loads(line) for line in ROWS.read_text().splitlines()])
+
+
+def test_a_later_row_and_that_of_what_is_chosen_count() -> None:
+    def row(contender: str, milliseconds: float, gpu: str = "NVIDIA H100 80GB HBM3") -> dict[str, Any]:
+        shape = {"rows": 8, "classes": 9, "dim": 512, "dtype": "bfloat16"}
+        return {"contender": contender, "milliseconds": milliseconds, "peak_mebibytes": 1.5, **shape} | {
+            "machine": {"gpu": gpu}
+        }
+
+    lines = [row("fused", 3), row("facefast", 2), row("fused", 4), row("fused", 5, "NVIDIA H200")]
+    assert of_rows(lines) == {Measured(8, 9, 4, 2, 1.5, 1.5)}
+    assert of_rows([*lines, row("kept", 1.0004)]) == {Measured(8, 9, 4, 1.0, 1.5, 1.5)}

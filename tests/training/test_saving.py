@@ -168,6 +168,26 @@ def test_copies_are_of_the_moment_and_in_the_order_of_files() -> None:
     assert isinstance(larger, torch.Tensor) and torch.equal(larger, torch.ones(9))
 
 
+@pytest.mark.gpu
+def test_copies_from_a_gpu_are_of_the_moment_and_the_host_waits_for_nothing() -> None:
+    """What is queued after them writes over the tensors while they travel."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    large = torch.randn(64, 1 << 20, device="cuda", generator=generator)
+    count, expected, room = torch.tensor(7.0), large.cpu(), Staged()
+    room.take({"model": {"large": large, "count": count}})()  # makes the room, which the host waits for
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        staged = room.take({"model": {"large": large, "count": count}})
+        large.zero_()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    count.zero_()
+    found = staged()["model"]
+    assert isinstance(found["large"], torch.Tensor) and not found["large"].is_cuda
+    assert torch.equal(found["large"], expected) and found["count"] == 7
+    assert not large.any()
+
+
 def test_a_sum_that_overflows_is_no_broken_tensor_and_every_broken_one_is_named() -> None:
     large = torch.full((4,), 3e38)
     assert (
