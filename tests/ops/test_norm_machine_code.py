@@ -23,7 +23,7 @@ STORES = {"norm_forward": 5, "norm_gradient": 10}
 
 @pytest.fixture(scope="module")
 def accesses() -> dict[str, Counter[str]]:
-    """Kernel -> how often each kind of access to global or local memory stands in it, on the newest architecture built for."""
+    """Kernel -> how often each kind of access to memory stands in it, on the newest architecture built for."""
     triton = importlib.util.find_spec("triton")
     assert triton is not None and triton.origin is not None
     tools = Path(triton.origin).parent / "backends" / "nvidia" / "bin"

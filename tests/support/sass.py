@@ -27,7 +27,7 @@ def cuobjdump() -> Path | None:
 
 
 class Accesses(NamedTuple):
-    """Loads and stores of global memory, of 16 bytes and of less; LD and ST, whose memory the compiler left open, too."""
+    """Loads and stores of global memory, of 16 bytes and of less, or of memory that the compiler left open."""
 
     wide_loads: int
     loads: int
