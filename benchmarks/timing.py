@@ -97,7 +97,7 @@ def device_microseconds(events: Iterable[Any], calls: int) -> float | None:
     found = [
         event.time_range.elapsed_us()
         for event in events
-        if event.device_type != torch.autograd.DeviceType.CPU
+        if event.device_type != torch._C._autograd.DeviceType.CPU
         and not getattr(event, "is_user_annotation", False)
         and FLUSHING not in event.name
     ]

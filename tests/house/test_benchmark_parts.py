@@ -1,4 +1,4 @@
-"""What the benchmarks' programs share that needs no GPU to be right: names, sums over a profile, rows; and on a GPU, that
+"""What the benchmarks' programs share that needs no GPU to be right: names, sums over a profile, rows; on a GPU, that
 a captured update is the update."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import timing
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 
 
 def event(
