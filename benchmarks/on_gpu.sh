@@ -72,22 +72,27 @@ kernels() {
 }
 
 training() {
-  local how=(--device cuda --rounds 3 --data drawn) small=(--batch 64) peers=() start=(--rounds 2 --to-end) photos=drawn setting
-  local settings=("mobilefacenet --batch 64" iresnet50 resnet50) more=("mobilefacenet" iresnet100 timm/vit_small_patch16_224)
+  local how=(--device cuda --rounds 3 --data drawn) small=(--network mobilefacenet --batch 64) start=(--rounds 2 --to-end) photos=drawn setting
+  local settings=("mobilefacenet --batch 64" iresnet50) more=(resnet50 mobilefacenet iresnet100 timm/vit_small_patch16_224)
+  # Rows come at the end of a step: two with few contenders rather than one with all.
+  local memory=("facefast, in memory" "in memory, eager" "in memory, compiled" "in memory, eager and captured" "in memory, compiled and captured")
+  local loaders=(facefast "torchvision, compiled" "DALI stock, compiled" "DALI stock, compiled and captured" "FFCV, compiled")
   [ -d ../shared/data/celeba-mini ] && photos=../shared/data/celeba-mini
   if [ "$mode" != gpu ]; then
-    how=(--device cpu --rounds 1 --data drawn --size 32) small=(--batch 4) settings=("mobilefacenet --batch 4") more=()
-    peers=(--contenders facefast "DALI stock, eager") start=(--rounds 1) photos=drawn
+    how=(--device cpu --rounds 1 --data drawn --size 32) small=(--network mobilefacenet --batch 4) start=(--rounds 1) photos=drawn
+    settings=("mobilefacenet --batch 4") more=() memory=("in memory, eager" "in memory, eager and captured") loaders=(facefast "DALI stock, eager")
   fi
   # A setting is a network and its options.
   # shellcheck disable=SC2086
   for setting in "${settings[@]}"; do
-    step "throughput, $setting" 100 "$python" benchmarks/throughput.py "${how[@]}" --networks $setting
+    step "throughput, $setting" 120 "$python" benchmarks/throughput.py "${how[@]}" --networks $setting
   done
   step start 110 "$python" benchmarks/bench_start.py --data "$photos" "${start[@]}"
-  step peers 150 "$python" benchmarks/peers.py "${how[@]}" "${small[@]}" --network mobilefacenet "${peers[@]}"
+  step "peers in memory" 120 "$python" benchmarks/peers.py "${how[@]}" "${small[@]}" --contenders "${memory[@]}"
+  step peers 120 "$python" benchmarks/peers.py "${how[@]}" "${small[@]}" --contenders "${loaders[@]}"
+  # shellcheck disable=SC2086
   for setting in "${more[@]}"; do  # where time is left
-    step "throughput, $setting" 100 "$python" benchmarks/throughput.py "${how[@]}" --networks $setting
+    step "throughput, $setting" 120 "$python" benchmarks/throughput.py "${how[@]}" --networks $setting
   done
 }
 

@@ -11,6 +11,7 @@ import subprocess
 import types
 from pathlib import Path
 
+import peers
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -161,6 +162,14 @@ def test_every_test_marked_gpu_runs_in_a_process_of_its_file_with_a_report_of_it
     assert {path for (path,) in files} == marked and len(marked) > 3
 
 
+def test_contenders_of_a_step_are_contenders_of_its_program() -> None:
+    known = (*peers.OURS, *peers.PEERS)
+    for line in ON_GPU.read_text().splitlines():
+        for list_ in re.findall(r"\b(?:memory|loaders)=\(([^)]*)\)", line):
+            names = [quoted or word for quoted, word in re.findall(r'"([^"]*)"|(\S+)', list_)]
+            assert names and set(names) <= set(known), names
+
+
 def test_the_parts_measure_what_the_targets_are_about() -> None:
     listed = script("--list").stdout
     for wanted in (
@@ -169,6 +178,8 @@ def test_the_parts_measure_what_the_targets_are_about() -> None:
         "bench_focal.py --device cuda --dtype bfloat16",
         "bench_start.py --data",
         "--to-end",
+        "in memory, eager and captured",
+        "in memory, compiled and captured",
     ):
         assert wanted in listed, wanted
 
