@@ -6,7 +6,9 @@ on a GPU, beside Liger, quack and apex where they are importable.
 
 Every contender gives the loss of each row, then the gradient for a random upstream gradient. They take turns; compared
 are the medians over the rounds. GB/s counts the bytes that have to move (logits read twice, gradient written once),
-beside the bandwidth of a plain copy measured in the same rounds; on a GPU every run starts from a cold cache.
+beside the bandwidth of a plain copy measured in the same rounds. On a GPU every run starts from a cold cache, and two
+more columns say what its milliseconds, between two events, are made of: microseconds that the host is kept, without
+waiting for the device, and microseconds of kernels, by the profiler.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from libraries import library, missing
 from record import record
-from timing import interleaved, options, ratio, summary
+from timing import host_microseconds, interleaved, kernel_microseconds, options, ratio, summary
 from torch import Tensor
 
 from facefast.ops import focal_loss
@@ -72,8 +75,19 @@ def both_ways(loss: Loss, logits: Tensor, target: Tensor, upstream: Tensor) -> N
     loss(logits, target).backward(upstream)
 
 
-def measure(rows: int, classes: int, rounds: int, device: str, dtype: torch.dtype) -> dict[str, list[float]]:
-    """Seconds per forward and backward of each contender, one number per round."""
+class Measured(NamedTuple):
+    """What a shape's contenders took."""
+
+    seconds: dict[str, list[float]]
+    """Per forward and backward, one number per round."""
+    host: dict[str, float]
+    """Microseconds of the host's, on a GPU."""
+    kernels: dict[str, float | None]
+    """Microseconds of kernels, on a GPU."""
+
+
+def measure(rows: int, classes: int, rounds: int, device: str, dtype: torch.dtype) -> Measured:
+    """What each contender takes."""
     torch._dynamo.reset()
     logits = torch.randn(rows, classes, device=device).to(dtype).requires_grad_()
     target, upstream = torch.randint(0, classes, (rows,), device=device), torch.rand(rows, device=device)
@@ -88,22 +102,28 @@ def measure(rows: int, classes: int, rounds: int, device: str, dtype: torch.dtyp
     runs["facefast forward"] = lambda: ops.focal_forward(plain, target, None, None, *numbers)
     runs["facefast backward"] = lambda: ops.focal_backward(upstream, plain, target, None, None, stats, count, *numbers)
     runs["copy"] = lambda: copied.copy_(source)
-    return interleaved(runs, rounds, device)
+    seconds = interleaved(runs, rounds, device)
+    if device != "cuda":
+        return Measured(seconds, {}, {})
+    host = {name: host_microseconds(run) for name, run in runs.items()}
+    return Measured(seconds, host, {name: kernel_microseconds(run) for name, run in runs.items()})
 
 
-def report(rows: int, classes: int, device: str, dtype: torch.dtype, seconds: dict[str, list[float]]) -> None:
+def report(rows: int, classes: int, device: str, dtype: torch.dtype, measured: Measured) -> None:
     """Prints a table and records a row for each contender."""
+    seconds = measured.seconds
     size = rows * classes * dtype.itemsize
     kind = str(dtype).removeprefix("torch.")
     print(f"\n{rows} x {classes} {kind} on {device}, {len(seconds['copy'])} rounds")
-    print(f"{'':18}{'ms':>9}{'lowest':>9}{'highest':>9}{'GB/s':>8}{'facefast is':>13}")
+    print(f"{'':18}{'ms':>9}{'lowest':>9}{'highest':>9}{'GB/s':>8}{'host us':>9}{'kernels us':>12}{'facefast is':>13}")
     for name, times in seconds.items():
         shown = summary(times)
         bandwidth = MOVED.get(name, 3) * size / statistics.median(times) / 1e9
         times_ours = ratio(times, seconds["facefast"])
+        host, kernels = measured.host.get(name), measured.kernels.get(name)
         print(
             f"{name:18}{shown['milliseconds']:9.3f}{shown['lowest']:9.3f}{shown['highest']:9.3f}{bandwidth:8.1f}"
-            + ("" if name in MOVED else f"{times_ours:12.2f}x")
+            f"{_micro(host):>9}{_micro(kernels):>12}" + ("" if name in MOVED else f"{times_ours:12.2f}x")
         )
         record(
             "focal",
@@ -115,19 +135,25 @@ def report(rows: int, classes: int, device: str, dtype: torch.dtype, seconds: di
             threads=THREADS if device == "cpu" else None,
             **shown,
             gigabytes_per_second=round(bandwidth, 1),
+            host_microseconds=None if host is None else round(host, 1),
+            kernel_microseconds=None if kernels is None else round(kernels, 1),
             facefast_ratio=None if name in MOVED else round(times_ours, 3),
         )
     for name in missing("liger", "quack", "apex"):
         print(f"{name:18}{'not run: not importable here':>35}")
 
 
+def _micro(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
 @pytest.mark.parametrize(("rows", "classes"), SHAPES["cpu"])
 def test_focal_beside_torch(rows: int, classes: int, capsys: pytest.CaptureFixture[str]) -> None:
     """The same as the command, for `make bench`."""
     torch.set_num_threads(THREADS)
-    seconds = measure(rows, classes, 15, "cpu", torch.float32)
+    measured = measure(rows, classes, 15, "cpu", torch.float32)
     with capsys.disabled():
-        report(rows, classes, "cpu", torch.float32, seconds)
+        report(rows, classes, "cpu", torch.float32, measured)
 
 
 def main() -> None:

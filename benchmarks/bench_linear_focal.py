@@ -10,6 +10,10 @@ Embeddings x [N, D] and class directions W [C, D] to the ArcFace focal loss and 
   fused          linear_focal_loss: the cosines are never in memory as a whole
   kept           linear_focal_loss that keeps the products for the backward pass
   chosen         linear_focal_loss that chooses between the two by what was measured
+and on a GPU, where they are importable and run, fused heads that know no margin, with plain cross entropy of the same
+scaled cosines, which is less than the others do:
+  liger, plain softmax without margin      Liger's fused linear cross entropy
+  quack, plain softmax without margin      quack's chunked linear cross entropy
 Memory is the greatest sum of tensors alive beyond x, W and what was there before, on a GPU.
 """
 
@@ -21,6 +25,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from libraries import library
 from record import record
 from timing import interleaved, options, ratio, summary
 from torch import Tensor
@@ -57,12 +62,52 @@ def fused(x: Tensor, weight: Tensor, target: Tensor, keep: bool | None = False) 
     return linear_focal_loss(x, weight, target, normalize=True, gamma=GAMMA, margin=Arc(MARGIN), scale=SCALE, keep=keep)
 
 
-def contenders(matrix_bytes: int) -> dict[str, Loss]:
+def liger(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Liger's head: no margin, no focal weight."""
+    module = library("liger")
+    assert module is not None
+    loss: Tensor = module.liger_fused_linear_cross_entropy(F.normalize(x) * SCALE, F.normalize(weight), target)
+    return loss
+
+
+def quack(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """quack's head: no margin, no focal weight."""
+    module = library("quack linear")
+    assert module is not None
+    loss: Tensor = module.chunked_linear_cross_entropy(F.normalize(x) * SCALE, F.normalize(weight), target)
+    return loss
+
+
+PLAIN: dict[str, tuple[str, Loss]] = {
+    "liger, plain softmax without margin": ("liger", liger),
+    "quack, plain softmax without margin": ("quack linear", quack),
+}
+"""Heads of other libraries: contender -> name in `libraries.MODULES`, and how it is called."""
+
+
+def contenders(matrix_bytes: int, device: str = "cpu") -> dict[str, Loss]:
     """Those whose memory the machine has: torch's keep some ten matrices [N, C] in float32."""
     found: dict[str, Loss] = {"facefast": separate, "fused": fused}
     found |= {"kept": functools.partial(fused, keep=True), "chosen": functools.partial(fused, keep=None)}
     if matrix_bytes < 2 << 30:
         found |= {"insightface": insightface, "torch.compile": torch.compile(insightface)}
+    if device == "cuda":
+        found |= {name: loss for name, (module, loss) in PLAIN.items() if library(module)}
+    return found
+
+
+def running(runs: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """Without the heads of other libraries that do not run here, of which it says why."""
+    found = {}
+    for name, run in runs.items():
+        try:
+            run()
+        except Exception as error:
+            if name not in PLAIN:
+                raise
+            print(f"{name}: not run: {type(error).__name__}: {error}")
+        else:
+            found[name] = run
     return found
 
 
@@ -78,7 +123,8 @@ def measure(
         x.grad = weight.grad = None
         loss(x, weight, target).backward()
 
-    runs = {name: functools.partial(step, f) for name, f in contenders(rows * classes * dtype.itemsize).items()}
+    wanted = contenders(rows * classes * dtype.itemsize, device)
+    runs = running({name: functools.partial(step, loss) for name, loss in wanted.items()})
     peaks = {}
     if device == "cuda":
         for name, run in runs.items():
@@ -102,11 +148,11 @@ def report(
     rows, dim, classes = shape
     kind = str(dtype).removeprefix("torch.")
     print(f"\nhead {rows} x {dim} to {classes} classes, {kind} on {device}, {len(seconds['facefast'])} rounds")
-    print(f"{'':14}{'ms':>10}{'lowest':>10}{'highest':>10}{'MiB':>9}{'facefast is':>13}")
+    print(f"{'':36}{'ms':>10}{'lowest':>10}{'highest':>10}{'MiB':>9}{'facefast is':>13}")
     for name, times in seconds.items():
         shown, times_ours = summary(times), ratio(times, seconds["facefast"])
         print(
-            f"{name:14}{shown['milliseconds']:10.3f}{shown['lowest']:10.3f}{shown['highest']:10.3f}"
+            f"{name:36}{shown['milliseconds']:10.3f}{shown['lowest']:10.3f}{shown['highest']:10.3f}"
             f"{format(peaks[name], '.0f') if name in peaks else '-':>9}{times_ours:12.2f}x"
         )
         record(
@@ -123,6 +169,17 @@ def report(
             facefast_ratio=round(times_ours, 3),
         )
 
+    for name, (module, _) in PLAIN.items():
+        if device != "cuda" or library(module) is None:
+            print(f"{name:36}not run: {'needs a GPU' if device != 'cuda' else 'not importable here'}")
+
+
+def table_line(shape: tuple[int, int, int], seconds: dict[str, list[float]], peaks: dict[str, float]) -> str:
+    """The shape's line of `MEASURED` in facefast/ops/linear_focal.py: logits a chunk at a time beside logits kept."""
+    rows, _, classes = shape
+    times = ", ".join(f"{summary(seconds[name])['milliseconds']:.3f}" for name in ("fused", "kept"))
+    return f"Measured({rows}, {classes:_}, {times}, {peaks['fused']:.1f}, {peaks['kept']:.1f}),"
+
 
 @pytest.mark.parametrize("shape", SHAPES["cpu"])
 def test_heads_beside_torch(shape: tuple[int, int, int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,8 +193,15 @@ def test_heads_beside_torch(shape: tuple[int, int, int], capsys: pytest.CaptureF
 def main() -> None:
     shapes, rounds, device, dtype = options(__doc__, SHAPES, "ROWSxDIMxCLASSES", 9)
     torch.set_num_threads(THREADS)
+    lines = []
     for rows, dim, classes in shapes:
-        report((rows, dim, classes), device, dtype, *measure(rows, dim, classes, rounds, device, dtype))
+        shape = (rows, dim, classes)
+        measured = measure(*shape, rounds, device, dtype)
+        report(shape, device, dtype, *measured)
+        if device == "cuda":
+            lines.append(table_line(shape, *measured))
+    if lines:
+        print("\nMEASURED of facefast/ops/linear_focal.py, kept logits as the separate ones:", *lines, sep="\n    ")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from types import ModuleType
 MODULES = {
     "liger": "liger_kernel.transformers.functional",
     "quack": "quack",
+    "quack linear": "quack.linear_cross_entropy",
     "apex": "apex.contrib.xentropy",
     "FFCV": "ffcv",
 }

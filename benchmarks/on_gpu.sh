@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What needs a GPU, in three parts of under nine minutes each:
-#   tests     builds the extensions for this GPU and runs every test marked gpu
+#   tests     builds the extensions for this GPU and runs every test marked gpu, each file in a process of its own
 #   kernels   losses, heads and the input, beside their peers
-#   training  whole trainings, their updates and loaders alone, and the usual loops
+#   training  whole trainings, their updates and loaders alone, the default fine-tuning, and the usual loops
 # Prints tables. JSON goes to $OUT, or to benchmarks/results: rows, and steps-PART.jsonl with each step's exit code and
 # seconds. A step that fails or takes too long does not stop the rest. No network is needed; packages that are not
 # installed, DALI or Liger for two, may come by PYTHONPATH.
@@ -47,38 +47,52 @@ build() {
 }
 
 tests() {
-  local how=(--maxfail=40 --durations=5) files
+  local how=(--maxfail=40 --durations=5) files file name
   [ "$mode" = gpu ] || how=(--collect-only --quiet)
-  # Test files without a GPU test are left out: they may import packages that this machine lacks.
-  mapfile -t files < <(grep -l 'mark\.gpu' tests --include='test_*.py' -r)
-  step tests 420 "$python" -W ignore::pytest.PytestConfigWarning -m pytest -m gpu "${how[@]}" --junitxml="$out/tests.xml" "${files[@]}"
+  # Test files without a GPU test are left out: they may import packages that this machine lacks. A process for each: an
+  # assertion on the device spoils all that comes after it in the same process.
+  mapfile -t files < <(grep -lE '^(pytestmark = |@| .*marks=)pytest\.mark\.gpu' tests --include='test_*.py' -r | sort)
+  for file in "${files[@]}"; do
+    name=${file#tests/} name=${name%.py}
+    step "$name" 120 "$python" -W ignore::pytest.PytestConfigWarning -m pytest -m gpu "${how[@]}" --junitxml="$out/tests-${name//\//-}.xml" "$file"
+  done
 }
 
 kernels() {
-  local device=(--device cuda) focal=() norm=() heads=() input=(--device cuda --batch 256 --threads 8) types=(float32 bfloat16) dtype
+  local device=(--device cuda) focal=() norm=() heads=() input=(--device cuda --batch 256 --threads 8) dtype
   [ "$mode" = gpu ] || device=(--device cpu --rounds 2) focal=(--shapes 64x2 16x1000) heads=(--shapes 16x16x1000)
   [ "$mode" = gpu ] || norm=(--shapes 2x16x8x8)
   [ "$mode" = gpu ] || input=(--sizes 32 --batch 64)
-  for dtype in "${types[@]}"; do
-    step "focal loss, $dtype" 120 "$python" benchmarks/bench_focal.py "${device[@]}" --dtype "$dtype" "${focal[@]}"
+  for dtype in bfloat16 float32 float16; do
+    step "focal loss, $dtype" 90 "$python" benchmarks/bench_focal.py "${device[@]}" --dtype "$dtype" "${focal[@]}"
   done
-  step normalisation 90 "$python" benchmarks/bench_norm.py "${device[@]}" --dtype bfloat16 "${norm[@]}"
   step heads 90 "$python" benchmarks/bench_linear_focal.py "${device[@]}" --dtype bfloat16 "${heads[@]}"
-  step input 120 "$python" benchmarks/bench_input.py --quick --data drawn "${input[@]}"
+  step normalisation 60 "$python" benchmarks/bench_norm.py "${device[@]}" --dtype bfloat16 "${norm[@]}"
+  step input 90 "$python" benchmarks/bench_input.py --quick --data drawn "${input[@]}"
 }
 
 training() {
-  local how=(--device cuda --rounds 3 --data drawn) peers=() network networks=(iresnet50 mobilefacenet resnet50)
+  local how=(--device cuda --rounds 3 --data drawn) small=(--network mobilefacenet --batch 64) start=(--rounds 2 --to-end) photos=drawn setting
+  local settings=("mobilefacenet --batch 64" iresnet50) more=(resnet50 mobilefacenet iresnet100 timm/vit_small_patch16_224)
+  # Rows come at the end of a step: two with few contenders rather than one with all.
+  local memory=("facefast, in memory" "in memory, eager" "in memory, compiled" "in memory, eager and captured" "in memory, compiled and captured")
+  local loaders=(facefast "torchvision, compiled" "DALI stock, compiled" "DALI stock, compiled and captured" "FFCV, compiled")
+  [ -d ../shared/data/celeba-mini ] && photos=../shared/data/celeba-mini
   if [ "$mode" != gpu ]; then
-    how=(--device cpu --rounds 1 --data drawn --size 32 --batch 4) networks=(mobilefacenet)
-    peers=(--contenders facefast "DALI stock, eager")
+    how=(--device cpu --rounds 1 --data drawn --size 32) small=(--network mobilefacenet --batch 4) start=(--rounds 1) photos=drawn
+    settings=("mobilefacenet --batch 4") more=() memory=("in memory, eager" "in memory, eager and captured") loaders=(facefast "DALI stock, eager")
   fi
-  for network in "${networks[@]}"; do
-    step "throughput, $network" 150 "$python" benchmarks/throughput.py "${how[@]}" --networks "$network"
+  # A setting is a network and its options.
+  # shellcheck disable=SC2086
+  for setting in "${settings[@]}"; do
+    step "throughput, $setting" 120 "$python" benchmarks/throughput.py "${how[@]}" --networks $setting
   done
-  step peers 200 "$python" benchmarks/peers.py "${how[@]}" --network mobilefacenet "${peers[@]}"
-  for network in iresnet100 timm/vit_small_patch16_224; do  # where time is left
-    [ "$mode" = gpu ] && step "throughput, $network" 150 "$python" benchmarks/throughput.py "${how[@]}" --networks "$network"
+  step start 110 "$python" benchmarks/bench_start.py --data "$photos" "${start[@]}"
+  step "peers in memory" 120 "$python" benchmarks/peers.py "${how[@]}" "${small[@]}" --contenders "${memory[@]}"
+  step peers 120 "$python" benchmarks/peers.py "${how[@]}" "${small[@]}" --contenders "${loaders[@]}"
+  # shellcheck disable=SC2086
+  for setting in "${more[@]}"; do  # where time is left
+    step "throughput, $setting" 120 "$python" benchmarks/throughput.py "${how[@]}" --networks $setting
   done
 }
 

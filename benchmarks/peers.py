@@ -6,7 +6,8 @@
 Contenders are a loader and a loop each. Loaders: torchvision's v2 transforms in a DataLoader, DALI's stock operators,
 FFCV where it is importable (`benchmarks/bench_input.py` has them), or one batch that stays in memory. Loops: forward,
 cross entropy, backward, fused SGD, in autocast where ours is; every layer torch's own; eager, or compiled by
-torch.compile. Beside them `facefast train` as it is, and its update on batches in memory. Losses have their peers,
+torch.compile; on a GPU also captured, the whole update as one CUDA graph over a batch that stays where it is, eager and
+compiled. Beside them `facefast train` as it is, and its update on batches in memory. Losses have their peers,
 Liger and quack among them, in `benchmarks/bench_focal.py`, heads in `benchmarks/bench_linear_focal.py`.
 """
 
@@ -18,7 +19,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -42,7 +43,13 @@ from facefast.training import throughput
 OURS = {"facefast": throughput.WHOLE, "facefast, in memory": throughput.COMPUTE}
 LOADERS = ("torchvision", "DALI stock", "FFCV", "in memory")
 LOOPS = ("eager", "compiled")
-PEERS = tuple(f"{loader}, {loop}" for loader in LOADERS for loop in LOOPS)
+CAPTURED = {f"{loop} and captured": loop for loop in LOOPS}
+"""Loops whose updates are replayed, and what is captured; of the loaders that are fast enough to show it."""
+PEERS = tuple(f"{loader}, {loop}" for loader in LOADERS for loop in LOOPS) + tuple(
+    f"{loader}, {loop}" for loader in ("DALI stock", "in memory") for loop in CAPTURED
+)
+WARM_UP = 3
+"""Updates on the stream of a capture before it: momentum, cuDNN's choice of algorithms, what torch.compile compiles."""
 UPDATES = 20
 EVERY = 10
 """Updates between two lines of a peer."""
@@ -67,18 +74,64 @@ def train(peer: str, network: str, way: Way, folder: Path) -> None:
     # The same network with the same head; its cosines go straight into cross entropy.
     model = build_model(ModelConfig(backbone=network, head="cosine"), way.index.num_classes, way.image)
     model = model.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    forward = torch.compile(model) if loop == "compiled" else model
+    forward = torch.compile(model) if CAPTURED.get(loop, loop) == "compiled" else model
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
     labels = torch.arange(way.batch, device=device) % way.index.num_classes
-    for done, batch in enumerate(images(loader, way, folder), 1):
+
+    def update(batch: Tensor) -> Tensor:
+        # The region ends within the update: a graph makes its own casts of the weights.
         with layer_by_layer(), precision.autocast(device):
-            logits = forward(batch.contiguous(memory_format=torch.channels_last))
+            logits = forward(batch)
         loss = F.cross_entropy(24 * logits.float(), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        return loss
+
+    run: Callable[[Tensor], Tensor] = update
+    for done, images_ in enumerate(images(loader, way, folder), 1):
+        batch = images_.contiguous(memory_format=torch.channels_last)
+        if loop in CAPTURED and done == 1:
+            run = captured(update, batch)
+        loss = run(batch)
         if done % EVERY == 0:
             print(json.dumps({"done": done, "loss": loss.item()}), flush=True)
+
+
+def captured(update: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
+    """An update as one CUDA graph, which copies each batch to where it was captured.
+
+    What it gives is written over by the next one.
+
+    Args:
+        update: one that works on the device alone, whose gradients are None when it begins.
+        example: a batch; all others have its shape.
+    """
+    held, stream = example.clone(memory_format=torch.preserve_format), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            update(held)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # A loader's threads may ask CUDA for memory meanwhile: only this one is bound to what may be captured.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        loss = update(held)
+
+    def replay(batch: Tensor) -> Tensor:
+        held.copy_(batch)
+        graph.replay()
+        return loss
+
+    return replay
+
+
+def left_out(device: str) -> dict[str, str]:
+    """Peers that cannot run here, and why."""
+    found = {name: "not importable here" for name in PEERS if name.startswith("FFCV") and missing("FFCV")}
+    if device != "cuda":
+        found |= {name: "needs a GPU" for name in PEERS if name.rpartition(", ")[2] in CAPTURED}
+    return found
 
 
 def main() -> None:
@@ -90,7 +143,7 @@ def main() -> None:
             way = Way(FaceIndex.load(given.index), ImageSpec(size), given.device, batch, given.threads)
             train(given.child, given.network, way, Path(given.index).parent)
     setting = throughput.Setting(given.network, size, batch, UPDATES)
-    left_out = {name for name in missing("FFCV") for name in PEERS if name.startswith("FFCV")}
+    without = left_out(given.device)
     with tempfile.TemporaryDirectory() as folder:
         root = synthetic.write(Path(folder) / "drawn", DRAWN) if given.data == "drawn" else given.data
         ours = throughput.entries(setting, root, Path(folder), given.device)
@@ -100,23 +153,24 @@ def main() -> None:
         own += ["--batch", str(batch), "--size", str(size), "--index", str(index)]
         environment = {"CUDA_VISIBLE_DEVICES": ""} if given.device == "cpu" else None
         for name in given.contenders:
-            if name in PEERS and name not in left_out:
+            if name in PEERS and name not in without:
                 command = [sys.executable, __file__, *own, "--child", name]
                 entries[name] = Entry(command, 2, 1, UPDATES // EVERY, EVERY * batch, environment)
-        report(setting, given.device, in_turns(entries, given.rounds, told=print), left_out & {*given.contenders})
+        rates = in_turns(entries, given.rounds, told=print)
+    report(setting, given.device, rates, {name: why for name, why in without.items() if name in given.contenders})
 
 
-def report(setting: throughput.Setting, device: str, rates: dict[str, list[float]], left_out: set[str]) -> None:
+def report(setting: throughput.Setting, device: str, rates: dict[str, list[float]], without: dict[str, str]) -> None:
     """Prints the table and records its rows; the ratio is how many times as fast as a contender our whole job is, or
     our update alone where the contender's pictures are in memory."""
     print(f"\n{setting.network}, {setting.size} px, batch {setting.batch} on {device}")
-    print(f"{'':24}{'images/s':>10}{'lowest':>9}{'highest':>9}{'facefast is':>13}")
+    print(f"{'':34}{'images/s':>10}{'lowest':>9}{'highest':>9}{'facefast is':>13}")
     for name, values in rates.items():
         rate = Rate.of(values)
         ours = rates.get("facefast, in memory" if "in memory" in name else "facefast")
         times = None if ours is None else ratio(ours, values)
         shown = "-" if times is None else f"{times:.2f}x"
-        print(f"{name:24}{rate.median:10.1f}{rate.lowest:9.1f}{rate.highest:9.1f}{shown:>13}")
+        print(f"{name:34}{rate.median:10.1f}{rate.lowest:9.1f}{rate.highest:9.1f}{shown:>13}")
         record(
             "peers",
             contender=name,
@@ -131,8 +185,8 @@ def report(setting: throughput.Setting, device: str, rates: dict[str, list[float
             rounds=rate.rounds,
             facefast_ratio=None if times is None else round(times, 3),
         )
-    for name in sorted(left_out):
-        print(f"{name:24}{'not run: not importable here':>32}")
+    for name, why in sorted(without.items()):
+        print(f"{name:34}not run: {why}")
 
 
 def arguments(words: list[str]) -> argparse.Namespace:

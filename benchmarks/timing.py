@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
 BURST = 0.03  # seconds of work in a turn
 FLUSH = 256 << 20  # bytes written between runs on a GPU: more than its cache
+FLUSHING = "bitwise_not"
+"""In the name of the kernel that empties the cache while others are profiled: no contender has one of that name."""
+CALLS = 50  # whose time on the host, and whose kernels' time, is taken
 
 
 def interleaved(
@@ -48,6 +52,56 @@ def _on_gpu(run: Callable[[], object], repeats: int) -> float:
     torch.cuda.synchronize()
     milliseconds: list[float] = [start.elapsed_time(end) for start, end in events]
     return statistics.median(milliseconds) / 1000
+
+
+def host_microseconds(run: Callable[[], object], calls: int = CALLS, wait: Callable[[], object] | None = None) -> float:
+    """How long a call keeps the host, which launches and does not wait: the median.
+
+    Args:
+        run: a contender, warm.
+        calls: how many are timed.
+        wait: called in between, untimed, so that no call waits for room in the device's queue; None synchronises.
+    """
+    wait = wait or torch.cuda.synchronize
+    seconds = []
+    for _ in range(calls):
+        wait()
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    wait()
+    return 1e6 * statistics.median(seconds)
+
+
+def kernel_microseconds(run: Callable[[], object], calls: int = CALLS) -> float | None:
+    """The time of a call's kernels on the GPU, added up, by CUPTI's clocks: a mean over the calls, each from a cold
+    cache; None where the profiler sees none, for it has no rights to the counters or another one is at work."""
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
+    flush.bitwise_not_()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        for _ in range(calls):
+            flush.bitwise_not_()
+            run()
+        torch.cuda.synchronize()
+    return device_microseconds(profile.events() or (), calls)
+
+
+def device_microseconds(events: Iterable[Any], calls: int) -> float | None:
+    """What the events of a profile took on the device, per call, without those that emptied the cache.
+
+    Args:
+        events: as `torch.profiler.profile.events` gives them; spans that a user named count for nothing, for they
+            cover kernels that are there as well.
+    """
+    found = [
+        event.time_range.elapsed_us()
+        for event in events
+        if event.device_type != torch._C._autograd.DeviceType.CPU
+        and not getattr(event, "is_user_annotation", False)
+        and FLUSHING not in event.name
+    ]
+    return sum(found) / calls if found else None
 
 
 def summary(times: list[float]) -> dict[str, float]:

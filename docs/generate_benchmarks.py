@@ -62,10 +62,10 @@ TABLES = (
     ),
     Table(
         "start",
-        "From the start of the default fine-tuning to its first update",
-        "python benchmarks/bench_start.py",
+        "From the start of the default fine-tuning to its first update, and to its end",
+        "python benchmarks/bench_start.py --to-end",
         ("data", "options", "threads"),
-        ("seconds", *SPREAD, "cpu_seconds", "pictures"),
+        ("seconds", *SPREAD, "cpu_seconds", "pictures", "end_seconds", "end_lowest", "end_highest"),
     ),
     Table(
         "peers",
@@ -86,7 +86,14 @@ TABLES = (
         "The focal loss, forward and backward",
         "python benchmarks/bench_focal.py",
         ("rows", "classes", "dtype", "device", "contender"),
-        ("milliseconds", *SPREAD, "gigabytes_per_second", "facefast_ratio"),
+        (
+            "milliseconds",
+            *SPREAD,
+            "gigabytes_per_second",
+            "host_microseconds",
+            "kernel_microseconds",
+            "facefast_ratio",
+        ),
     ),
     Table(
         "linear_focal",

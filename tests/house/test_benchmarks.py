@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import math
@@ -10,6 +11,7 @@ import subprocess
 import types
 from pathlib import Path
 
+import peers
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -138,10 +140,56 @@ def test_every_step_for_a_gpu_is_a_program_with_such_options(mode: list[str]) ->
     assert len(commands) >= 5
     for command in commands:
         assert_options_exist(command)
-    assert all(("--device cuda" in command) == (not mode) for command in commands)
-    (tests,) = [line for line in lines if "pytest" in line]
-    files = re.findall(r"tests/\S+\.py", tests)
-    assert len(files) > 3 and all("mark.gpu" in (ROOT / path).read_text() for path in files)
+    # train takes the GPU by itself.
+    wished = [command for command in commands if "bench_start.py" not in command]
+    assert all(("--device cuda" in command) == (not mode) for command in wished) and len(wished) < len(commands)
+
+
+def test_every_test_marked_gpu_runs_in_a_process_of_its_file_with_a_report_of_its_own() -> None:
+    """An assertion on the device spoils all later tests of its process."""
+    lines = [line for line in script("tests", "--list").stdout.splitlines() if "pytest" in line]
+    files = [re.findall(r" (tests/\S+\.py)", line) for line in lines]
+    reports = [re.findall(r"--junitxml=(\S+)", line) for line in lines]
+    assert all(len(found) == 1 for found in (*files, *reports)) and len({path for (path,) in reports}) == len(lines)
+    marked = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if any(
+            isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.gpu"
+            for node in ast.walk(ast.parse(path.read_text()))
+        )
+    }
+    assert {path for (path,) in files} == marked and len(marked) > 3
+
+
+def test_contenders_of_a_step_are_contenders_of_its_program() -> None:
+    known = (*peers.OURS, *peers.PEERS)
+    for line in ON_GPU.read_text().splitlines():
+        for list_ in re.findall(r"\b(?:memory|loaders)=\(([^)]*)\)", line):
+            names = [quoted or word for quoted, word in re.findall(r'"([^"]*)"|(\S+)', list_)]
+            assert names and set(names) <= set(known), names
+
+
+def test_the_parts_measure_what_the_targets_are_about() -> None:
+    listed = script("--list").stdout
+    for wanted in (
+        "throughput.py --device cuda --rounds 3 --data drawn --networks mobilefacenet --batch 64",
+        "bench_focal.py --device cuda --dtype float16",
+        "bench_focal.py --device cuda --dtype bfloat16",
+        "bench_start.py --data",
+        "--to-end",
+        "in memory, eager and captured",
+        "in memory, compiled and captured",
+    ):
+        assert wanted in listed, wanted
+
+
+def test_no_step_may_take_a_part_past_nine_minutes() -> None:
+    """Each step is cut at what is left of its part, and has a limit of its own that leaves time for others."""
+    text = ON_GPU.read_text()
+    most = int(re.findall(r"deadline=\$\(\(SECONDS \+ (\d+)\)\)", text)[0])
+    limits = [int(limit) for limit in re.findall(r"^ *step (?:\"[^\"]*\"|\w+) (\d+) ", text, re.M)]
+    assert most + 10 <= 540 and len(limits) >= 8 and max(limits) <= 300
 
 
 def test_a_step_that_fails_stops_no_other_and_every_code_is_kept(tmp_path: Path) -> None:

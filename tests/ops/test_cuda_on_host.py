@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -58,6 +59,15 @@ def test_no_result_depends_on_the_order_of_the_blocks(library: Path) -> None:
     first, turned = (run(str(library), "--digest", **order) for order in ({}, {"FACEFAST_BLOCK_ORDER": "backwards"}))
     assert first == turned
     assert len(set(first.split())) == 2 * len(cuda_on_host.DIGESTED)
+
+
+def test_a_loss_is_one_launch_and_its_gradient_another(library: Path) -> None:
+    """Sums over the rows included, and nothing of torch's beside them; a margin that needs the angle is one more."""
+    counted = [json.loads(line) for line in run(str(library), "--launches").splitlines()]
+    assert len(counted) == 6 * len(cuda_on_host.COUNTED)
+    for row in counted:
+        wanted = 1 if row["m1"] in (0, 1) else 2
+        assert (row["forward"], row["backward"], row["beside"]) == (wanted, wanted, []), row
 
 
 @pytest.mark.skipif(not _C.cuda, reason="built without CUDA; FACEFAST_CUDA=1, as .ci/run sets it, runs this")

@@ -32,13 +32,16 @@
 #define cudaGetLastError() cudaSuccess
 #define cudaGetErrorString(error) "no error"
 #define cudaStreamIsCapturing(stream, status) cudaSuccess
-#define cudaMemsetAsync(to, value, bytes, stream) (std::memset(to, value, bytes), cudaSuccess)
+#define cudaMemsetAsync(to, value, bytes, stream) (++::on_host::launches(), std::memset(to, value, bytes), cudaSuccess)
 #define cudaGetSymbolAddress(to, symbol) (*(to) = (symbol), cudaSuccess)
 
 namespace on_host {
 
 constexpr int kWarp = 32, kMostThreads = 1024;
 constexpr size_t kStack = 64 << 10;
+
+// What was put on the stream so far, kernels and memory to be set; in cuda_on_host.cpp.
+int64_t& launches();
 
 struct Index {
   unsigned x = 0, y = 0, z = 0;
@@ -135,6 +138,7 @@ inline void run_block(int threads) {
 template <typename Kernel, typename... Arguments>
 void launch(Kernel kernel, unsigned blocks, int threads, Arguments... arguments) {
   const bool backwards = std::getenv("FACEFAST_BLOCK_ORDER") != nullptr;
+  ++launches();
   block().body = [&] { kernel(arguments...); };
   for (unsigned i = 0; i < blocks; ++i) {
     block_index().x = backwards ? blocks - 1 - i : i;

@@ -1,11 +1,13 @@
 """Builds the CUDA back ends as host code (cuda_on_host.h), and stands it in for `facefast._C`.
 
 `python tests/support/cuda_on_host.py LIBRARY PYTEST_ARGUMENTS...` runs tests in a process whose CPU kernels are the
-CUDA ones; with `--digest` instead it prints a hash of a few losses and gradients.
+CUDA ones; with `--digest` instead it prints a hash of a few losses and gradients, with `--launches` what is put on the
+stream for one.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -25,6 +27,14 @@ SOURCES = (
 )
 # Rows and classes, one for each number of threads a row; the last two are divided, in one bundle of rows and in two.
 DIGESTED = ((70, 3), (9, 40), (5, 1000), (5, 3001), (3, 10177), (2, 30001), (40, 17001))
+# Rows, classes and a margin's m1, 0 for no margin: heads of every number of threads a row, and one of divided rows.
+# Where m1 is neither 0 nor 1 the margin needs the angle itself.
+COUNTED = (
+    (4096, 2, 0.0), (4096, 40, 0.0), (70, 257, 0.0), (9, 1000, 0.0), (9, 1000, 1.0), (64, 40, 1.05), (9, 1000, 1.35),
+    (2, 30001, 0.0),
+)  # fmt: skip
+# What torch does on the host alone, or without a kernel: memory, and other views of it.
+NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "view", "as_strided", "alias", "expand"}
 CUDA_SOURCES = json.loads((ROOT / "csrc" / "sources.json").read_text())["_C"]["cuda"]
 
 
@@ -89,6 +99,29 @@ def digest(rows: int, classes: int) -> list[str]:
     return hashes
 
 
+def launches(library: Path, rows: int, classes: int, m1: float, dtype: str, reduction: str) -> dict[str, object]:
+    """What a loss and its gradient put on the stream: numbers of our launches, and what torch computes beside them."""
+    import torch
+
+    from facefast.ops import Combined, focal_loss
+
+    count = ctypes.CDLL(str(library)).facefast_launches
+    count.restype = ctypes.c_int64
+    cosines = torch.rand(rows, classes).to(getattr(torch, dtype)).requires_grad_()
+    target = torch.arange(rows) % classes
+    margin = Combined(m1, 0.3, 0.1) if m1 else None
+    upstream = torch.ones((rows,) if reduction == "none" else ())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        before = count()
+        loss = focal_loss(cosines, target, margin=margin, scale=8.0, reduction=reduction)
+        forward = count() - before
+        torch.autograd.grad(loss, cosines, upstream)
+        backward = count() - before - forward
+    beside = {event.name.removeprefix("aten::") for event in profile.events() if event.name.startswith("aten::")}
+    shape = {"rows": rows, "classes": classes, "m1": m1, "dtype": dtype, "reduction": reduction}
+    return {**shape, "forward": forward, "backward": backward, "beside": sorted(beside - NO_KERNEL)}
+
+
 if __name__ == "__main__":
     import pytest
 
@@ -96,5 +129,10 @@ if __name__ == "__main__":
     stand_in(Path(sys.argv[1]))
     if sys.argv[2:] == ["--digest"]:
         print(*(line for shape in DIGESTED for line in digest(*shape)), sep="\n")
+        sys.exit()
+    if sys.argv[2:] == ["--launches"]:
+        kinds = [(dtype, reduction) for dtype in ("float32", "bfloat16", "float16") for reduction in ("none", "mean")]
+        for case in COUNTED:
+            print(*(json.dumps(launches(Path(sys.argv[1]), *case, *kind)) for kind in kinds), sep="\n")
         sys.exit()
     sys.exit(pytest.main(sys.argv[2:]))

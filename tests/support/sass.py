@@ -12,7 +12,7 @@ from typing import NamedTuple
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.M)
 GUARD = re.compile(r"^@!?U?P\w+\s+")
 BRANCH = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
-MEMORY = re.compile(r"^(LDG|STG)\.E\b")
+MEMORY = re.compile(r"^(LDG|STG|LD|ST)\.E\b")
 
 
 def cuobjdump() -> Path | None:
@@ -27,7 +27,7 @@ def cuobjdump() -> Path | None:
 
 
 class Accesses(NamedTuple):
-    """Loads and stores of global memory, of 16 bytes and of less."""
+    """Loads and stores of global memory, of 16 bytes and of less, or of memory that the compiler left open."""
 
     wide_loads: int
     loads: int
@@ -46,7 +46,7 @@ class Kernel(NamedTuple):
         """Of the code, or of the part between two addresses."""
         found = [text.split()[0] for at, text in self.code if first <= at <= last and MEMORY.match(text)]
         wide = [text for text in found if ".128" in text]
-        kinds = ((wide, "LDG"), (found, "LDG"), (wide, "STG"), (found, "STG"))
+        kinds = ((wide, "LD"), (found, "LD"), (wide, "ST"), (found, "ST"))
         counts = [sum(text.startswith(kind) for text in some) for some, kind in kinds]
         return Accesses(counts[0], counts[1] - counts[0], counts[2], counts[3] - counts[2])
 
