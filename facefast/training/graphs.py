@@ -1,14 +1,15 @@
 """Updates recorded once and replayed: a CUDA graph launches a whole update's kernels at once, where the host takes
 longer to launch them one by one than a small batch takes to compute.
 
-What is recorded is a function of tensors that stay where they are: the batch's (what comes is copied into them), the
-weights, the optimiser's slots, its rate. Whatever the host decides is either the same in every update (a phase's
-options), or part of the key that a recording is found by (how many rows count), or happens outside (the schedule,
-pruning, the average).
+What is recorded is a function of tensors that stay where they are: the batch's and how many of its rows count (what
+comes is copied into them), the weights, the optimiser's slots, its rate. Whatever the host decides is either the same
+in every update (a phase's options), or part of the key that a recording is found by (shapes, and how many micro-batches
+there are), or happens outside (the schedule, pruning, the average).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -19,18 +20,20 @@ from facefast.data import Batch
 from facefast.recipe import Phase, PhasePlan, Recipe
 from facefast.runtime.process import World
 from facefast.runtime.terminal import tell
-from facefast.training.objective import RowCounts
+from facefast.training.objective import Counts
 
 WARM_UP = 3
 """Updates of a kind that run as they are before one is recorded: libraries choose kernels and take memory in the
 first ones, and the optimiser makes its slots."""
 MOST = 2
-"""Recordings that are kept; each holds the memory of an update's activations. An epoch has full batches and a last
-one."""
+"""Recordings that are kept; each holds the memory of an update's activations. An epoch has full updates and a last one,
+of fewer micro-batches."""
 COMPILE_FROM = 2000
 """Updates of a phase from which compiling pays under `compile auto`: it takes a minute or so. Not measured."""
-Update = Callable[[Sequence[Batch], RowCounts], Tensor]
+Update = Callable[[Sequence[Batch], Counts], Tensor]
 """An update of the weights from micro-batches, by the device alone; its numbers."""
+Held = tuple[Batch | Counts, ...]
+"""What differs between updates."""
 Replay = Callable[[], Tensor]
 
 
@@ -71,8 +74,6 @@ def why_not(
         return "mixup and cutmix draw on the host"
     if recipe.model.shard_head == "ranks":
         return "model.shard_head ranks"
-    if recipe.learns_attributes:
-        return "each update has another number of known attributes"
     if type(optimizer).__module__.startswith("apex"):
         return "apex's optimisers take their rate from the host"
     if draws := sorted(set(_drawing(network))):
@@ -121,40 +122,42 @@ class RecordedUpdates:
     def __init__(self, recorder: Recorder, recover: Callable[[], None]) -> None:
         self._recorder, self._recover = recorder, recover
         self._seen: dict[Any, int] = {}
-        self._recorded: dict[Any, tuple[list[Batch], Replay, Update]] = {}
+        self._recorded: dict[Any, tuple[Held, Replay, Update]] = {}
         self._most = MOST
 
-    def __call__(self, update: Update, batches: Sequence[Batch], row_counts: RowCounts) -> Tensor:
+    def __call__(self, update: Update, batches: Sequence[Batch], counts: Counts) -> Tensor:
         """One update; what it gives is the caller's.
 
         Args:
-            update: the tensors that it uses beside the batches stay where they are while it is kept.
+            update: the tensors that it uses beside the batches and counts stay where they are while it is kept.
         """
         # Shapes are the same in every batch, the last one of an epoch included: the loader pads it with pictures whose
-        # row is -1. How many rows count is a number of the host's.
-        key = (row_counts, tuple((batch.images.shape, batch.images.dtype) for batch in batches))
+        # row is -1. How many rows count, and how many of them have a name, is read on the device.
+        key = tuple((batch.images.shape, batch.images.dtype) for batch in batches)
+        given: Held = (*batches, counts)
         if key not in self._recorded:
             self._seen[key] = self._seen.get(key, 0) + 1
             if self._seen[key] <= WARM_UP or len(self._recorded) >= self._most:
-                return self._recorder.warm_up(lambda: update(batches, row_counts))
+                return self._recorder.warm_up(lambda: update(batches, counts))
             held = [Batch(*(torch.empty_like(column) for column in batch)) for batch in batches]
-            _copy(held, batches)
+            held_counts = Counts(torch.empty_like(counts.values))
+            _copy((*held, held_counts), given)
             try:
-                replay = self._recorder.record(lambda: update(held, row_counts))
+                replay = self._recorder.record(lambda: update(held, held_counts))
             except RuntimeError as error:  # too little memory, or what a recording cannot hold: nothing was computed
                 tell(f"note: updates are not recorded as a CUDA graph: {error}")
                 self._most = len(self._recorded)
                 self._recover()
-                return self._recorder.warm_up(lambda: update(batches, row_counts))
-            self._recorded[key] = held, replay, update
-        held, replay, _ = self._recorded[key]
-        _copy(held, batches)
+                return self._recorder.warm_up(lambda: update(batches, counts))
+            self._recorded[key] = (*held, held_counts), replay, update
+        kept, replay, _ = self._recorded[key]
+        _copy(kept, given)
         return replay().clone()  # the next replay writes over it
 
 
-def _copy(held: Sequence[Batch], batches: Sequence[Batch]) -> None:
-    for to, batch in zip(held, batches, strict=True):
-        for ours, theirs in zip(to, batch, strict=True):
+def _copy(held: Held, given: Held) -> None:
+    for to, tensors in zip(held, given, strict=True):
+        for ours, theirs in zip(to, tensors, strict=True):
             ours.copy_(theirs, non_blocking=True)
 
 
@@ -162,7 +165,9 @@ class GraphRecorder:
     """CUDA graphs in one pool of memory: one is replayed at a time, and nothing in it outlives that."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        # Above the usual priority: where the decoders' kernels for later batches wait as well, an update's go first. A
+        # graph's kernels keep the priority of the stream that they were recorded on, wherever it is replayed.
+        self._device, self._stream = device, torch.cuda.Stream(device, priority=-1)
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
@@ -179,8 +184,15 @@ class GraphRecorder:
         """Records what it launches."""
         graph = torch.cuda.CUDAGraph()
         # Only this thread is bound to what may be recorded: the loader's, and the one that writes checkpoints, go on.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = function()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = function()
+        except RuntimeError:
+            # Where CUDA itself gives a recording up torch 2.11 leaves its allocator in it, which from then on would
+            # free nothing that two streams have used. Where it does not, it says that there is nothing to end.
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            raise
 
         def replay() -> Tensor:
             graph.replay()

@@ -30,6 +30,33 @@ from facefast.training.losses import (
 IGNORED = -100
 
 
+class Counts(NamedTuple):
+    """`RowCounts` where the losses read them."""
+
+    values: Tensor
+    """[2 + A] float32 on the device: rows, labelled, known. What divides is at least 1."""
+
+    @property
+    def rows(self) -> Tensor:
+        """Scalar."""
+        return self.values[0]
+
+    @property
+    def labelled(self) -> Tensor:
+        """Scalar, at least 1."""
+        return self.values[1]
+
+    @property
+    def known(self) -> Tensor:
+        """[A], at least 1 each."""
+        return self.values[2:]
+
+    def share(self, world: int) -> Tensor:
+        """Scalar, what a row weighs in the update's mean, times the number of ranks."""
+        # Not world / rows, which torch computes as the reciprocal times world: a rounding more.
+        return torch.full_like(self.rows, world) / self.rows
+
+
 class RowCounts(NamedTuple):
     """How many rows of one update count, over all ranks and micro-batches, as the index promises it."""
 
@@ -39,6 +66,15 @@ class RowCounts(NamedTuple):
     """Those with an identity."""
     known: tuple[int, ...] = ()
     """Those with a value, for each attribute."""
+
+    def on(self, device: torch.device) -> Counts:
+        """For the losses: in a device's memory, because a recorded update reads there what differs between updates.
+        Never waits for the device."""
+        least = (max(1, number) for number in (self.labelled, *self.known))
+        values = torch.tensor([self.rows, *least], dtype=torch.float32)  # exact up to 2^24
+        if device.type == "cuda":
+            values = values.pin_memory()
+        return Counts(values.to(device, non_blocking=True))
 
 
 class Terms(NamedTuple):
@@ -136,13 +172,13 @@ class Objective(nn.Module):
         """What a checkpoint keeps of the objective beside the model."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
 
-    def forward(self, batch: Batch, values: Tensor, row_counts: RowCounts, world: int) -> Terms:
+    def forward(self, batch: Batch, values: Tensor, counts: Counts, world: int) -> Terms:
         """One micro-batch of one rank.
 
         Args:
             batch: pictures, or embeddings where they are cached.
             values: [B, A] of the attributes, NaN where unknown.
-            row_counts: what means are taken over.
+            counts: what means are taken over.
             world: number of ranks.
         """
         mixture = mix(batch.images, self.phase.mixup, self.phase.cutmix) if self._mixes else None
@@ -159,30 +195,28 @@ class Objective(nn.Module):
         parts: dict[str, Tensor] = {}
         correct = torch.zeros((), device=embeddings.device)
         if logits is not None:
-            parts["identity"] = (
-                self._identity(logits, embeddings, batch.labels, mixture) * world / max(1, row_counts.labelled)
-            )
+            parts["identity"] = self._identity(logits, embeddings, batch.labels, mixture) * world / counts.labelled
             correct = ((logits.argmax(1) == batch.labels) & (batch.labels >= 0)).sum()
         elif fused is not None:
             assert headed is not None
             options = focal_options(self.phase.loss, self._margin_of(embeddings), self.class_weights)
             found_loss = fused.head.fused_loss(headed, batch.labels, fused.dtype, **options)
-            parts["identity"] = found_loss.loss * world / max(1, row_counts.labelled)
+            parts["identity"] = found_loss.loss * world / counts.labelled
             correct = found_loss.leads.sum()
         elif shared is not None:
             assert headed is not None
             value, leads = self._identity_shared(shared, headed, embeddings, batch.labels, mixture)
-            parts["identity"] = value * world / max(1, row_counts.labelled)
+            parts["identity"] = value * world / counts.labelled
             correct = leads.sum()
         if attribute_logits is not None:
-            parts |= self._attributes(attribute_logits, values, batch.rows, row_counts, world)
+            parts |= self._attributes(attribute_logits, values, batch.rows, counts, world)
         readable = batch.rows >= 0
         # This micro-batch's part of the update, for a term that no row gives: over an update these add up to 1.
-        portion = readable.sum() * (world / row_counts.rows)
-        parts |= self._pairwise(embeddings, batch.labels, readable, row_counts)
+        portion = readable.sum() * counts.share(world)
+        parts |= self._pairwise(embeddings, batch.labels, readable, counts)
         if self.distillation:
             found = self.distillation(images, batch.rows, embeddings, logits, stages)
-            parts |= {name: value * (world / row_counts.rows) for name, value in found.items()}
+            parts |= {name: value * counts.share(world) for name, value in found.items()}
         # In the order of the names on every rank: the log adds them up by place.
         values_in_order = torch.stack([parts[name].float() for name in self.names])
         return Terms(self._weighed(values_in_order, portion), values_in_order.detach(), correct)
@@ -241,7 +275,7 @@ class Objective(nn.Module):
         return mixture.weight * own.loss + (1 - mixture.weight) * other.loss, own.leads
 
     def _attributes(
-        self, logits: Tensor, values: Tensor, rows: Tensor, row_counts: RowCounts, world: int
+        self, logits: Tensor, values: Tensor, rows: Tensor, counts: Counts, world: int
     ) -> dict[str, Tensor]:
         """Each attribute's mean of sigmoid focal losses over the rows that know it."""
         heads = self.model.attribute_heads
@@ -251,14 +285,12 @@ class Objective(nn.Module):
         alpha = self.tasks.alpha if self.tasks.alpha >= 0 else None
         losses = ops.sigmoid_focal_loss(logits.float(), targets, gamma=self.tasks.gamma, alpha=alpha, reduction="none")
         found, start = {}, 0
-        for spec, known in zip(heads.specs, row_counts.known, strict=True):
-            found[spec.name] = losses[:, start : start + spec.outputs].sum() * world / max(1, known)
+        for spec, known in zip(heads.specs, counts.known, strict=True):
+            found[spec.name] = losses[:, start : start + spec.outputs].sum() * world / known
             start += spec.outputs
         return found
 
-    def _pairwise(
-        self, embeddings: Tensor, labels: Tensor, readable: Tensor, row_counts: RowCounts
-    ) -> dict[str, Tensor]:
+    def _pairwise(self, embeddings: Tensor, labels: Tensor, readable: Tensor, counts: Counts) -> dict[str, Tensor]:
         """The terms that compare pictures with each other, over the micro-batch of all ranks."""
         loss, align = self.phase.loss, self.phase.align
         if not (loss.triplet or loss.contrastive or align != "none"):
@@ -274,7 +306,7 @@ class Objective(nn.Module):
             named = labels >= 0
             found["align"] = matched_statistics(embeddings, readable & ~named, readable & named, align)
         # One number for each micro-batch, which counts by its part of the update's rows.
-        return {name: value * (readable.sum() / row_counts.rows) for name, value in found.items()}
+        return {name: value * (readable.sum() / counts.rows) for name, value in found.items()}
 
     def _weighed(self, values: Tensor, portion: Tensor) -> Tensor:
         """The sum of the terms by the recipe's weights, or by exp(-s) with s / 2 on top, s the learnt log-variances

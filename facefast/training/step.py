@@ -37,7 +37,7 @@ from facefast.training.distill import Teacher
 from facefast.training.drawn import DrawnRows
 from facefast.training.graphs import GraphRecorder, RecordedUpdates, Recorder, compiles, hold_rates, set_rate, why_not
 from facefast.training.guard import StatisticsGuard
-from facefast.training.objective import Objective, RowCounts
+from facefast.training.objective import Counts, Objective, RowCounts
 from facefast.training.optim import build_optimizer, rate_factor
 from facefast.training.prune import Pruner
 from facefast.training.staged import Staged
@@ -345,7 +345,8 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
     # what an uninterrupted one would, and no generator's state has to be saved.
     torch.manual_seed(_seed(state.recipe.seed, state.step, state.run.world.rank))
     update = functools.partial(_update, state, state.guard)
-    stats = update(batches, row_counts) if state.recorded is None else state.recorded(update, batches, row_counts)
+    counts = row_counts.on(state.run.device)
+    stats = update(batches, counts) if state.recorded is None else state.recorded(update, batches, counts)
     if drawn is not None:
         drawn.put_back()
     # A skipped update counts: the host does not know of it, and schedule and sampler must go on alike on every rank.
@@ -363,7 +364,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], row_counts: RowCount
     return stats
 
 
-def _update(state: TrainState, guard: StatisticsGuard, batches: Sequence[Batch], row_counts: RowCounts) -> Tensor:
+def _update(state: TrainState, guard: StatisticsGuard, batches: Sequence[Batch], counts: Counts) -> Tensor:
     """What the device does in an update; a recording replays it without the host, see `facefast.training.graphs`."""
     phase, world = state.phase, state.run.world
     # On the device: reading a loss makes the host wait for all work queued there. The log reads when a line is due.
@@ -373,12 +374,12 @@ def _update(state: TrainState, guard: StatisticsGuard, batches: Sequence[Batch],
     for batch, is_last in _in_turn(state, batches):
         # DDP averages gradients over the ranks once per update, in the last backward pass.
         with _no_sync(state.network, not is_last):
-            terms = state.network(batch, state.values_of(batch.rows), row_counts, world.size)
+            terms = state.network(batch, state.values_of(batch.rows), counts, world.size)
             state.scaler.scale(terms.total).backward()
         with torch.no_grad():
             # A total is this part of the update's mean times the number of ranks, by which DDP divides; times the
             # rows it is a sum, and sums can be added over passes, ranks and updates.
-            per_row = row_counts.rows / world.size
+            per_row = counts.rows / world.size
             stats[0] += terms.total * per_row
             stats[1] += terms.correct
             stats[2] += (batch.rows >= 0).sum()
@@ -393,7 +394,7 @@ def _update(state: TrainState, guard: StatisticsGuard, batches: Sequence[Batch],
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     # The losses were divided by the rows that the index promised: what other ranks and later passes would read was not
     # known yet. Rows that turned out unreadable gave nothing; this makes the mean that of the others.
-    factor = row_counts.rows / stats[2].clamp(min=1)
+    factor = stats[2].clamp(min=1).reciprocal() * counts.rows
     # One number for clipping and for the log's finite check. It is taken now, because clipping changes the gradients
     # in place, and it is not finite as soon as one of them is not.
     norm = _total_norm(state, gradients, shared) * factor

@@ -88,6 +88,7 @@ def embedded(model: FaceModel) -> Batch:
     return Batch(vectors, labels, rows)
 
 
+CPU = torch.device("cpu")
 ROW_COUNTS = RowCounts(ROWS - 3, ROWS - 5)
 
 
@@ -97,7 +98,7 @@ def gradients(model: FaceModel, phase: Phase, batch: Batch, **more: Any) -> tupl
     objective = Objective(model, phase, cached=True, counts=torch.arange(1, CLASSES + 1), **more).train()
     model.zero_grad()
     images = batch.images.clone().requires_grad_()
-    terms = objective(batch._replace(images=images), NO_VALUES, ROW_COUNTS, 1)
+    terms = objective(batch._replace(images=images), NO_VALUES, ROW_COUNTS.on(CPU), 1)
     terms.total.backward()
     assert model.head is not None and model.head.weight.grad is not None and images.grad is not None
     return terms.total.detach(), terms.correct, images.grad, model.head.weight.grad.clone()
@@ -168,7 +169,7 @@ def test_under_autocast_the_backbone_learns_the_same_from_either(fuse: Fuse) -> 
         model = model_of().train()
         autocast = torch.autocast("cpu", torch.bfloat16)
         objective = Objective(model, phase_of(LossConfig(margin="arc", margin_size=0.3, scale=8.0)), autocast=autocast)
-        objective(batch, NO_VALUES, RowCounts(ROWS, ROWS), 1).total.backward()
+        objective(batch, NO_VALUES, RowCounts(ROWS, ROWS).on(CPU), 1).total.backward()
         assert len(calls) == (dtype is not None)
         gradient = [p.grad.flatten() for n, p in model.named_parameters() if p.grad is not None and "head" not in n]
         found.append(torch.cat(gradient))
@@ -185,7 +186,7 @@ def test_only_what_learns_gets_a_gradient(fuse: Fuse) -> None:
         batch = embedded(model)
         images = batch.images.requires_grad_(frozen != "embeddings")
         objective = Objective(model, phase_of(), cached=True)
-        objective(batch, NO_VALUES, ROW_COUNTS, 1).total.backward()
+        objective(batch, NO_VALUES, ROW_COUNTS.on(CPU), 1).total.backward()
         assert (model.head.weight.grad is None) == (frozen == "head")
         assert (images.grad is None) == (frozen == "embeddings")
 
@@ -225,7 +226,7 @@ def test_logits_are_made_where_somebody_else_reads_them(fuse: Fuse) -> None:
         calls.clear()
         phase = phase_of(**fields)
         objective = Objective(model, phase, teacher=Teacher(teacher) if "distill" in fields else None)
-        objective(batch, NO_VALUES, RowCounts(ROWS, ROWS), 1)
+        objective(batch, NO_VALUES, RowCounts(ROWS, ROWS).on(CPU), 1)
         assert bool(calls) == fused, fields
 
 
@@ -238,7 +239,7 @@ def test_attributes_and_terms_about_pairs_are_learnt_beside_it(fuse: Fuse) -> No
         model = model_of(attributes=(AttributeSpec("Male"),)).train()
         phase = phase_of(LossConfig(scale=8.0, contrastive=0.5, triplet=0.5), sampler="pk")
         objective = Objective(model, phase, TaskConfig(attributes=("Male",)))
-        found.append(objective(batch, values, RowCounts(ROWS, ROWS, (ROWS,)), 1).parts)
+        found.append(objective(batch, values, RowCounts(ROWS, ROWS, (ROWS,)).on(CPU), 1).parts)
         assert len(calls) == (dtype is not None) and len(objective.names) == 4
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=0)
 

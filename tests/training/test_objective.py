@@ -35,7 +35,8 @@ from facefast.training.step import SideInputs, TrainState, train_step
 from tests.support import small
 from tests.support.ranks import run_ranks
 
-RUN = Runtime(World(), torch.device("cpu"))
+CPU = torch.device("cpu")
+RUN = Runtime(World(), CPU)
 SPECS = (AttributeSpec("Male"), AttributeSpec("age", (20.0, 30.0, 40.0, 50.0)))
 ROW_COUNTS = RowCounts(8, 8)
 
@@ -69,7 +70,7 @@ def loss_of(phase: Phase, batch: Batch, **more: Any) -> tuple[Objective, dict[st
     values, row_counts = more.pop("values", torch.zeros(8, 0)), more.pop("row_counts", ROW_COUNTS)
     objective = Objective(more.pop("model", None) or model_with(), phase, more.pop("tasks", None), **more)
     with torch.no_grad():
-        terms = objective.eval()(batch, values, row_counts, 1)
+        terms = objective.eval()(batch, values, row_counts.on(CPU), 1)
     return objective, dict(zip(objective.names, terms.parts.tolist(), strict=True)), float(terms.total)
 
 
@@ -95,7 +96,7 @@ def test_adaface_spares_pictures_of_low_norm() -> None:
         expected = ops.reference.focal_loss(model.classify(embeddings), batch.labels, gamma=0.0, margin=margin, scale=8)
     assert parts["identity"] == pytest.approx(float(expected), rel=1e-5)
     assert set(objective.own_state()) == {"margin.mean", "margin.std"}  # a checkpoint keeps what it has seen
-    objective.train()(batch, torch.zeros(8, 0), ROW_COUNTS, 1)
+    objective.train()(batch, torch.zeros(8, 0), ROW_COUNTS.on(CPU), 1)
     assert objective.margin is not None and float(objective.margin.mean) != 20.0
 
 
@@ -107,7 +108,7 @@ def test_pairs_move_the_backbone_without_a_head(term: str) -> None:
     objective, parts, total = loss_of(phase, batch_of(), model=model)
     assert list(parts) == [term]
     assert total == pytest.approx(2 * parts[term])
-    objective(batch_of(), torch.zeros(8, 0), ROW_COUNTS, 1).total.backward()
+    objective(batch_of(), torch.zeros(8, 0), ROW_COUNTS.on(CPU), 1).total.backward()
     grad = model.get_parameter("backbone.conv1.conv.weight").grad
     assert grad is not None and grad.abs().sum() > 0
 
@@ -161,7 +162,7 @@ def test_attributes_are_learnt_where_they_are_known_and_nowhere_else() -> None:
     assert total == pytest.approx(parts["identity"] + 0.5 * parts["Male"] + 2 * parts["age"], rel=1e-5)
     nobody = torch.full((8, 2), torch.nan)
     objective.model.zero_grad()
-    objective(batch_of(), nobody, RowCounts(8, 8, (0, 0)), 1).total.backward()
+    objective(batch_of(), nobody, RowCounts(8, 8, (0, 0)).on(CPU), 1).total.backward()
     heads = objective.model.attribute_heads
     assert heads is not None
     for parameter in (heads.weight, heads.biases):
@@ -188,7 +189,7 @@ def test_uncertainty_weighs_losses_by_what_it_learns() -> None:
     assert objective.log_variances is not None
     with torch.no_grad():
         objective.log_variances.copy_(torch.tensor([0.7, -0.4]))
-    terms = objective(batch_of(), values, row_counts, 1)
+    terms = objective(batch_of(), values, row_counts.on(CPU), 1)
     s = torch.tensor([0.7, -0.4])
     torch.testing.assert_close(terms.total, ((-s).exp() * terms.parts + s / 2).sum())
     terms.total.backward()
@@ -231,7 +232,7 @@ def test_a_student_is_drawn_to_the_teachers_embeddings_and_answers() -> None:
     assert parts["distill_embeddings"] == pytest.approx(float((1 - cosines).mean()), rel=1e-4)
     assert parts["distill_logits"] == pytest.approx(float(divergence), rel=1e-4)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    objective(batch, torch.zeros(8, 0), ROW_COUNTS, 1).total.backward()
+    objective(batch, torch.zeros(8, 0), ROW_COUNTS.on(CPU), 1).total.backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not any("teacher" in name for name in objective.state_dict())
@@ -259,7 +260,7 @@ def test_stages_are_compared_one_by_one_and_a_student_equal_to_its_teacher_has_n
     assert len(own) == 4  # stem and three stages, not the embedding
     assert objective.distillation is not None
     assert len(objective.distillation.convolutions) == (4 if match == "projected" else 0)
-    objective(batch_of(), torch.zeros(8, 0), ROW_COUNTS, 1).total.backward()
+    objective(batch_of(), torch.zeros(8, 0), ROW_COUNTS.on(CPU), 1).total.backward()
     grad = objective.model.get_parameter("backbone.blocks.0.conv.0.weight").grad
     assert grad is not None and grad.abs().sum() > 0
     if match == "attention":

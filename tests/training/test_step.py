@@ -31,16 +31,15 @@ RUN = Runtime(World(), torch.device("cpu"))
 PHASE = Phase(start="scratch", batch_size=8, lr=0.05, batchnorm="frozen", schedule="constant")
 
 
-def make_state(phase: Phase = PHASE, **recipe_fields: object) -> TrainState:
+def make_state(phase: Phase = PHASE, run: Runtime = RUN, **recipe_fields: object) -> TrainState:
     recipe = Recipe(
         image=ImageSpec(size=32, template="none"),
         model=ModelConfig(backbone="mobilefacenet", embedding=16),
-        phases=(phase,),
-        **({"precision": "fp32"} | recipe_fields),  # type: ignore[arg-type]
+        **({"precision": "fp32", "phases": (phase,)} | recipe_fields),  # type: ignore[arg-type]
     )
-    plan = resolve(recipe, (IndexFacts(80, CLASSES, "f"),), 1)
-    state = TrainState(recipe, plan, RUN)
-    state.enter(0, make_model(recipe))
+    plan = resolve(recipe, (IndexFacts(80, CLASSES, "f"),) * len(recipe.phases), 1)
+    state = TrainState(recipe, plan, run)
+    state.enter(0, make_model(recipe).to(run.device))
     return state
 
 
