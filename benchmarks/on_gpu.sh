@@ -67,7 +67,7 @@ kernels() {
     step "focal loss, $dtype" 90 "$python" benchmarks/bench_focal.py "${device[@]}" --dtype "$dtype" "${focal[@]}"
   done
   step heads 90 "$python" benchmarks/bench_linear_focal.py "${device[@]}" --dtype bfloat16 "${heads[@]}"
-  step normalisation 60 "$python" benchmarks/bench_norm.py "${device[@]}" --dtype bfloat16 "${norm[@]}"
+  step normalisation 90 "$python" benchmarks/bench_norm.py "${device[@]}" --dtype bfloat16 "${norm[@]}"
   step input 90 "$python" benchmarks/bench_input.py --quick --data drawn "${input[@]}"
 }
 
