@@ -32,6 +32,9 @@ class Recipe:
     compile: Literal["auto", "never", "always"] = "auto"
     """auto: on a GPU an update is recorded as a CUDA graph, and the network of a long phase compiled (torch.compile);
     always compiles on any device and in any phase; never does neither."""
+    cudnn_benchmark: bool = False
+    """On a GPU cuDNN measures its algorithms for each shape of a convolution and takes the fastest; a run that goes on
+    may choose others, and then ends with other last bits than one that never stopped."""
     ema: float = 0.0
     """Decay of averaged weights, evaluated and saved beside the raw ones; 0 is off."""
     threads: int = 0

@@ -26,6 +26,7 @@ from facefast.runtime import ranks, slurm
 from facefast.runtime.cores import usable_cores
 from facefast.runtime.exits import EXIT_PREEMPTED, StorageError
 from facefast.runtime.files import Held
+from facefast.runtime.terminal import tell
 
 T = TypeVar("T")
 
@@ -308,6 +309,15 @@ def _choose_device(device: str, world: World) -> torch.device:
     chosen = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(chosen)
     return chosen
+
+
+def set_cudnn_benchmark(run: Runtime, asked: bool) -> None:
+    """Whether cuDNN measures its algorithms for each new shape, in the whole process from now on: to be called where
+    shapes stay as they are. Otherwise it chooses by rules, the same ones in every process."""
+    if run.device.type == "cuda":
+        torch.backends.cudnn.benchmark = asked
+    elif asked and run.is_main:
+        tell(f"note: cudnn_benchmark has no effect without a GPU: this run computes on the {run.device.type}")
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from facefast.recipe import Phase, PhasePlan, Plan, Recipe, to_json
 from facefast.runtime import files
 from facefast.runtime.background import Background
 from facefast.runtime.log import STATS, Position
-from facefast.runtime.process import Runtime, World, decode_threads
+from facefast.runtime.process import Runtime, World, decode_threads, set_cudnn_benchmark
 from facefast.training.distill import Teacher
 from facefast.training.drawn import DrawnRows
 from facefast.training.graphs import GraphRecorder, RecordedUpdates, Recorder, compiles, hold_rates, set_rate, why_not
@@ -95,6 +95,7 @@ class TrainState:
         self.staged = Staged()  # and what it holds
         require_statistics(recipe, plan)
         self.reading = recipe.data.reading(decode_threads(recipe.threads, run.world))
+        set_cudnn_benchmark(run, recipe.cudnn_benchmark)  # not before: pictures come in many shapes until they are cut
         self.precision = Precision.choose(recipe.precision, recipe.model.backbone, recipe.channels_last, run.device)
         self.faces: dict[str, Any] | None = None  # how faces were found, for the model
         self.step = 0  # updates done in the whole run

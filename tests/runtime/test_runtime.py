@@ -224,3 +224,17 @@ def test_decoding_threads_are_shared_among_the_processes_of_a_machine(monkeypatc
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
     assert [process.decode_threads(0, World(0, n, 0, n)) for n in (1, 2, 3, 4, 8, 64)] == [15, 15, 9, 8, 4, 1]
     assert process.decode_threads(3, World()) == 3
+
+
+def test_cudnn_measures_its_algorithms_where_a_run_on_a_gpu_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    for asked in (True, False):  # the next run of the same process has what it asks for
+        process.set_cudnn_benchmark(Runtime(World(), torch.device("cuda")), asked)
+        assert torch.backends.cudnn.benchmark is asked
+    assert capsys.readouterr().out == ""
+    for rank, asked in ((0, True), (1, True), (0, False)):
+        process.set_cudnn_benchmark(Runtime(World(rank, 2, rank, 2), torch.device("cpu")), asked)
+    assert not torch.backends.cudnn.benchmark
+    assert capsys.readouterr().out.count("cudnn_benchmark has no effect without a GPU") == 1
