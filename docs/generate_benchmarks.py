@@ -173,7 +173,9 @@ ELSEWHERE = {"transfer": "transfer.md", "index_scale": "runs.md"}
 def rows(name: str) -> list[dict[str, Any]]:
     """A file's rows, oldest first; none where nothing was measured."""
     path = RESULTS / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    # The first rows do not say where they were measured: on processors, as there was nothing else.
+    return [{"device": "cpu"} | row if "gpu" not in row["machine"] else row for row in found]
 
 
 def latest(table: Table, measured: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
