@@ -96,6 +96,7 @@ def draw(folder: Path) -> tuple[Path, Path]:
 
     model = build_model(ModelConfig(backbone="mobilefacenet"), 0, ImageSpec(size=112, template="arcface"))
     tensors, documents = {"model": model.state_dict()}, {"model": model.to_config()}
+    (folder / "source").mkdir()
     checkpoint.save(folder / "source", 1, tensors=tensors, documents=documents, best=True, keep=1)
     return synthetic.write(folder / "drawn", synthetic.DrawnSpec(identities=(IDENTITIES, 0, 0))), folder / "source"
 

@@ -14,7 +14,7 @@ import torch
 
 from facefast import audit, evaluate, label, predict
 from facefast.evaluation.embed import embed_rows
-from facefast.models import FaceModel, checkpoint, load_source, precision
+from facefast.models import FaceModel, load_source, precision
 from facefast.models.precision import Precision
 from facefast.recipe import DataConfig, ImageSpec, IndexFacts, ModelConfig, Phase, Recipe, resolve, to_json
 from facefast.runtime.process import Runtime, World
@@ -50,10 +50,7 @@ def save_run(folder: Path, backbone: str, drawn: Path, **fields: Any) -> Path:
     """A run of a network that never trained, whose recipe has these fields."""
     model = small.make_model(backbone)
     recipe = dataclasses.replace(small.make_recipe(drawn, model), **fields)
-    tensors, documents = {"model": model.state_dict()}, {"model": model.to_config(), "recipe": to_json(recipe)}
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(folder, 1, tensors=tensors, documents=documents, best=True, keep=1)
-    return folder
+    return small.save_as(folder, model, to_json(recipe))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from facefast.data.corrections import Correction, write_corrections
 from facefast.data.divide import EvaluationSet
 from facefast.data.drawn import synthetic
 from facefast.evaluation.sets import find_evaluation_set, given_pairs
-from facefast.models import FaceModel, checkpoint
+from facefast.models import FaceModel
 from facefast.recipe import BinaryConfig, DataConfig, EvalConfig, LossConfig, Phase, Reading, TaskConfig, to_json
 from facefast.runtime.exits import DataError
 from tests.support import small
@@ -106,10 +106,7 @@ def save_with(folder: Path, model: FaceModel, root: Path, **fields: object) -> P
     data = dataclasses.replace(recipe.data, **{k: v for k, v in fields.items() if k in names})  # type: ignore[arg-type]
     rest = {name: value for name, value in fields.items() if name not in names}
     recipe = dataclasses.replace(recipe, data=data, **rest)  # type: ignore[arg-type]
-    tensors, documents = {"model": model.state_dict()}, {"model": model.to_config(), "recipe": to_json(recipe)}
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(folder, 1, tensors=tensors, documents=documents, best=True, keep=1)
-    return folder
+    return small.save_as(folder, model, to_json(recipe))
 
 
 def asked(path: Path, model: FaceModel, data: DataConfig, seed: int = 0) -> EvaluationSet:

@@ -4,6 +4,7 @@ a captured update is the update."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import bench_focal
@@ -16,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._autograd import DeviceType
+
+from facefast.data import read_index
+from facefast.models import load_source
 
 
 def event(
@@ -146,6 +150,12 @@ def test_a_measured_shape_is_a_line_of_the_table_that_chooses() -> None:
 
 
 # benchmarks/bench_start.py
+
+
+def test_drawn_faces_come_with_a_source_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_start, "IDENTITIES", 2)
+    data, source = bench_start.draw(tmp_path)
+    assert read_index(data).num_classes == 2 and "backbone" in next(iter(load_source(str(source)).state))
 
 
 def test_a_start_is_recorded_with_its_end_where_rounds_went_so_far() -> None:

@@ -61,10 +61,7 @@ def save_run(folder: Path, backbone: str, **fields: object) -> Path:
     for name, value in fields.items():
         if value is None:
             del recipe[name]
-    tensors, documents = {"model": model.state_dict()}, {"model": model.to_config(), "recipe": recipe}
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(folder, 1, tensors=tensors, documents=documents, best=True, keep=1)
-    return folder
+    return small.save_as(folder, model, recipe)
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from facefast import _C
+from tests.support import sass
 
 pytestmark = pytest.mark.skipif(
     not _C.cuda, reason="built without CUDA; FACEFAST_CUDA=1, as .ci/run sets it, runs this"
@@ -19,28 +18,18 @@ pytestmark = pytest.mark.skipif(
 # The gradient's may be written once for both of its results.
 LOADS = {"moments": 6, "norm_forward": 5, "norm_sums": 10, "norm_gradient": 10}
 STORES = {"norm_forward": 5, "norm_gradient": 10}
+ACCESS = re.compile(r"(LDG?|STG?|LDL|STL)(\.|$)")
 
 
 @pytest.fixture(scope="module")
 def accesses() -> dict[str, Counter[str]]:
     """Kernel -> how often each kind of access to memory stands in it, on the newest architecture built for."""
-    triton = importlib.util.find_spec("triton")
-    assert triton is not None and triton.origin is not None
-    tools = Path(triton.origin).parent / "backends" / "nvidia" / "bin"
-    assert _C.__file__ is not None
-    printed = subprocess.run(
-        [tools / "cuobjdump", "-sass", _C.__file__], capture_output=True, text=True, check=True, timeout=300
-    ).stdout
-    found: dict[str, Counter[str]] = {}
-    name = ""
-    for line in printed.splitlines():
-        if function := re.search(r"Function : (\w+)", line):
-            name = function[1]
-            found[name] = Counter()  # architectures come in order: the newest one stays
-        elif access := re.search(r"\b(LDG?|STG?|LDL|STL)\.E?\S*", line):
-            found[name][access[0]] += 1
+    # Architectures come in order: the newest one stays.
+    newest = {kernel.name: kernel for kernel in sass.kernels(Path(str(_C.__file__)))}
     return {
-        name: count for name, count in found.items() if re.search(r"moments_kernel|norm_(forward|sums|gradient)_", name)
+        name: Counter(word for _, text in kernel.code if ACCESS.match(word := text.split()[0]))
+        for name, kernel in newest.items()
+        if re.search(r"moments_kernel|norm_(forward|sums|gradient)_", name)
     }
 
 

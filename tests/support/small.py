@@ -66,15 +66,14 @@ def make_recipe(root: Path, model: FaceModel) -> Recipe:
 
 def save_run(folder: Path, model: FaceModel, root: Path) -> Path:
     """A run folder with one checkpoint of `model`."""
+    return save_as(folder, model, to_json(make_recipe(root, model)))
+
+
+def save_as(folder: Path, model: FaceModel, recipe: object) -> Path:
+    """A run folder with one checkpoint of `model`, and this for a recipe."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(
-        folder,
-        1,
-        tensors={"model": model.state_dict()},
-        documents={"model": model.to_config(), "recipe": to_json(make_recipe(root, model))},
-        best=True,
-        keep=1,
-    )
+    tensors, documents = {"model": model.state_dict()}, {"model": model.to_config(), "recipe": recipe}
+    checkpoint.save(folder, 1, tensors=tensors, documents=documents, best=True, keep=1)
     return folder
 
 

@@ -12,12 +12,10 @@ import torch
 
 from facefast.data import FaceIndex, read_index
 from facefast.models import checkpoint
-from facefast.models.spread import Spread
 from facefast.runtime import files
 from facefast.runtime.exits import NumericsError, StorageError
 from facefast.training.guard import not_finite
 from facefast.training.saving import save
-from facefast.training.staged import Staged
 from facefast.training.step import TrainState
 from tests.support import small
 from tests.training.test_endings import make_state
@@ -144,48 +142,6 @@ def test_numbers_that_are_not_finite_are_found_before_anything_is_begun(state: T
     with pytest.raises(NumericsError, match=f"model {WEIGHT}"):
         save(tmp_path, state, improved=True)
     assert not (tmp_path / "checkpoints").exists()
-
-
-def test_copies_are_of_the_moment_and_in_the_order_of_files() -> None:
-    one = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
-    spread = Spread(torch.randn(3, 2), 3)
-    room = Staged()
-    staged = room.take({"model": {"one": one, "head": spread}, "optimizer": {"step": torch.tensor(7.0)}})
-    expected = one.clone()
-    one.zero_()
-    found = staged()
-    assert isinstance(found["model"]["one"], torch.Tensor) and found["model"]["one"].is_contiguous()
-    torch.testing.assert_close(found["model"]["one"], expected, rtol=0, atol=0)
-    head = found["model"]["head"]
-    assert isinstance(head, Spread) and head.rows == 3 and head.block is not spread.block
-    assert found["optimizer"]["step"] == 7 and list(found) == ["model", "optimizer"]
-
-    again = room.take({"ema": {"other": expected + 1}, "model": {"head": spread, "step": torch.tensor(8.0)}})()
-    other = again["ema"]["other"]
-    assert isinstance(other, torch.Tensor) and torch.equal(other, expected + 1)
-    assert other.data_ptr() == found["model"]["one"].data_ptr()  # in the same room
-    larger = room.take({"model": {"one": torch.ones(9)}})()["model"]["one"]
-    assert isinstance(larger, torch.Tensor) and torch.equal(larger, torch.ones(9))
-
-
-@pytest.mark.gpu
-def test_copies_from_a_gpu_are_of_the_moment_and_the_host_waits_for_nothing() -> None:
-    """What is queued after them writes over the tensors while they travel."""
-    generator = torch.Generator("cuda").manual_seed(1)
-    large = torch.randn(64, 1 << 20, device="cuda", generator=generator)
-    count, expected, room = torch.tensor(7.0), large.cpu(), Staged()
-    room.take({"model": {"large": large, "count": count}})()  # makes the room, which the host waits for
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        staged = room.take({"model": {"large": large, "count": count}})
-        large.zero_()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    count.zero_()
-    found = staged()["model"]
-    assert isinstance(found["large"], torch.Tensor) and not found["large"].is_cuda
-    assert torch.equal(found["large"], expected) and found["count"] == 7
-    assert not large.any()
 
 
 def test_a_sum_that_overflows_is_no_broken_tensor_and_every_broken_one_is_named() -> None:

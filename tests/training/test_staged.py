@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from facefast.models.spread import Spread
 from facefast.training.staged import Staged
 from tests.training.test_graphs import MOVING, graphs_on, run
 
@@ -170,6 +171,48 @@ def test_a_gpu_that_fills_up_between_two_copies_takes_them_all_in_line(gpu: Gpu)
     for one, value in zip(found.values(), expected, strict=True):
         assert torch.equal(cast(Tensor, one).as_subclass(Tensor), value)
     assert len(gpu.clones) == 1 and gpu.clones[0]() is None and gpu.side.work == []
+
+
+def test_copies_are_of_the_moment_and_in_the_order_of_files() -> None:
+    one = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    spread = Spread(torch.randn(3, 2), 3)
+    room = Staged()
+    staged = room.take({"model": {"one": one, "head": spread}, "optimizer": {"step": torch.tensor(7.0)}})
+    expected = one.clone()
+    one.zero_()
+    found = staged()
+    assert isinstance(found["model"]["one"], torch.Tensor) and found["model"]["one"].is_contiguous()
+    torch.testing.assert_close(found["model"]["one"], expected, rtol=0, atol=0)
+    head = found["model"]["head"]
+    assert isinstance(head, Spread) and head.rows == 3 and head.block is not spread.block
+    assert found["optimizer"]["step"] == 7 and list(found) == ["model", "optimizer"]
+
+    again = room.take({"ema": {"other": expected + 1}, "model": {"head": spread, "step": torch.tensor(8.0)}})()
+    other = again["ema"]["other"]
+    assert isinstance(other, torch.Tensor) and torch.equal(other, expected + 1)
+    assert other.data_ptr() == found["model"]["one"].data_ptr()  # in the same room
+    larger = room.take({"model": {"one": torch.ones(9)}})()["model"]["one"]
+    assert isinstance(larger, torch.Tensor) and torch.equal(larger, torch.ones(9))
+
+
+@pytest.mark.gpu
+def test_copies_from_a_gpu_are_of_the_moment_and_the_host_waits_for_nothing() -> None:
+    """What is queued after them writes over the tensors while they travel."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    large = torch.randn(64, 1 << 20, device="cuda", generator=generator)
+    count, expected, room = torch.tensor(7.0), large.cpu(), Staged()
+    room.take({"model": {"large": large, "count": count}})()  # makes the room, which the host waits for
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        staged = room.take({"model": {"large": large, "count": count}})
+        large.zero_()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    count.zero_()
+    found = staged()["model"]
+    assert isinstance(found["large"], torch.Tensor) and not found["large"].is_cuda
+    assert torch.equal(found["large"], expected) and found["count"] == 7
+    assert not large.any()
 
 
 @pytest.mark.gpu
