@@ -25,10 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Picture = NDArray[np.uint8]
-FULL, SMALL = 112, 28
-"""Height in pixels of what a model is shown of the picture, from above the eyes to below the chin."""
-SHOWN = 122 / 218
-"""Part of a picture's height that this is."""
+SMALL = 28
+"""Height in pixels of the whole picture, of which a model is shown 16, from above the eyes to below the chin."""
 BLUR, NOISE = 2.5, 16.0
 """Standard deviations: of the blur in pixels of the 218 high pictures, of the noise in levels of 255."""
 BEST, QUALITY = 95, 6
@@ -49,9 +47,9 @@ def grey(picture: Picture, seed: int, strength: float) -> Picture:
 
 
 def small(picture: Picture, seed: int, strength: float) -> Picture:
-    """As from a camera for which the face is 28 pixels high, made large again."""
+    """As from a camera whose pictures are 28 pixels high, made large again."""
     height, width = picture.shape[:2]
-    factor = FULL * (SMALL / FULL) ** strength / (SHOWN * height)
+    factor = (SMALL / height) ** strength
     size = (round(width * factor), round(height * factor))
     tiny = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
     return np.asarray(cv2.resize(tiny, (width, height), interpolation=cv2.INTER_CUBIC), np.uint8)
