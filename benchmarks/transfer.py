@@ -1,7 +1,7 @@
 """What each way of moving a source model to new people is worth: one run of `facefast train` a row, on real faces.
 
     python benchmarks/transfer.py --root CELEBA --source WEIGHTS [--rows NAME...] [--seeds 0 1 2] [--runs DIR]
-    python benchmarks/transfer.py --root SETS/small --set small --rows shots8 --source WEIGHTS
+    python benchmarks/transfer.py --root SETS/small --set small --source WEIGHTS --rows shots8 shots8-unadapted
     python benchmarks/transfer.py --table          # the table of docs/transfer.md from results/transfer.jsonl
 
 A fifth of the identities is kept out of training for verification, a fifth of each other one's pictures for testing;
@@ -65,6 +65,8 @@ def _all_layers(name: str, *flags: str) -> tuple[str, ...]:
 COMPRESS = "compress"
 """Instead of a recipe: `facefast compress` of the run that the row needs."""
 UNNAMED = "--data.label-fraction=0.2"
+FEW = "shots8"
+"""How the rows begin that sets of `shifted.py` have: they are measured where they are asked for."""
 STUDENT_EPOCHS = 4
 ROWS: dict[str, Row] = {
     "staged": Row("staged fine-tuning (default)", "finetune"),
@@ -277,7 +279,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root")
     parser.add_argument("--source")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    usual = [name for name in ROWS if not name.startswith(FEW)]
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=usual)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--set", default="", help="name of the set, where it is not CelebA as it is")

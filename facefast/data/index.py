@@ -225,7 +225,7 @@ class FaceIndex:
         _check_fraction(fraction)
         present = np.unique(self.labels[self.labels >= 0])
         if fraction > 0 and len(present) < 2:
-            raise ValueError(f"{len(present)} identities cannot be split in two; at least 2 are needed")
+            raise ValueError(f"the number of identities is {len(present)}; at least 2 are needed to split them in two")
         count = min(max(round(len(present) * fraction), 1), len(present) - 1) if fraction > 0 else 0
         held = np.isin(self.labels, _generator(seed).permutation(present)[:count])
         return self.select(~held), self.select(held)

@@ -137,7 +137,9 @@ def leave_one_out(embeddings: Tensor, labels: ArrayLike, join: Join = "mean", bl
     rows = rows[np.argsort(given[rows], kind="stable")]
     identities, first, own, counts = np.unique(given[rows], return_index=True, return_inverse=True, return_counts=True)
     if len(identities) < 2:
-        raise ValueError(f"{len(identities)} identities; at least 2 are needed for one to be a stranger to the other")
+        raise ValueError(
+            f"the number of identities is {len(identities)}; it takes 2 for one to be a stranger to the other"
+        )
     probes = _unit(embeddings[torch.from_numpy(rows)])
     entry = torch.from_numpy(own)
     alone = torch.from_numpy(counts == 1)[entry]

@@ -47,13 +47,26 @@ November 2026, before the kernels read and wrote 16 bytes at a time. torch.compi
 ms, not run on the last."""
 
 
-def keeps_logits(x: Tensor, classes: int, measured: tuple[Measured, ...] = MEASURED) -> bool:
-    """Whether `linear_focal_loss` of x [N, D] is expected to gain by keeping its logits, going by the measured shape
-    that is nearest in the logarithms of rows and classes.
+KEPT = 1 / 8
+"""The part of a GPU's memory that logits kept without being asked for may take."""
 
-    Only 16-bit numbers on a GPU have been measured; all others keep nothing.
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU's memory, in use or free."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def keeps_logits(x: Tensor, classes: int, measured: tuple[Measured, ...] = MEASURED) -> bool:
+    """Whether `linear_focal_loss` of x [N, D] is expected to gain by keeping its logits [N, classes], going by the
+    measured shape that is nearest in the logarithms of rows and classes: where a layer and a loss of its own were
+    faster, which keep theirs.
+
+    Only 16-bit numbers on a GPU have been measured; all others keep nothing, nor do logits of more than an eighth of
+    the GPU's memory.
     """
     if x.device.type != "cuda" or x.element_size() != 2 or len(x) == 0:
+        return False
+    if x.element_size() * len(x) * classes > KEPT * memory_of(x.device):
         return False
 
     def distance(known: Measured) -> float:

@@ -120,7 +120,8 @@ def _resolve_phase(phase: Phase, facts: IndexFacts, world_size: int, seed: int, 
         )
     if facts.num_classes < 2 and (phase.loss.weight > 0 or phase.loss.pairwise):
         raise ValueError(
-            f"phase {phase.name}: {facts.num_classes} identities in split {phase.split!r}; at least 2 are needed"
+            f"phase {phase.name}: the number of identities in split {phase.split!r} is {facts.num_classes}; at least 2 "
+            "are needed"
         )
     # Balanced samplers draw among identities: pictures without one never come.
     num_rows = facts.num_rows - (facts.num_unlabelled if phase.sampler != "epoch" else 0)

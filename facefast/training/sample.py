@@ -45,7 +45,7 @@ WEIGHT = 0.5
 FOR_STATISTICS = 128
 WORTH = 0.03
 """Gain in TAR that has to be out of the question for the source to be left as it is. Of sets as another camera would
-have taken them, which gain 5 to 50 points, the intervals on samples of this size ended at 6.7 points and above; of sets
+have taken them, which gain 5 to 60 points, the intervals on samples of this size ended at 6.7 points and above; of sets
 like the source's at 0.5 to 1.4 (rows `look-` of benchmarks/results/transfer.jsonl)."""
 
 VERIFIED = 0.9

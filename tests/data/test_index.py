@@ -108,7 +108,7 @@ def test_impossible_splits_are_refused(skewed: FaceIndex) -> None:
     for split in (skewed.split_per_identity, skewed.split_identities):
         with pytest.raises(ValueError, match=r"1\.0; it must lie in \[0, 1\)"):
             split(1.0, 0)
-    with pytest.raises(ValueError, match="1 identities cannot be split"):
+    with pytest.raises(ValueError, match="identities is 1; at least 2"):
         index_of([0, 0]).split_identities(0.5, 0)
     with pytest.raises(ValueError, match="no picture in"):
         FaceIndex.build("/faces", [], [], [])

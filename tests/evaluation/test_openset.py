@@ -90,7 +90,7 @@ def test_leaving_out_each_person_equals_counting_one_by_one(join: Join, block: i
 
 
 def test_leaving_out_each_person_needs_two() -> None:
-    with pytest.raises(ValueError, match="1 identities; at least 2"):
+    with pytest.raises(ValueError, match="identities is 1; it takes 2"):
         openset.leave_one_out(torch.randn(3, 4), np.array([0, 0, -1]))
     with pytest.raises(ValueError, match="1 of 3 embeddings have no direction"):
         openset.leave_one_out(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), [0, 0, 1])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from facefast.ops import linear_focal_loss
+from facefast.ops import linear_focal, linear_focal_loss
 from facefast.ops.linear_focal import MEASURED, Measured, keeps_logits
 from tests.support.derive import derive
 from tests.support.memory import peak_bytes
@@ -87,13 +87,21 @@ class OnGpu:
     ((4096, 10_177, False), (1024, 100_000, False), (4096, 100_000, True), (4096, 1_000_000, True), (64, 500, False)),
 )
 def test_logits_are_kept_where_the_separate_way_was_measured_to_be_faster(
-    rows: int, classes: int, wanted: bool
+    rows: int, classes: int, wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(linear_focal, "memory_of", lambda device: 80 << 30)
     like = cast(Tensor, OnGpu(rows))
     assert keeps_logits(like, classes) is wanted
     assert not keeps_logits(torch.zeros(rows, 1), classes), "nothing was measured on a CPU"
     turned = tuple(one._replace(fused=one.separate, separate=one.fused) for one in MEASURED)
     assert keeps_logits(like, classes, turned) is not wanted, "another machine's table decides for it"
+
+
+def test_logits_are_not_kept_where_they_take_more_than_an_eighth_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    like, classes = cast(Tensor, OnGpu(4096)), 1_000_000
+    for memory, wanted in ((8 * 2 * 4096 * classes, True), (8 * 2 * 4096 * classes - 1, False)):
+        monkeypatch.setattr(linear_focal, "memory_of", lambda device, memory=memory: memory)
+        assert keeps_logits(like, classes) is wanted
 
 
 def of_rows(lines: list[dict[str, Any]]) -> set[Measured]:
