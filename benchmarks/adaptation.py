@@ -108,11 +108,14 @@ class Embedded:
     """Embeddings of one set by the source, changed in one way or another: each is made when it is first asked for."""
 
     def __init__(self, root: Path, model: FaceModel, people: People, cache: Path | None) -> None:
-        self.model, self.people, self.cache = model, people, cache
-        self.index = read_index(root, "celeba").select(people.rows)
+        self.model, self.people = model, people
+        self.index = read_index(root, "celeba").select(people.rows).scanned()
+        self.fingerprint = self.index.fingerprint()[:12]
+        """Of the pictures: what is kept of others is not taken for theirs, and a row says what it is of."""
+        self.cache = cache and cache / f"{root.name}-{self.fingerprint}.npz"
         self.held: dict[str, NDArray[np.float32]] = {}
-        if cache is not None and cache.exists():
-            with np.load(cache) as held:
+        if self.cache is not None and self.cache.exists():
+            with np.load(self.cache) as held:
                 self.held = {name: held[name] for name in held.files}
         self._statistics: dict[tuple[Deviations, int], dict[str, tuple[Tensor, Tensor]]] = {}
 
@@ -238,6 +241,7 @@ def measure(kind: str, people: People, clean: Tensor, known: Embedded, seed: int
         row=f"adapt-{kind}" + (f"-shots{shots}" if shots < MOST else ""),
         title=f"adaptation, {kind}" + (f", {shots} pictures a person" if shots < MOST else ""),
         seed=seed,
+        fingerprint=known.fingerprint,
         adapted_people=int(names.max()) + 1,
         adapted_pictures=int(mine.sum()),
         unseen_people=len(unseen),
@@ -289,7 +293,7 @@ def main() -> None:
 
     def of(kind: str) -> Embedded:
         root = given.root if kind == CLEAN else given.sets / kind
-        return Embedded(root, model, people, given.cache and given.cache / f"{kind}.npz")
+        return Embedded(root, model, people, given.cache)
 
     clean = of(CLEAN)
     for kind in given.kinds:

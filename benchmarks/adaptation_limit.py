@@ -89,6 +89,7 @@ def measure(
         row=f"limit-{kind}",
         title=f"taught by the unshifted pictures, {kind}",
         seed=seed,
+        fingerprint=known.fingerprint,
         taught_pictures=int((~third).sum()),
         unseen_people=len(np.unique(on)),
         epochs=epochs,
@@ -116,7 +117,7 @@ def main() -> None:
 
     def of(kind: str) -> Embedded:
         root = given.root if kind == CLEAN else given.sets / kind
-        return Embedded(root, model, people, given.cache and given.cache / f"{kind}.npz")
+        return Embedded(root, model, people, given.cache)
 
     clean = of(CLEAN)
     for kind in given.kinds:
