@@ -19,6 +19,7 @@ import argparse
 import copy
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -276,28 +277,39 @@ def looked_at(kind: str, people: People, source: Tensor, seed: int) -> dict[str,
     )
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--sets", type=Path, required=True)
+def ask_for_sets(parser: argparse.ArgumentParser) -> None:
+    """What `opened` reads."""
+    parser.add_argument("--root", type=Path, required=True, help="unshifted, in CelebA's layout")
+    parser.add_argument("--sets", type=Path, required=True, help="what shifted.py made")
     parser.add_argument("--source", required=True)
-    parser.add_argument("--kinds", nargs="+", help="clean, or folders of --sets", default=[CLEAN, *SHIFTS])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--shots", nargs="*", type=int, default=[MOST, 5], help="pictures a person, 2 to 10")
     parser.add_argument("--cache", type=Path, help="folder in which embeddings are kept")
-    given = parser.parse_args()
+
+
+def opened(given: argparse.Namespace) -> tuple[People, Callable[[str], Embedded]]:
+    """The people that are looked at, and the embeddings of a set by its name."""
     model = model_from_source(load_source(given.source)).eval()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     people = people_of(read_index(given.root, "celeba").labels)
 
+    @functools.cache
     def of(kind: str) -> Embedded:
-        root = given.root if kind == CLEAN else given.sets / kind
-        return Embedded(root, model, people, given.cache)
+        return Embedded(given.root if kind == CLEAN else given.sets / kind, model, people, given.cache)
 
+    return people, of
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask_for_sets(parser)
+    parser.add_argument("--kinds", nargs="+", help="clean, or folders of --sets", default=[CLEAN, *SHIFTS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--shots", nargs="*", type=int, default=[MOST, 5], help="pictures a person, 2 to 10")
+    given = parser.parse_args()
+    people, of = opened(given)
     clean = of(CLEAN)
     for kind in given.kinds:
-        known = clean if kind == CLEAN else of(kind)
+        known = of(kind)
         for seed in given.seeds:
             print(json.dumps(looked_at(kind, people, known.of(), seed)["gain_ends"]), kind, seed, flush=True)
         for shots in given.shots:

@@ -14,18 +14,16 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from adaptation import CLEAN, FARS, Embedded, People, embedded, people_of, verified
+from adaptation import CLEAN, FARS, Embedded, People, ask_for_sets, embedded, opened, verified
 from record import record
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from facefast.data import read_index
-from facefast.models import FaceModel, load_source, model_from_source
+from facefast.models import FaceModel
 from facefast.training.adapt import SHRINKAGES
 from facefast.training.whiten import Whitening, centring, mean_of, sums_of, within_scatter
 
@@ -102,23 +100,13 @@ def measure(
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--sets", type=Path, required=True, help="what shifted.py made")
-    parser.add_argument("--source", required=True)
+    ask_for_sets(parser)
     parser.add_argument("--kinds", nargs="+", help="folders of --sets", default=["grey", "all"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--cache", type=Path, help="folder in which the source's embeddings are kept")
     given = parser.parse_args()
-    model = model_from_source(load_source(given.source)).eval()
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    people = people_of(read_index(given.root, "celeba").labels)
-
-    def of(kind: str) -> Embedded:
-        root = given.root if kind == CLEAN else given.sets / kind
-        return Embedded(root, model, people, given.cache)
-
+    people, of = opened(given)
     clean = of(CLEAN)
     for kind in given.kinds:
         known = of(kind)
