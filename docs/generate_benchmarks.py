@@ -194,7 +194,9 @@ def described(row: Mapping[str, Any]) -> str:
     facts = row["machine"]
     return ", ".join(
         ([facts["gpu"]] if "gpu" in facts else [])
-        + [f"{facts['cores']} cores of {facts['cpu']}", f"{facts['memory']} GiB", f"torch {row['versions']['torch']}"]
+        + [f"{facts['cores']} cores of {facts['cpu']}"]
+        + ([facts["vectors"]] if "vectors" in facts else [])
+        + [f"{facts['memory']} GiB", f"torch {row['versions']['torch']}"]
     )
 
 

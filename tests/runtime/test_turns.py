@@ -145,5 +145,6 @@ def test_machines_of_a_kind_have_one_key_whatever_they_are_busy_with() -> None:
     facts = machine.machine()
     assert machine.key(facts) == machine.key(facts | {"load": 99.0})
     assert machine.key(facts) != machine.key(facts | {"cores": facts["cores"] + 1})
+    assert machine.key(facts) != machine.key(facts | {"vectors": "another"})
     assert machine.key(facts) != machine.key(facts | {"gpu": "NVIDIA H100 80GB HBM3"})
     assert machine.versions()["torch"]
