@@ -424,14 +424,18 @@ class _Work:
         return True
 
     def _seconds(self) -> tuple[dict[int, float], float]:
-        """CPU time of each of Python's threads that works, and of the whole process."""
-        found = {}
+        """CPU time of each of Python's threads that works, and of the whole process without those that look around."""
+        found, watching = {}, 0.0
         for thread in threading.enumerate():
-            if thread.native_id and not thread.name.startswith(WATCHERS):
+            if thread.native_id:
                 with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended
                     text = Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text()
-                    found[thread.native_id] = int(text.split()[0]) / 1e9
-        return found, time.process_time()
+                    seconds = int(text.split()[0]) / 1e9
+                    if thread.name.startswith(WATCHERS):
+                        watching += seconds
+                    else:
+                        found[thread.native_id] = seconds
+        return found, time.process_time() - watching
 
 
 def _seconds_of_children() -> float:
