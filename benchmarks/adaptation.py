@@ -212,11 +212,17 @@ def choose_network(
     return blur, WEIGHTS[place] if place >= 0 else (0.0, 0.0)
 
 
+def divided(people: People, seed: int) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+    """Which half is the first part, and who is in the second and the third."""
+    half = seed % 2
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(people.first != (half == 0)))
+    return half, order[: len(order) // 3], order[len(order) // 3 :]
+
+
 def measure(kind: str, people: People, clean: Tensor, known: Embedded, seed: int, shots: int) -> dict[str, Any]:
     """Divides, adapts, measures and records one row."""
-    half, labels = seed % 2, people.labels
-    order = np.random.default_rng(seed).permutation(np.flatnonzero(people.first != (half == 0)))
-    asked, unseen = order[: len(order) // 3], order[len(order) // 3 :]
+    labels = people.labels
+    half, asked, unseen = divided(people, seed)
     place = np.arange(len(labels)) - np.searchsorted(labels, labels)
     estimate = (people.first[labels] == (half == 0)) & (place < shots)
     ask = np.isin(labels, asked) & (place < shots)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from adaptation import CLEAN, FARS, Embedded, People, ask_for_sets, embedded, opened, verified
+from adaptation import CLEAN, FARS, Embedded, People, ask_for_sets, divided, embedded, opened, verified
 from record import record
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -28,13 +28,6 @@ from facefast.training.adapt import SHRINKAGES
 from facefast.training.whiten import Whitening, centring, mean_of, sums_of, within_scatter
 
 BATCH = 32
-
-
-def divided(people: People, seed: int) -> Tensor:
-    """[N] bool: pictures of the third part, as `adaptation.measure` divides."""
-    half = seed % 2
-    order = np.random.default_rng(seed).permutation(np.flatnonzero(people.first != (half == 0)))
-    return torch.from_numpy(np.isin(people.labels, order[len(order) // 3 :]))
 
 
 def taught(source: FaceModel, clean: Tensor, shifted: Tensor, seed: int, epochs: int, lr: float) -> FaceModel:
@@ -72,7 +65,7 @@ def measure(
     kind: str, people: People, clean: Embedded, known: Embedded, seed: int, epochs: int, lr: float
 ) -> dict[str, Any]:
     """Teaches, measures and records one row."""
-    third = divided(people, seed)
+    third = torch.from_numpy(np.isin(people.labels, divided(people, seed)[2]))
     student = taught(clean.model, clean.pictures[~third], known.pictures[~third], seed, epochs, lr)
     after, on = torch.from_numpy(embedded(student, known.pictures)), people.labels[third.numpy()]
     fields: dict[str, Any] = {}
