@@ -173,12 +173,13 @@ class Ranks:
         self._interval = 1.0
         self._ended, self._ending = threading.Event(), threading.Lock()
         self._heard: dict[int, float] = {}
+        self._failed: tuple[int, str] | None = None  # exit code and reason of a rank that has ended
         self._threads: list[threading.Thread] = []
         self._blind = False  # the store is gone
         self.all: list[Rank] = []
         self._on_lost: OnLost = lambda code, text: None
         # No request to a process that was stopped ends by itself.
-        timer = threading.Timer(patience + 5, self._end, (f"{place} has not answered for {patience:g} s",))
+        timer = threading.Timer(patience + 5, self._lost, (f"{place} has not answered for {patience:g} s",))
         timer.daemon = True
         timer.start()
         self._lobby: Lobby | None = None
@@ -241,7 +242,8 @@ class Ranks:
         """From now on a rank that has not answered for `limit` seconds is named, and the run ends with 75.
 
         Each process shows every moment that it runs; rank 0 looks at all of them and they at rank 0. Its own main
-        thread it judges itself: one that neither works nor waits for other ranks hangs.
+        thread it judges itself: one that neither works nor waits for other ranks hangs, and one that waits for others
+        where a rank has failed waits in vain and ends with that rank's code.
         """
         self._limit, self._on_lost = limit, on_lost
         self._interval = min(2.0, limit / 4)
@@ -255,7 +257,7 @@ class Ranks:
     def _beat(self) -> None:
         seen: dict[int, bytes] = {}
         numbers = list(self._heard)
-        keys = ["verdict", *(f"beat/{number}" for number in numbers)]
+        keys = ["verdict", *(f"{name}/{number}" for name in ("beat", "ended") for number in numbers)]
         count = 0
         try:
             store = self._place.open(max(2.0, self._interval))
@@ -263,13 +265,15 @@ class Ranks:
                 count += 1
                 with contextlib.suppress(dist.DistStoreError):  # no answer in time: `_judge` counts how long
                     store.set(f"beat/{self.me.number}", str(count))
-                    verdict, *beats = store.multi_get(keys)
+                    verdict, *told = store.multi_get(keys)
                     self._store_heard = time.monotonic()
-                    for number, beat in zip(numbers, beats, strict=True):
+                    for number, beat, said in zip(numbers, told, told[len(numbers) :], strict=False):
                         if beat != seen.get(number) or beat == b"left":
                             seen[number], self._heard[number] = beat, self._store_heard
+                        if said:
+                            self._failed = last_words(self.all[number], said)
                     if verdict:
-                        self._end(verdict.decode())
+                        self._end(*json.loads(verdict))
         except (dist.DistNetworkError, dist.DistBackendError):
             # Whoever kept the store is gone, not stopped. That is no fault where it had finished; where this rank
             # still needs it, the next collective operation fails at once.
@@ -277,20 +281,24 @@ class Ranks:
 
     def _judge(self) -> None:
         tick = self._interval / 2
-        last = since = moved = time.monotonic()
+        last = since = moved = vain = time.monotonic()
         work, children = _Work(self._limit), None
         while not self._ended.wait(tick):
             now = time.monotonic()
             if now - last > tick + self._limit / 4:  # this process was stopped itself, as a whole job may be
-                since = moved = now
+                since = moved = vain = now
             last = now
             if not self._blind and now - max(self._store_heard, since) > self._limit:
                 keeper = self._place if self._place.by_torchrun else self.all[0]
-                self._end(f"{keeper} has not answered for {self._limit:g} s")
+                self._lost(f"{keeper} has not answered for {self._limit:g} s")
             for number, heard in self._heard.items():
                 if not self._blind and now - max(heard, since) > self._limit:
-                    self._end(f"{self.all[number]} has not answered for {self._limit:g} s")
-            if work.went_on() or waits_for_others():
+                    self._lost(f"{self.all[number]} has not answered for {self._limit:g} s")
+            if not (waits := waits_for_others()) or self._failed is None:
+                vain = now
+            elif now - vain > self._interval:  # a connection that breaks ends it sooner, by an error of its own
+                self._end(*self._failed)
+            if work.went_on() or waits:
                 moved, children = now, None
             elif now - moved > self._limit / 2:
                 # Its work may be done by processes that it started.
@@ -298,31 +306,36 @@ class Ranks:
                 if before is not None and before != children:
                     moved, children = now, None
                 elif now - moved > self._limit:
-                    self._end(f"{self.me} has not gone on for {self._limit:g} s: it waits in {where()}")
+                    self._lost(f"{self.me} has not gone on for {self._limit:g} s: it waits in {where()}")
 
-    def _end(self, text: str) -> None:
+    def _lost(self, text: str) -> None:
+        """Ends the run for want of an answer."""
+        again = "the same command goes on from the newest checkpoint (--rank-timeout sets the limit, 0 is none)"
+        self._end(exits.EXIT_PREEMPTED, f"{text}; {again}")
+
+    def _end(self, code: int, text: str) -> None:
         """Ends this process, whose main thread may never come back, and by the verdict all others."""
         if self._ended.is_set() or not self._ending.acquire(blocking=False):
             return
-        if "--rank-timeout" not in text:  # not another rank's verdict, which says so already
-            text += "; the same command goes on from the newest checkpoint (--rank-timeout sets the limit, 0 is none)"
 
         def publish() -> None:
             with contextlib.suppress(Exception):
-                self._place.open(2.0).set("verdict", text)
+                store = self._place.open(2.0)
+                store.set("verdict", json.dumps([code, text]))
+                store.set(f"beat/{self.me.number}", "left")
                 if self._keeps:  # the verdict goes with it: the others read it first
                     time.sleep(self._interval + 0.5)
 
         print(f"\nerror: {text}", file=sys.stderr, flush=True)  # on a line of its own, below the progress bar
         # By others: the disk or the store may be what hangs.
-        tell = functools.partial(self._on_lost, exits.EXIT_PREEMPTED, text)
+        tell = functools.partial(self._on_lost, code, text)
         helpers = [threading.Thread(target=each, daemon=True) for each in (publish, tell)]
         for helper in helpers:
             helper.start()
         deadline = time.monotonic() + LAST_WORDS
         for helper in helpers:
             helper.join(max(0.0, deadline - time.monotonic()))
-        os._exit(exits.EXIT_PREEMPTED)
+        os._exit(code)
 
     def explain(self, error: BaseException) -> exits.RankError | None:
         """Why a connection to the other ranks broke, and by whom; None where `error` is no such thing."""
@@ -339,8 +352,8 @@ class Ranks:
                     others, store.multi_get([f"ended/{rank.number}" for rank in others]), strict=True
                 ):
                     if said:
-                        code, text = json.loads(said)
-                        return exits.RankError(f"{rank} ended: {text}", code)
+                        code, text = last_words(rank, said)
+                        return exits.RankError(text, code)
                 if any(gone(rank) for rank in others):
                     break
                 time.sleep(0.1)
@@ -372,6 +385,12 @@ class Ranks:
             if all(self.store.get(f"beat/{k}") == b"left" for k in arrived):
                 return
             time.sleep(0.05)
+
+
+def last_words(rank: Rank, said: bytes) -> tuple[int, str]:
+    """The exit code of a rank that failed, and the reason as the others give it."""
+    code, text = json.loads(said)
+    return int(code), f"{rank} ended: {text}"
 
 
 def waits_for_others() -> bool:

@@ -16,7 +16,7 @@ import pytest
 from facefast.runtime import exits, process, ranks
 from facefast.runtime.exits import DataError
 from facefast.runtime.process import Runtime
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_ranks, start_ranks
 
 LIMIT = 2.0
 ME = r"rank {} \(host \S+, process \d+\)"
@@ -112,18 +112,8 @@ def test_two_processes_of_one_rank_and_a_rank_that_never_comes_are_named(tmp_pat
 
 def stops(rank: int, folder: str, who: int) -> int:
     def work(run: Runtime) -> None:
-        assert run.ranks is not None
-        victim = run.ranks.all[who].process
         if rank == who:
             os.kill(os.getpid(), signal.SIGSTOP)
-        told = run.ranks._on_lost
-
-        def last_act(code: int, text: str) -> None:
-            told(code, text)
-            # The test waits for both. Not at once: this rank's wait would see that end too, before it ends itself.
-            subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {victim}"])
-
-        run.ranks._on_lost = last_act
         run.barrier()
 
     return life(rank, folder, work)
@@ -131,9 +121,13 @@ def stops(rank: int, folder: str, who: int) -> int:
 
 @pytest.mark.parametrize("who", [1, 0])
 def test_a_rank_that_was_stopped_is_named_and_the_others_end_with_75(tmp_path: Path, who: int) -> None:
-    codes = run_ranks(stops, 2, str(tmp_path), who)
-    assert codes[who] == -signal.SIGKILL and codes[1 - who] == 75
-    assert re.match(rf"{ME.format(who)} has not answered for 2 s; the same command goes on", reason(tmp_path, 1 - who))
+    run = start_ranks(stops, 2, str(tmp_path), who)
+    other = 1 - who
+    assert run.wait_for(other) == [75]
+    assert run.codes()[who] is None
+    assert re.match(rf"{ME.format(who)} has not answered for 2 s; the same command goes on", reason(tmp_path, other))
+    run.kill(who)
+    assert run.wait()[who] == -signal.SIGKILL
 
 
 def hangs(rank: int, folder: str, who: int) -> int:
@@ -212,6 +206,8 @@ def test_a_job_that_was_suspended_as_a_whole_goes_on_afterwards(tmp_path: Path) 
 
 
 def fails(rank: int, folder: str, who: int) -> int:
+    ranks.FAREWELL = 600.0  # whoever waits for the one that failed learns of it from the store, not from its end
+
     def work(run: Runtime) -> None:
         if rank == who:
             raise DataError("too many bad files")

@@ -57,14 +57,21 @@ class Ranks:
 
     def wait(self, seconds: float = 300) -> list[int]:
         """Exit codes once all have ended; to be called once. Those that run on for too long are killed, which fails."""
+        self.wait_for(*range(len(self.processes)), seconds=seconds)
+        return list(_ask({"reap": self.processes}))
+
+    def wait_for(self, *ranks: int, seconds: float = 300) -> list[int]:
+        """Exit codes of these once they have ended; others may run on. After too long all are killed, which fails."""
         end = time.monotonic() + seconds
-        while self.running():
+        while True:
+            found = self.codes()
+            ended = [code for rank in ranks if (code := found[rank]) is not None]
+            if len(ended) == len(ranks):
+                return ended
             if time.monotonic() > end:
-                found = self.codes()
                 self.kill()
                 raise AssertionError(f"after {seconds} s the ranks have ended with {found}; None runs")
             time.sleep(0.02)
-        return list(_ask({"reap": self.processes}))
 
 
 def start_ranks(target: Callable[..., int], world: int, *arguments: Any) -> Ranks:
