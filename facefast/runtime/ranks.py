@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from facefast.runtime import exits, files
+from facefast.runtime import exits, files, terminal
 
 OnLost = Callable[[int, str], None]
 """Told the exit code and the reason, in a thread, before the process ends with that code."""
@@ -243,7 +243,7 @@ class Ranks:
 
         Each process shows every moment that it runs; rank 0 looks at all of them and they at rank 0. Its own main
         thread it judges itself: one that neither works nor waits for other ranks hangs, and one that waits for others
-        where a rank has failed waits in vain and ends with that rank's code.
+        where rank 0 has failed waits in vain and ends with that one's code.
         """
         self._limit, self._on_lost = limit, on_lost
         self._interval = min(2.0, limit / 4)
@@ -267,10 +267,10 @@ class Ranks:
                     store.set(f"beat/{self.me.number}", str(count))
                     verdict, *told = store.multi_get(keys)
                     self._store_heard = time.monotonic()
-                    for number, beat, said in zip(numbers, told, told[len(numbers) :], strict=False):
+                    for number, beat, said in zip(numbers, told[: len(numbers)], told[len(numbers) :], strict=True):
                         if beat != seen.get(number) or beat == b"left":
                             seen[number], self._heard[number] = beat, self._store_heard
-                        if said:
+                        if said and self._failed is None:
                             self._failed = last_words(self.all[number], said)
                     if verdict:
                         self._end(*json.loads(verdict))
@@ -294,9 +294,11 @@ class Ranks:
             for number, heard in self._heard.items():
                 if not self._blind and now - max(heard, since) > self._limit:
                     self._lost(f"{self.all[number]} has not answered for {self._limit:g} s")
-            if not (waits := waits_for_others()) or self._failed is None:
+            # Rank 0 keeps the store for as long as others need to read its last words; so they do not wait for its end.
+            # Others end without waiting, and rank 0, whose main thread may have a checkpoint to complete, sees them go.
+            if not (waits := waits_for_others()) or self._failed is None or self.me.number == 0:
                 vain = now
-            elif now - vain > self._interval:  # a connection that breaks ends it sooner, by an error of its own
+            elif now - vain > self._interval:
                 self._end(*self._failed)
             if work.went_on() or waits:
                 moved, children = now, None
@@ -322,18 +324,19 @@ class Ranks:
             with contextlib.suppress(Exception):
                 store = self._place.open(2.0)
                 store.set("verdict", json.dumps([code, text]))
+                telling.join(LAST_WORDS)
                 store.set(f"beat/{self.me.number}", "left")
                 if self._keeps:  # the verdict goes with it: the others read it first
                     time.sleep(self._interval + 0.5)
 
-        print(f"\nerror: {text}", file=sys.stderr, flush=True)  # on a line of its own, below the progress bar
+        terminal.complain(f"\nerror: {terminal.message(text)}")  # on a line of its own, below the progress bar
         # By others: the disk or the store may be what hangs.
-        tell = functools.partial(self._on_lost, code, text)
-        helpers = [threading.Thread(target=each, daemon=True) for each in (publish, tell)]
-        for helper in helpers:
-            helper.start()
+        telling = threading.Thread(target=self._on_lost, args=(code, text), daemon=True)
+        publishing = threading.Thread(target=publish, daemon=True)
         deadline = time.monotonic() + LAST_WORDS
-        for helper in helpers:
+        for helper in (telling, publishing):
+            helper.start()
+        for helper in (telling, publishing):
             helper.join(max(0.0, deadline - time.monotonic()))
         os._exit(code)
 
@@ -343,6 +346,8 @@ class Ranks:
             return None
         if not isinstance(error, dist.DistError) and not LOST_CONNECTION.search(str(error)):
             return None
+        if self._failed is not None:
+            return exits.RankError(self._failed[1], self._failed[0])
         others = [rank for rank in self.all if rank != self.me]
         with contextlib.suppress(RuntimeError):
             store = self._place.open(2.0)
@@ -366,7 +371,9 @@ class Ranks:
     def leave(self, error: BaseException | None) -> None:
         """Ends the watch; the others learn of it, and why where something failed."""
         self._ended.set()
-        code = exits.EXIT_BUG if error is None else (exits.exit_code(error) or exits.EXIT_BUG)
+        code = exits.EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else exits.EXIT_BUG
+        if isinstance(error, Exception):
+            code = exits.exit_code(error) or exits.EXIT_BUG
         if not self._blind:
             with contextlib.suppress(RuntimeError):
                 self._leave_word(code, (str(error) or type(error).__name__) if error else "")

@@ -207,10 +207,11 @@ def test_a_job_that_was_suspended_as_a_whole_goes_on_afterwards(tmp_path: Path) 
 
 def fails(rank: int, folder: str, who: int) -> int:
     ranks.FAREWELL = 600.0  # whoever waits for the one that failed learns of it from the store, not from its end
+    os.dup2(os.open(f"{folder}/{rank}.err", os.O_CREAT | os.O_WRONLY), 2)
 
     def work(run: Runtime) -> None:
         if rank == who:
-            raise DataError("too many bad files")
+            raise DataError("too many bad files, the first is \x1b[2J.jpg")
         run.barrier()
 
     return life(rank, folder, work)
@@ -219,7 +220,61 @@ def fails(rank: int, folder: str, who: int) -> int:
 @pytest.mark.parametrize("who", [1, 0])
 def test_ranks_end_with_the_code_of_the_one_that_failed_and_name_it(tmp_path: Path, who: int) -> None:
     assert run_ranks(fails, 2, str(tmp_path), who) == [65, 65]
-    assert re.fullmatch(rf"{ME.format(who)} ended: too many bad files", reason(tmp_path, 1 - who))
+    assert re.fullmatch(rf"{ME.format(who)} ended: too many bad files.*", reason(tmp_path, 1 - who))
+    for rank in (0, 1):
+        assert r"the first is \x1b[2J.jpg" in (tmp_path / f"{rank}.err").read_text()
+
+
+def fails_and_stays(rank: int, folder: str) -> int:
+    def work(run: Runtime) -> None:
+        if rank == 1:
+            raise DataError("too many bad files")
+        try:
+            run.barrier()
+        finally:
+            Path(folder, "completed").touch()
+
+    stays = 2 * LIMIT if rank == 1 else 0.0
+    with exits.exit_codes(lambda code, text: time.sleep(stays)) as outcome, process.start("cpu", LIMIT) as run:
+        work(run)
+    return outcome.code
+
+
+def test_rank_0_completes_its_files_where_another_has_failed_and_stays(tmp_path: Path) -> None:
+    assert run_ranks(fails_and_stays, 2, str(tmp_path)) == [65, 65]
+    assert (tmp_path / "completed").exists()
+
+
+def fails_unheard(rank: int, folder: str) -> int:
+    ranks.FAREWELL = LIMIT  # the other works for longer
+
+    def work(run: Runtime) -> None:
+        if rank == 0:
+            raise DataError("too many bad files")
+        until = time.monotonic() + 3 * LIMIT
+        while time.monotonic() < until:
+            sum(range(10000))
+        run.barrier()
+
+    return life(rank, folder, work)
+
+
+def test_what_was_heard_of_a_failure_is_said_although_the_store_is_gone(tmp_path: Path) -> None:
+    assert run_ranks(fails_unheard, 2, str(tmp_path)) == [65, 65]
+    assert re.fullmatch(rf"{ME.format(0)} ended: too many bad files", reason(tmp_path, 1))
+
+
+def interrupted(rank: int, folder: str) -> int:
+    def work(run: Runtime) -> None:
+        if rank == 0:
+            raise KeyboardInterrupt
+        run.barrier()
+
+    return life(rank, folder, work)
+
+
+def test_ctrl_c_on_rank_0_is_no_bug_of_the_others(tmp_path: Path) -> None:
+    assert run_ranks(interrupted, 2, str(tmp_path)) == [130, 130]
 
 
 def dies(rank: int, folder: str, who: int) -> int:
