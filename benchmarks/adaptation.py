@@ -269,7 +269,7 @@ def looked_at(kind: str, people: People, source: Tensor, seed: int) -> dict[str,
     own, labels = source[torch.from_numpy(rows)], people.labels[rows]
     groups = groups_of_people(labels, FOLDS, seed)
     gathered = gather(own, torch.ones(len(own), dtype=torch.bool), labels, groups, FOLDS, centre=True)
-    best = max(choose_map(own, labels, groups, gathered)[1], key=lambda trial: trial.high)
+    best = max(choose_map(own, labels, groups, gathered, seed)[1], key=lambda trial: trial.high)
     return record(
         "transfer",
         row=f"look-{kind}",

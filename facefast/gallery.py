@@ -244,7 +244,7 @@ def _is_gallery(path: Path) -> bool:
 
 
 def _side(word: str, stored: Gallery | None, embedder: enrolment.Embedder) -> torch.Tensor:
-    """[D] of a photograph, or of an enrolled person by the mean of their pictures."""
+    """[D] of a photograph, or of an enrolled person the mean of their pictures', so that products are mean cosines."""
     if not os.path.exists(word):
         if stored is not None and word in stored.names:
             return stored.template(word)

@@ -153,7 +153,7 @@ def find_index(folder: Path, resume: str) -> Path | None:
     if resume == "auto":
         path = folder / "index.npz" if checkpoint.has_any(folder) else None
     else:
-        path = checkpoint.find_model(Path(resume)).parents[1] / "index.npz"
+        path = checkpoint.find_resumable(Path(resume)).parents[1] / "index.npz"
     return path if path is not None and path.exists() else None
 
 
@@ -168,7 +168,7 @@ def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
     if state.run.is_main and resume == "auto":
         path = checkpoint.newest(folder)
     elif state.run.is_main and resume != "never":
-        path = checkpoint.find_model(Path(resume))
+        path = checkpoint.find_resumable(Path(resume))
         manifest.verify(path)
     path = state.run.broadcast(path)
     same_checkpoint(path, state.run)

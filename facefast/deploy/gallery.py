@@ -259,14 +259,14 @@ class Gallery:
             begin = end
 
     def template(self, name: str) -> Tensor:
-        """[D] the mean direction of a person's pictures, of length 1.
+        """[D] the mean of a person's embeddings, not of length 1: products with it are means of cosines, by which no
+        more pairs of two people pass than by single ones; by mean directions 1.5 to 2.8 times as many.
 
         Raises:
             ValueError: nobody is called that.
         """
         own = self.people == places_of(self.names, [name], self.path)[0]
-        mean: Tensor = F.normalize(torch.from_numpy(self.embeddings[own].astype(np.float64)).sum(0), dim=0)
-        return mean.float()
+        return torch.from_numpy(self.embeddings[own].astype(np.float64)).mean(0).float()
 
     def scores(self, join: Join = "max") -> OpenSetScores:
         """Every enrolled picture as a probe, of a stranger and of a known person: `leave_one_out`.

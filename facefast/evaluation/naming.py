@@ -133,7 +133,8 @@ def _pairs(known: LabelledEmbeddings, twins: Sequence[tuple[int, int]]) -> PairS
     left, right = np.triu_indices(len(rows), 1)
     one, other = labels[left], labels[right]
     apart = set(twins)
-    kept = np.array([pair not in apart for pair in zip(one.tolist(), other.tolist(), strict=True)], bool)
+    ordered = zip(np.minimum(one, other).tolist(), np.maximum(one, other).tolist(), strict=True)
+    kept = np.array([pair not in apart for pair in ordered], bool)
     cosines = (embeddings @ embeddings.T).numpy()[left, right]
     return PairScores.of(cosines[kept], (one == other)[kept], one[kept], other[kept])
 

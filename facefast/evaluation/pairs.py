@@ -116,7 +116,8 @@ def identity_intervals(
     """95 % intervals of auc, eer and tar@RATE, identities drawn with replacement; a pair counts as often as
     its identities are drawn (the vertex bootstrap, Conti and Clémençon 2024).
 
-    Rates that the pairs cannot show are left out.
+    Rates that the pairs cannot show are left out. A perfect result varies in no draw, which does not make it certain:
+    its tar@RATE has the interval of `error_interval`, auc and eer have none.
 
     Raises:
         ValueError: as `metrics.roc`.
@@ -143,7 +144,14 @@ def identity_intervals(
         found["eer"].append(_equal(tar, far))
         for name, rate in rates.items():
             found[name].append(float(tar[np.searchsorted(far, rate * (1 + 1e-12), "right") - 1]))
-    return {name: middle_of(values, len(names)) for name, values in found.items() if values}
+    intervals = {name: middle_of(values, len(names)) for name, values in found.items() if values}
+    for name in [name for name, inside in intervals.items() if inside.high - inside.low < 1e-9]:
+        share = intervals.pop(name).low
+        if name in rates and share in (0.0, 1.0):
+            missed = np.full(int(pairs.same.sum()), share == 0)
+            low, high = error_interval(missed, pairs.one[pairs.same], pairs.other[pairs.same])
+            intervals[name] = Interval(1 - high, 1 - low)
+    return intervals
 
 
 def _power(rate: float) -> str:

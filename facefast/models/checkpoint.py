@@ -343,6 +343,22 @@ def find_model(path: Path) -> Path:
     raise ValueError(f"{path} holds no model: give a run folder, a checkpoint folder, a package or a weights file")
 
 
+def find_resumable(path: Path) -> Path:
+    """The checkpoint folder that a run goes on from: a run folder's newest sound one, or the folder itself.
+
+    Raises:
+        ValueError: no run can go on from there.
+        StorageError: as `newest`.
+    """
+    found = newest(path) or path.resolve()
+    if not (found / "state.json").is_file():
+        raise ValueError(
+            f"{path} holds no state of training: --resume takes a run folder or one of its {FOLDER}/step-*; from a "
+            "package or from weights a run starts with --model.source"
+        )
+    return found
+
+
 def read_recipe(model: Path) -> dict[str, Any] | None:
     """The JSON form of the recipe that MODEL was trained with; None for a source model's weights file.
 

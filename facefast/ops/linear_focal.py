@@ -165,7 +165,7 @@ def linear_focal_leads(x: Tensor, weight: Tensor, target: Tensor, **options: Any
     """
     loss, stats = _with_statistics(x, weight, target, True, **options)
     peak, mass, own = stats.unbind(1)
-    return LinearLoss(loss, ((own > peak) | (mass == 0)) & (target != options["ignore_index"]))
+    return LinearLoss(loss, ((own > peak) | (mass == 0)) & (mass >= 0) & (target != options["ignore_index"]))
 
 
 def _with_statistics(

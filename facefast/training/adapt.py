@@ -71,7 +71,7 @@ class Adaptation:
     shrinkage: float = 1.0
     """Of the within-person covariance; 1 whitens nothing."""
     people: int = 0
-    """With two pictures or more, who were left out in turn; 0 where nothing was tried."""
+    """With two pictures or more, among whom those are who were left out in turn; 0 where nothing was tried."""
     trials: tuple[Trial, ...] = ()
     why: str = ""
     """Why nothing was tried, where something was to be."""
@@ -87,7 +87,7 @@ class Adaptation:
             yield f"the source model stays as it is: {self.why}"
         elif not self.changes:
             yield (
-                f"the source model stays as it is: nothing that was tried on {self.people} people left out raises "
+                f"the source model stays as it is: nothing that was tried on people left out raises "
                 f"TAR at FAR {FAR:.0%} by more than chance does"
             )
         else:
@@ -229,7 +229,7 @@ def adapt_embeddings(
     groups = groups_of_people(labels, FOLDS, seed)
     people = gather(embeddings, seen, labels, groups, FOLDS, centre=centre or config.choose == "auto")
     if config.choose == "auto":
-        chosen, trials = choose_map(embeddings, labels, groups, people)
+        chosen, trials = choose_map(embeddings, labels, groups, people, seed)
         chosen = run.broadcast(chosen)
         if chosen is None:
             return Mapped(False, 1.0, trials)
@@ -277,7 +277,12 @@ def gather(
 
 
 def tars_left_out(
-    embeddings: Tensor, labels: Labels, groups: NDArray[np.int64], people: People, shrinkages: Sequence[float]
+    embeddings: Tensor,
+    labels: Labels,
+    groups: NDArray[np.int64],
+    people: People,
+    shrinkages: Sequence[float],
+    seed: int,
 ) -> list[Tensor]:
     """TARs [P] of people whose pictures are mapped by what the people of other groups say, in turn: as they are, then
     centred and whitened with each shrinkage.
@@ -288,11 +293,12 @@ def tars_left_out(
         groups: [C] the group of each person.
         people: what `gather` gives for the groups, centred.
         shrinkages: 1 only centres.
+        seed: whose pictures are asked where there are too many for all.
     """
     sums, scatters = people
     found: list[list[Tensor]] = [[] for _ in range(1 + len(shrinkages))]
     for group in range(len(scatters)):
-        rows = rows_to_ask(labels, groups == group)
+        rows = rows_to_ask(labels, groups == group, seed)
         if not len(rows):
             continue
         others = added([*scatters[:group], *scatters[group + 1 :]])
@@ -318,7 +324,7 @@ def tars_with_few_maps(embeddings: Tensor, seen: Tensor, labels: Labels, seed: i
     folds = groups_of_people(labels, FEW_FOLDS, seed)
     known = np.where(seen.numpy(), labels, -1)
     people = gather(embeddings, seen, known, folds, FEW_FOLDS, centre=True)
-    return tars_left_out(embeddings, known, folds, people, FEW_SHRINKAGES)
+    return tars_left_out(embeddings, known, folds, people, FEW_SHRINKAGES, seed)
 
 
 def best_tars(embeddings: Tensor, seen: Tensor, labels: Labels, seed: int) -> Tensor:
@@ -328,7 +334,7 @@ def best_tars(embeddings: Tensor, seen: Tensor, labels: Labels, seed: int) -> Te
 
 
 def choose_map(
-    embeddings: Tensor, labels: Labels, groups: NDArray[np.int64], people: People
+    embeddings: Tensor, labels: Labels, groups: NDArray[np.int64], people: People, seed: int
 ) -> tuple[float | None, tuple[Trial, ...]]:
     """How far to whiten centred embeddings, by leaving out one group of people at a time; arguments as for
     `tars_left_out`.
@@ -338,7 +344,7 @@ def choose_map(
     """
     spreads = added(people.scatters).spreads
     shrinkages = SHRINKAGES if spreads else (1.0,)
-    before, *after = tars_left_out(embeddings, labels, groups, people, shrinkages)
+    before, *after = tars_left_out(embeddings, labels, groups, people, shrinkages, seed)
     names = [_map_named(shrinkage, True) for shrinkage in shrinkages]
     best, trials = choose(list(zip(names, after, strict=True)), before)
     return (shrinkages[best] if best >= 0 else None), trials
@@ -365,7 +371,7 @@ def choose_blur(
     Returns:
         The deviations, 0 where nothing is gained above chance; and what was tried.
     """
-    rows = rows_to_ask(index.labels, np.ones(index.num_classes, np.bool_), FEW_EACH)
+    rows = rows_to_ask(index.labels, np.ones(index.num_classes, np.bool_), seed, FEW_EACH)
     asked = index.select(rows)
     changed = copy.deepcopy(model)
     before = best_tars(*_of_rows(changed, asked, rows, plain, embed), asked.labels, seed)
@@ -414,7 +420,7 @@ def choose_statistics(
     for half in range(2):
         others = index.select((index.labels < 0) | (groups[index.labels] != half))
         statistics = measure(model, _with(others, unnamed))
-        rows = rows_to_ask(index.labels, groups == half, FEW_EACH)
+        rows = rows_to_ask(index.labels, groups == half, seed, FEW_EACH)
         asked = index.select(rows)
         changed = copy.deepcopy(model)
         for weights, found in tars.items():

@@ -37,11 +37,13 @@ class Trial:
     low: float
     high: float
     """`ERRORS` standard errors below and above the gain."""
+    people: int
+    """Of whom this is the mean."""
 
     def told(self) -> str:
         """For people."""
         return (
-            f"  {self.name}: TAR at FAR {FAR:.0%} of people left out {self.tar:.1%}, "
+            f"  {self.name}: TAR at FAR {FAR:.0%} of {self.people} people left out {self.tar:.1%}, "
             f"{100 * self.gain:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
         )
 
@@ -66,7 +68,7 @@ def tar_of_people(embeddings: Tensor, labels: Labels) -> Tensor:
         return torch.full((int(several.sum()),), torch.nan, dtype=torch.float64)
     rank = max(1, math.ceil(len(different) * FAR))
     threshold = different.kthvalue(len(different) - rank + 1).values
-    above = ((scores >= threshold) & same).sum(1) - 1  # not with itself
+    above = ((scores >= threshold) & same.fill_diagonal_(False)).sum(1)  # not with itself
     passed = torch.zeros(len(people), dtype=torch.float64).index_add_(0, number, above.double())
     return (passed / (counts * (counts - 1)))[several]
 
@@ -90,7 +92,8 @@ def choose(tried: Sequence[tuple[str, Tensor]], before: Tensor) -> tuple[int, tu
             continue
         mean, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
         places.append(place)
-        trials.append(Trial(name, float(tars[told].mean()), mean, mean - ERRORS * error, mean + ERRORS * error))
+        low, high = mean - ERRORS * error, mean + ERRORS * error
+        trials.append(Trial(name, float(tars[told].mean()), mean, low, high, len(gains)))
     sure = [(trial.gain, -place) for place, trial in zip(places, trials, strict=True) if trial.low > 0]
     return -max(sure, default=(0.0, 1))[1], tuple(trials)
 
@@ -111,19 +114,23 @@ def groups_of_people(labels: Labels, count: int, seed: int) -> NDArray[np.int64]
     return groups
 
 
-def rows_to_ask(labels: Labels, people: NDArray[np.bool_], each: int | None = None) -> NDArray[np.int64]:
-    """Rows of people with two pictures or more, whole people until `MOST_ASKED` rows are reached.
+def rows_to_ask(labels: Labels, people: NDArray[np.bool_], seed: int, each: int | None = None) -> NDArray[np.int64]:
+    """Rows of people with two pictures or more, by person and place: people drawn at random until `MOST_ASKED` rows are
+    reached, since those whose names come first may all be of one camera, and for the same reason random pictures.
 
     Args:
         labels: [N], below 0 for rows that do not count.
         people: [C] whom to choose among.
+        seed: of the draw.
         each: the most rows of one person; `MOST_EACH` without it.
     """
+    random = np.random.Generator(np.random.Philox(seed))
     each = each or MOST_EACH
     pictures = np.bincount(labels[labels >= 0], minlength=len(people))
-    chosen = np.flatnonzero(people & (pictures > 1))
+    chosen = random.permutation(np.flatnonzero(people & (pictures > 1)))
     chosen = chosen[np.cumsum(pictures[chosen].clip(max=each)) <= MOST_ASKED]
-    rows = np.flatnonzero(np.isin(labels, chosen))
+    rows = random.permutation(np.flatnonzero(np.isin(labels, chosen)))
     rows = rows[np.argsort(labels[rows], kind="stable")]
     place = np.arange(len(rows)) - np.searchsorted(labels[rows], labels[rows])
-    return rows[place < each]
+    rows = np.sort(rows[place < each])
+    return rows[np.argsort(labels[rows], kind="stable")]

@@ -144,7 +144,8 @@ def look(model: FaceModel, index: FaceIndex, embed: Embedding, measure: Measurin
     embeddings, seen = embed(model, index.select(rows), False)
     known = np.where(seen.numpy(), labels[rows], -1)
     groups = groups_of_people(known, FOLDS, seed)
-    trials = choose_map(embeddings, known, groups, gather(embeddings, seen, known, groups, FOLDS, centre=True))[1]
+    gathered = gather(embeddings, seen, known, groups, FOLDS, centre=True)
+    trials = choose_map(embeddings, known, groups, gathered, seed)[1]
     verified = max((trial.tar - trial.gain for trial in trials), default=0.0)
     # One rank decides: two kinds of processors may round apart.
     if run.broadcast(not _promising(trials) and verified < VERIFIED):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from facefast.evaluation import naming
+from facefast.evaluation import baselines, naming
 from facefast.evaluation.baselines import LabelledEmbeddings
 from facefast.evaluation.metrics import Interval
 from facefast.evaluation.thresholds import NamingThreshold, Thresholds
@@ -63,6 +63,22 @@ def test_one_person_under_two_names_is_found_and_counts_for_no_threshold() -> No
     assert thresholds(found)[0.01] == pytest.approx(0.1, abs=1e-6)  # not 0.8, by which they know each other
     assert (found.thresholds.pairs[0].value or 1.0) < 0.9  # nor do pairs of the two names count as two people
     assert found.thresholds.name(0.01).people == PEOPLE - 2
+
+
+def test_the_order_of_the_pictures_changes_no_threshold_of_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(40, 64, generator=generator)
+    centres[7] = centres[31]  # one person under two names
+    labels = torch.arange(40).repeat_interleave(8)
+    embeddings = centres[labels] + 0.7 * torch.randn(320, 64, generator=generator)
+    found = []
+    for order in (torch.arange(320), torch.arange(320).flip(0), torch.randperm(320, generator=generator)):
+        pictures = LabelledEmbeddings(embeddings[order], labels[order], 40)
+        decisions = naming.decide(baselines.class_means(embeddings, labels, 40), pictures, trained=False)
+        assert decisions.twins == ((7, 31),)
+        found.append([threshold.value for threshold in decisions.thresholds.pairs])
+    assert found[0] == pytest.approx(found[1], abs=1e-6) and found[0] == pytest.approx(found[2], abs=1e-6)
+    assert found[0][0] is not None
 
 
 def test_people_trained_on_pass_for_strangers_half_as_often_as_strangers_do() -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from facefast.data import PairSet
 from facefast.evaluation import metrics, pairs
+from facefast.evaluation.intervals import error_interval
 from facefast.evaluation.pairs import PairScores
 from tests.support.pictures import make_index
 
@@ -108,6 +109,18 @@ def test_intervals_by_identity_are_wider_than_those_by_pair() -> None:
     apart = np.arange(4000)
     by_pair = pairs.identity_intervals(PairScores(found.scores, found.same, apart, apart))["auc"]
     assert by_identity.high - by_identity.low > 1.5 * (by_pair.high - by_pair.low)
+
+
+def test_a_perfect_result_is_no_certain_one() -> None:
+    one = np.arange(400) % 20
+    other = np.where(np.arange(400) < 200, one, (one + 1) % 20)
+    for best in (True, False):
+        scores = np.where((one == other) == best, 1.0, 0.0) + np.arange(400) / 1e4
+        found = pairs.identity_intervals(PairScores.of(scores, one == other, one, other), (0.1,))
+        assert set(found) == {"tar@1e-1"}
+        missed = error_interval(np.full(200, not best), one[:200], other[:200])
+        assert found["tar@1e-1"] == (1 - missed.high, 1 - missed.low)
+        assert found["tar@1e-1"].high - found["tar@1e-1"].low > 0.1
 
 
 def test_columns_of_pairs_must_fit_and_be_finite() -> None:

@@ -73,6 +73,20 @@ def test_one_flipped_byte_anywhere_is_noticed_and_the_checkpoint_before_it_is_us
     assert "passing over a damaged checkpoint" in capsys.readouterr().out
 
 
+def test_a_run_goes_on_from_a_runs_newest_checkpoint_or_a_given_one_and_from_nothing_without_a_state(
+    tmp_path: Path,
+) -> None:
+    first, second = write(tmp_path, 1), write(tmp_path, 2)
+    assert checkpoint.find_resumable(tmp_path) == second
+    assert checkpoint.find_resumable(first) == first
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "model.json").write_text("{}")
+    for path in (package, tmp_path / "none"):
+        with pytest.raises(ValueError, match="package holds no state|none holds no state"):
+            checkpoint.find_resumable(path)
+
+
 def test_every_flipped_bit_of_a_manifest_makes_a_resume_go_to_the_checkpoint_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

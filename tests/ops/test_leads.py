@@ -79,6 +79,9 @@ def test_a_tie_is_no_lead_and_the_next_number_is_one(way: str, dtype: torch.dtyp
     assert linear_focal_leads(x, weight, torch.tensor([0, 2, 2]), **options).leads.tolist() == [True, False, False]
     alone = linear_focal_leads(x, weight[3:], torch.tensor([0, -100, 0]), **options).leads  # -2 and 0, before nobody
     assert alone.tolist() == [True, False, True]
+    weight[1] = torch.nan  # nobody leads where nothing can be compared
+    for y in ([0, 3, 2], [1, 1, 1]):
+        assert linear_focal_leads(x, weight, torch.tensor(y), **options).leads.tolist() == [False] * 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

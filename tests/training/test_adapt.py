@@ -93,7 +93,7 @@ def test_setting_is_taken_only_where_its_gain_is_above_chance() -> None:
 def chosen_map(within: float, middle: float = 0.0) -> tuple[float | None, tuple[Trial, ...]]:
     embeddings, labels = embeddings_of(within, middle=middle)
     groups, seen = groups_of_people(labels, 5, seed=0), torch.ones(len(labels), dtype=torch.bool)
-    return choose_map(embeddings, labels, groups, gather(embeddings, seen, labels, groups, 5, centre=True))
+    return choose_map(embeddings, labels, groups, gather(embeddings, seen, labels, groups, 5, centre=True), 0)
 
 
 def test_whitening_is_chosen_where_people_scatter_unevenly_and_left_where_they_do_not() -> None:
@@ -116,7 +116,7 @@ def test_people_left_out_have_no_part_in_the_map_that_they_are_verified_by() -> 
     embeddings = torch.tensor(generator.normal(size=(40, 64)), dtype=torch.float32)
     groups, seen = groups_of_people(labels, 5, seed=0), torch.ones(40, dtype=torch.bool)
     people = gather(embeddings, seen, labels, groups, 5, centre=True)
-    before, whitened = adapting.tars_left_out(embeddings, labels, groups, people, (0.1,))
+    before, whitened = adapting.tars_left_out(embeddings, labels, groups, people, (0.1,), seed=0)
     everybody = whitening(added(people.scatters), 0.1)(embeddings.double())
     known = torch.cat([tar_of_people(everybody[groups[labels] == k], labels[groups[labels] == k]) for k in range(5)])
     assert known.mean() > whitened.mean() + 0.2
@@ -148,11 +148,24 @@ def test_groups_divide_people_evenly_and_rows_are_whole_people_up_to_the_most(mo
     groups = groups_of_people(labels, 5, seed=1)
     assert len(groups) == 15 and np.bincount(groups[:10]).tolist() == [2] * 5
     assert not np.array_equal(groups, groups_of_people(labels, 5, seed=2))
-    rows = rows_to_ask(labels, np.ones(15, bool))
+    rows = rows_to_ask(labels, np.ones(15, bool), 0)
     assert sorted(rows) == list(range(40))
     monkeypatch.setattr(leftout, "MOST_ASKED", 7)
     monkeypatch.setattr(leftout, "MOST_EACH", 3)
-    assert np.bincount(labels[rows_to_ask(labels, np.ones(15, bool))]).tolist() == [3, 3]
+    draws = [rows_to_ask(labels, np.ones(15, bool), seed) for seed in range(40)]
+    for rows in draws:
+        assert np.bincount(labels[rows])[np.unique(labels[rows])].tolist() == [3, 3]
+        assert (np.diff(labels[rows]) >= 0).all()
+    # Neither people nor pictures are those that come first.
+    assert set(np.concatenate(draws)) == set(range(40))
+    assert np.array_equal(draws[0], rows_to_ask(labels, np.ones(15, bool), 0))
+
+
+def test_a_copy_under_another_name_makes_no_part_of_pairs_negative() -> None:
+    for seed in range(20):
+        embeddings = torch.randn(6, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+        embeddings[3] = embeddings[0]
+        assert tar_of_people(embeddings, np.array([0, 0, 1, 1, 2, 2])).tolist() == [0, 0, 0]
 
 
 def test_where_hardly_anything_can_be_read_nothing_is_chosen() -> None:

@@ -121,7 +121,7 @@ def test_pictures_that_an_adaptation_helps_are_never_let_through(shift: dict[str
 
 def test_what_cannot_be_ruled_out_is_asked_of_all_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     def tried(high: float) -> sample.Look:
-        trial = Trial("a map", 0.5, 0.0, -high, high)
+        trial = Trial("a map", 0.5, 0.0, -high, high, 20)
         monkeypatch.setattr(sample, "choose_map", lambda *_: (None, (trial,)))
         monkeypatch.setattr(sample, "_networks_tried", lambda *_: ())
         return Pictures(20).look()
