@@ -298,7 +298,7 @@ def tars_left_out(
     sums, scatters = people
     found: list[list[Tensor]] = [[] for _ in range(1 + len(shrinkages))]
     for group in range(len(scatters)):
-        rows = rows_to_ask(labels, groups == group, seed)
+        rows = rows_to_ask(labels, groups == group, (seed, group))
         if not len(rows):
             continue
         others = added([*scatters[:group], *scatters[group + 1 :]])
@@ -420,7 +420,7 @@ def choose_statistics(
     for half in range(2):
         others = index.select((index.labels < 0) | (groups[index.labels] != half))
         statistics = measure(model, _with(others, unnamed))
-        rows = rows_to_ask(index.labels, groups == half, seed, FEW_EACH)
+        rows = rows_to_ask(index.labels, groups == half, (seed, half), FEW_EACH)
         asked = index.select(rows)
         changed = copy.deepcopy(model)
         for weights, found in tars.items():

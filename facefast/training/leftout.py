@@ -114,7 +114,9 @@ def groups_of_people(labels: Labels, count: int, seed: int) -> NDArray[np.int64]
     return groups
 
 
-def rows_to_ask(labels: Labels, people: NDArray[np.bool_], seed: int, each: int | None = None) -> NDArray[np.int64]:
+def rows_to_ask(
+    labels: Labels, people: NDArray[np.bool_], seed: int | Sequence[int], each: int | None = None
+) -> NDArray[np.int64]:
     """Rows of people with two pictures or more, by person and place: people drawn at random until `MOST_ASKED` rows are
     reached, since those whose names come first may all be of one camera, and for the same reason random pictures.
 
