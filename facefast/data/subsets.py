@@ -52,6 +52,13 @@ def joined(first: FaceIndex, others: Sequence[FaceIndex]) -> FaceIndex:
     return dataclasses.replace(whole, **scanned)
 
 
+def shared_with(part: FaceIndex, index: FaceIndex) -> FaceIndex:
+    """The rows of `part` whose files, by path and place in them, `index` has as well."""
+    there = set(zip(index.paths.tolist(), index.offsets.tolist(), strict=True))
+    keys = zip(part.paths.tolist(), part.offsets.tolist(), strict=True)
+    return part.select(np.array([key in there for key in keys], bool))
+
+
 def with_attributes(index: FaceIndex, names: Sequence[str]) -> FaceIndex:
     """The index with just these attributes, in this order, named in any case.
 

@@ -16,6 +16,7 @@ from facefast.data import FaceIndex, make_loader, read_index
 from facefast.data.divide import divide
 from facefast.data.index import FAULTS, NO_FACE, advice
 from facefast.data.prepare import Locate, photographs_of
+from facefast.data.subsets import shared_with
 from facefast.deploy.gallery import Offer
 from facefast.deploy.photographs import BATCH_SIZE, UNDECODED, answering
 from facefast.evaluation.embed import embed_rows
@@ -160,7 +161,8 @@ def people_of(root: str | os.PathLike[str]) -> FaceIndex:
 
 
 def people_of_run(path: Path, locate: Locate, threads: int = 0) -> FaceIndex:
-    """The pictures that a model was trained on, as its recipe divides them; what was kept for testing is not enrolled.
+    """The pictures that a model was trained on, as its recipe divides them; what was kept for testing is not enrolled,
+    nor what came to the photographs since or left them.
 
     Args:
         path: the model.
@@ -179,7 +181,9 @@ def people_of_run(path: Path, locate: Locate, threads: int = 0) -> FaceIndex:
         what = "has attributes instead of people" if recipe.learns_attributes else "does not say where its pictures are"
         raise ValueError(f"{path} {what}; enroll folders instead")
     index = photographs_of(recipe, recipe.data.reading(threads), locate)
-    train = divide(index, recipe, recipe.phases[-1]).train
+    begun = checkpoint.find_begun(path)
+    divided = index if begun is None else FaceIndex.load(begun)
+    train = shared_with(divide(divided, recipe, recipe.phases[-1]).train, index)
     return train.select(train.labels >= 0)
 
 

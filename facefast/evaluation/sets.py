@@ -13,7 +13,7 @@ import numpy as np
 from facefast.data import FaceIndex, PairSet, read_bin, read_pair_list
 from facefast.data.divide import EvaluationSet, can_be_paired, divide
 from facefast.data.prepare import Locate, check_budget, photographs_of, require_sound
-from facefast.data.subsets import with_attributes
+from facefast.data.subsets import shared_with, with_attributes
 from facefast.data.walk import require_there
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Reading, Recipe, TaskConfig, from_json
@@ -88,6 +88,8 @@ def find_evaluation_set(
     if not _has(index, trained.tasks.attributes):
         trained = dataclasses.replace(trained, tasks=TaskConfig())
     people = _people_of(path, model, saved)
+    if saved is not None and (kept := _still_kept(path, people, index, saved, trained)):
+        return kept
     known = set(index.class_names) if people is None else set(people) & set(index.class_names)
     if known or trained.binary.active:
         # Divided again by the recipe's seed: the pictures that were kept out then, as long as the classes agree.
@@ -108,11 +110,40 @@ def _people_of(path: Path, model: FaceModel, saved: Recipe | None) -> tuple[str,
     # A model that learns no names, from triplets or attributes alone, has seen people all the same.
     if model.class_names or saved is None or saved.binary.active:
         return model.class_names
-    begun = checkpoint.find_model(path).parents[1] / "index.npz"  # beside a run's checkpoints
-    if begun.is_file():
-        with contextlib.suppress(ValueError):  # damaged, or of another facefast
-            return divide(FaceIndex.load(begun), saved, _last_phase(saved)).train.class_names
+    begun = _begun(path)
+    return None if begun is None else divide(begun, saved, _last_phase(saved)).train.class_names
+
+
+def _begun(path: Path) -> FaceIndex | None:
+    """The photographs that a run began with; None where they are not known."""
+    with contextlib.suppress(ValueError):  # damaged, or of another facefast
+        if found := checkpoint.find_begun(path):
+            return FaceIndex.load(found)
     return None
+
+
+def _still_kept(
+    path: Path, people: tuple[str, ...] | None, index: FaceIndex, saved: Recipe, trained: Recipe
+) -> EvaluationSet | None:
+    """What a run kept for testing, as far as it is still there: were other pictures divided again, those that it was
+    trained on would come among them. None where its pictures are all there and no others, or another division was
+    asked for."""
+    here = os.path.realpath(trained.data.root) == os.path.realpath(saved.data.root)
+    alike = dataclasses.replace(trained.data, root=saved.data.root, format=saved.data.format) == saved.data
+    same = here and alike and trained.eval.split == saved.eval.split
+    begun = _begun(path) if same and not trained.binary.active else None
+    if begun is None or (np.array_equal(begun.paths, index.paths) and np.array_equal(begun.offsets, index.offsets)):
+        return None
+    divided = divide(begun, trained, _last_phase(trained))
+    kept, verification, pairs = divided.evaluation, None, None
+    test = None if kept.test is None else shared_with(kept.test, index)
+    if kept.verification is not None and can_be_paired(there := shared_with(kept.verification, index)):
+        verification, pairs = there, PairSet.random(there, trained.eval.pairs, trained.eval.folds, trained.seed)
+    if test is not None and not len(test):
+        test = None
+    if people not in (None, divided.train.class_names) or (test is None and verification is None):
+        return None
+    return EvaluationSet(test=test, verification=verification, pairs=pairs, held_out=kept.held_out)
 
 
 def _has(index: FaceIndex, attributes: tuple[str, ...]) -> bool:

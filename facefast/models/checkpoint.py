@@ -359,6 +359,14 @@ def find_resumable(path: Path) -> Path:
     return found
 
 
+def find_begun(model: Path) -> Path | None:
+    """The index of the photographs that the run began with which a checkpoint is of; None for what is in no run."""
+    if exported.is_onnx(model) or not model.is_dir():
+        return None
+    path = find_model(model).parents[1] / "index.npz"
+    return path if path.is_file() else None
+
+
 def read_recipe(model: Path) -> dict[str, Any] | None:
     """The JSON form of the recipe that MODEL was trained with; None for a source model's weights file.
 

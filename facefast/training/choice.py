@@ -148,8 +148,10 @@ def measure(
     before = state.validated.get(state.phase.name)
     if before is None or value >= named_metric(state.recipe.eval, before)[0]:
         state.validated[state.phase.name] = results
-    # Of equals the later, which has learnt more; what was not trained at all has to be beaten.
-    improved = state.best is None or value > state.best or (value == state.best and state.chosen[1] > 0)
+    # Of equals the later, which has learnt more; what was not trained at all has to be beaten, but by pairs, of which
+    # a head that learns above an unchanged network names no more.
+    later = state.chosen[1] > 0 or name != "top1"
+    improved = state.best is None or value > state.best or (value == state.best and later)
     if improved:
         state.best, state.chosen = value, here
     log.evaluation(state.position, results, name, state.best, improved)
@@ -214,7 +216,7 @@ def report_phase(folder: Path, state: TrainState, data: PhaseData, log: RunLog) 
     """
     model = state.evaluated
     state.saves.settle()  # rank 0 may still be writing it
-    if state.chosen[0] == state.phase_number and state.chosen[1] > 0:
+    if state.chosen[0] == state.phase_number and not _chose_adapted(state):  # which has a row of its own
         model = checkpoint.load_model(_chosen(folder, state), state.run.device, state.sharing)
     state.run.broadcast_buffers(model)
     results = _evaluate(state, model, data.evaluation)
@@ -230,6 +232,13 @@ def _report(state: TrainState, row: str, results: dict[str, float], log: RunLog)
     log.report(state.position, row, results)
 
 
+def _chose_adapted(state: TrainState) -> bool:
+    """Whether the best checkpoint is the adapted source before any update."""
+    phase = state.recipe.phases[state.chosen[0]]
+    adapted = phase.adapt.active and ADAPTED in state.validated and not state.recipe.learns_attributes
+    return state.chosen[1] == 0 and adapted
+
+
 def handed_on(state: TrainState) -> str:
     """The row of the final table whose model `best` is: a phase's, the adapted source's before any update, or what took
     no update at all, which all of them have to beat."""
@@ -237,7 +246,7 @@ def handed_on(state: TrainState) -> str:
     if state.recipe.learns_attributes:  # whose heads the class means would lack
         return phase.name
     row, best = phase.name, state.best
-    if state.chosen[1] == 0 and ADAPTED in state.validated:
+    if _chose_adapted(state):
         row = ADAPTED
     if best is None or named_metric(state.recipe.eval, state.validated[phase.name])[1] != "top1":
         return row

@@ -172,6 +172,22 @@ def test_rows_without_a_face_have_no_part_in_the_division_of_a_run_whose_people_
     assert enrolment.people_of_run(run, locate, 1).paths.tolist() == trained.paths.tolist()
 
 
+def test_pictures_that_left_bring_none_kept_for_testing_into_a_gallery(tmp_path: Path) -> None:
+    model = small.make_model()
+    root = small.draw(tmp_path / "drawn")
+    run = small.save_run(tmp_path / "run", model, root)
+    recipe = small.make_recipe(root, model)
+    index = photographs_of(recipe, Reading(1), None)
+    index.save(run / "index.npz")
+    trained = divide(index, recipe, recipe.phases[-1]).train
+
+    def locate(index: FaceIndex, reading: Reading, *, faceless: bool = False) -> FaceIndex:
+        return index.select(index.paths != trained.paths[0])
+
+    found = enrolment.people_of_run(run, locate, 1)
+    assert found.paths.tolist() == trained.paths.tolist()[1:]
+
+
 def test_small_pictures_are_refused(root: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["enroll", str(tmp_path / "g"), "cy", str(root / "cy"), "--model", str(run), "--detect=none"]
     assert gallery.main([*words, "--accept.size=33"]) == 65

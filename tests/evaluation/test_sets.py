@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from facefast.data import read_index
+from facefast.data import FaceIndex, read_index
 from facefast.data.corrections import Correction, write_corrections
 from facefast.data.divide import EvaluationSet
 from facefast.data.drawn import synthetic
@@ -137,6 +137,28 @@ def test_a_copy_of_the_photographs_elsewhere_is_divided_alike(
     shutil.copytree(drawn, tmp_path / "copy")
     expected = names_of(asked(run, model, DataConfig(root=str(drawn))))
     assert names_of(asked(run, model, DataConfig(root=str(tmp_path / "copy")))) == expected
+
+
+def test_pictures_that_left_bring_no_training_picture_into_the_test(
+    model: FaceModel, drawn: Path, tmp_path: Path
+) -> None:
+    run, data = small.save_run(tmp_path / "run", model, drawn), DataConfig(root=str(drawn))
+    index = read_index(drawn).scanned(threads=1)
+    index.save(run / "index.npz")
+    train, kept = index.split_per_identity(0.5, seed=7)
+    assert names_of(asked(run, model, data)) == [kept.name(row) for row in range(len(kept))]
+    # By their places in what is left other pictures would be kept.
+    for gone in ([train.paths[0]], [train.paths[0], kept.paths[3]]):
+
+        def locate(
+            index: FaceIndex, reading: Reading, *, faceless: bool = False, gone: list[bytes] = gone
+        ) -> FaceIndex:
+            return index.select(~np.isin(index.paths, gone))
+
+        found = find_evaluation_set(run, model, data, CONFIG, 0, 1, locate=locate)
+        assert names_of(found) == [kept.name(row) for row in range(len(kept)) if kept.paths[row] not in gone]
+        assert found.verification is not None and found.pairs is not None and len(found.pairs)
+        assert max(found.pairs.left.max(), found.pairs.right.max()) < len(found.verification)
 
 
 def test_how_pictures_are_divided_can_be_given_anew(run: Path, model: FaceModel, drawn: Path) -> None:

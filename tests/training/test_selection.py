@@ -224,6 +224,32 @@ def test_a_checkpoint_taken_over_into_another_folder_is_handed_on_from_there(
     assert best["phase"] == "all" and best["value"] is not None
 
 
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [
+        # verifies as well as before any update
+        ("fixed", ["--data.validation-fraction=0", "--phases.fixed.lr=0.1"]),
+        # names fewer
+        ("cosface", ["--data.validation-fraction=0.5", "--eval.no-baselines", "--phases.cosface.lr=2"]),
+    ],
+)
+def test_what_is_told_is_of_the_checkpoint_that_is_handed_on(
+    recipe: str, flags: list[str], words: list[str], drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [word for word in words[1:] if not word.startswith(("--phases.", "--data.validation-fraction"))]
+    flags = [*flags, f"--phases.{recipe}.steps=4", f"--phases.{recipe}.batch-size=8", f"--out={tmp_path}"]
+    assert train.main([recipe, *common, *flags]) == 0
+    best = (tmp_path / "checkpoints" / "best").resolve().name
+    assert best == ("step-0000004" if recipe == "fixed" else "step-0000000")
+    (told,) = (line for line in lines(tmp_path, "test") if line["phase"] == recipe)
+    assert files.read_json(tmp_path / "status.json")["best"]["phase"] == recipe
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path), f"--data.root={drawn}", "--data.format=celeba", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name in ("top1", "known_auc"):
+        assert found[name] == pytest.approx(told[name]), name
+
+
 UNTRAINED = ["class means", "5 nearest neighbours", "linear probe"]
 
 
