@@ -134,7 +134,10 @@ def _to_choose_by(train: FaceIndex, recipe: Recipe) -> tuple[FaceIndex, FaceInde
     counts = np.bincount(train.labels[named], minlength=train.num_classes)[train.labels]
     # Another order than that of the test part, whose neighbours are no random pictures.
     wanted = np.where(counts >= LEAST_TO_DIVIDE, np.maximum(np.rint(counts * fraction), fraction > 0), 0)
-    chosen = named & (train.random_places(recipe.seed + 1) < wanted)
+    # The same ones in a phase that leaves the rows without a name out as in one that learns from them.
+    places = np.zeros(len(train), np.int64)
+    places[named] = train.select(named).random_places(recipe.seed + 1)
+    chosen = named & (places < wanted)
     if recipe.learns_attributes:
         chosen |= ~named & (generator.random(len(train)) < fraction)
     if chosen.sum() < LEAST_TO_CHOOSE:

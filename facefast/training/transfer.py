@@ -41,14 +41,14 @@ def freeze_stages(model: FaceModel, trainable: tuple[str, ...]) -> None:
 
 
 def freeze_batchnorm(model: nn.Module, *, everywhere: bool) -> None:
-    """Keeps BatchNorm's statistics: everywhere, or only in layers whose own parameters do not learn."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and (everywhere or not _learns(module)):
-            module.eval()
-
-
-def _learns(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters(recurse=False))
+    """Keeps BatchNorm's statistics: everywhere, or only in layers whose own parameters do not learn; where a layer has
+    none, those beside it count."""
+    for parent in model.modules():
+        for module in parent.children():
+            if isinstance(module, _BatchNorm):
+                weights = list(module.parameters()) or parent.parameters()
+                if everywhere or not any(weight.requires_grad for weight in weights):
+                    module.eval()
 
 
 FEW_PICTURES = 100

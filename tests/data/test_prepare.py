@@ -218,6 +218,13 @@ def test_hidden_names_and_few_shots_touch_training_only() -> None:
     assert (len(pseudo.train), (pseudo.train.labels >= 0).sum()) == (24, 6)
 
 
+def test_phases_that_learn_from_hidden_names_and_those_that_do_not_choose_by_the_same_pictures() -> None:
+    index, some = people(*[0] * 20, pictures=20), recipe(label_fraction=0.5, validation_fraction=0.25)
+    named, pseudo = (divide(index, some, dataclasses.replace(PHASE, labels=labels)) for labels in ("given", "pseudo"))
+    assert len(pseudo.train) > len(named.train) and len(files(named.validation.test)) >= 30
+    assert files(named.validation.test) == files(pseudo.validation.test)
+
+
 def test_attributes_come_with_their_kind_and_pictures_that_know_only_them_are_trained_and_tested() -> None:
     index = half_named(pictures=12)
     ages = np.where(np.arange(36) % 3, 20.0 + np.arange(36) % 5, np.nan)

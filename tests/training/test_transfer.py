@@ -73,6 +73,19 @@ def test_frozen_layers_keep_their_statistics_and_learning_ones_only_where_the_ph
     assert moved == (set() if everywhere else {name for name in before if name.startswith(thawed)})
 
 
+def test_a_layer_without_parameters_takes_statistics_where_those_beside_it_learn() -> None:
+    """The last one of AdaFace's networks."""
+    model = small.make_model("adaface_ir18")
+    for learns, moving in ((("all",), True), (("head",), False)):
+        freeze_stages(model, learns)
+        model.train()
+        freeze_batchnorm(model, everywhere=False)
+        before = statistics(model)
+        with torch.no_grad():
+            model(torch.randn(4, 3, small.SIZE, small.SIZE))
+        assert all(torch.equal(value, before[name]) != moving for name, value in statistics(model).items())
+
+
 def test_each_stage_further_from_the_head_learns_slower_and_vectors_do_not_decay() -> None:
     model = small.make_model()
     freeze_stages(model, ("stage2", "stage3", "embedding", "head"))
