@@ -25,6 +25,7 @@ from facefast.data.index import printable
 from facefast.data.walk import loose_photographs
 from facefast.deploy import enrolment
 from facefast.deploy.gallery import Gallery, enroll, fingerprint, forget, unit
+from facefast.deploy.strangers import OWN_ROWS
 from facefast.faces.quality import Limits
 from facefast.recipe.options import parse
 from facefast.recipe.ranges import MOST, require
@@ -266,7 +267,10 @@ def _list(given: GalleryArguments) -> None:
     else:
         for name, count in counts.items():
             say(f"{count:6d}  {name}")
-        for one, other in stored.doubles():
+        doubles = stored.doubles()
+        if doubles is None:
+            say(f"nobody looked for people under two names: {len(stored)} pictures are more than {OWN_ROWS}")
+        for one, other in doubles or ():
             say(f"{one} and {other} look like one person under two names; forget one of them if so")
         say(_sentence(stored))
 

@@ -20,15 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from facefast.deploy import gallery_file
-from facefast.evaluation.openset import (
-    Join,
-    OpenSetScores,
-    double_pairs,
-    leave_one_out,
-    naming_thresholds,
-    without_double_names,
-)
+from facefast.deploy import gallery_file, strangers
+from facefast.evaluation.openset import Join
 from facefast.evaluation.thresholds import NamingThreshold, Thresholds
 from facefast.models import FaceModel
 from facefast.recipe import to_json
@@ -40,8 +33,6 @@ COPY_COSINE = 0.98
 hardly ever come so near."""
 MARGIN = 8
 """People beyond those asked for whose scores are taken again in double precision, so that rounding decides nothing."""
-OWN_ROWS = 20_000
-"""Pictures up to which a gallery finds thresholds of its own, which takes their square in comparisons."""
 Numbers = Literal["float32", "float16"]
 
 
@@ -183,17 +174,8 @@ class Gallery:
         """[Q, wanted] the best people."""
         best = torch.zeros(len(asked), 0)  # [Q, up to wanted], falling
         who = torch.zeros(len(asked), 0, dtype=torch.long)
-        for begin, end in self._blocks():
-            people = self.people[begin:end]
-            starts = np.flatnonzero(np.diff(people, prepend=-1))
-            rows = self.block(begin, end)
-            if join == "mean":
-                # A sum of rows before the product instead of one of cosines behind it.
-                sums = np.add.reduceat(rows.numpy(), starts, axis=0) if len(starts) < len(people) else rows.numpy()
-                people, starts = people[starts], np.arange(len(starts))
-                rows = torch.from_numpy(sums / np.maximum(self.lengths[people], 1e-12)[:, None])
+        for rows, people, starts in self.entries(join):
             scores = asked @ rows.T  # [Q, b]
-            self._stored.release(begin, end)
             if best.shape[1] == wanted:
                 # Few rows of a block are better than the people found so far; only those are sorted in.
                 better = np.flatnonzero(((scores - best[:, -1:]).amax(0) > 0).numpy())
@@ -247,6 +229,21 @@ class Gallery:
         """[b, D] float32 of the rows from `begin` to `end`."""
         return torch.from_numpy(np.asarray(self.embeddings[begin:end], np.float32))
 
+    def entries(self, join: Join) -> Iterator[tuple[Tensor, NDArray[np.int32], NDArray[np.int64]]]:
+        """What a search compares with, a block at a time: rows [b, D], the person of each [b], never falling, and where
+        each person begins [p]. Rows are pictures, for mean one a person; nobody is in two blocks."""
+        for begin, end in self._blocks():
+            people = self.people[begin:end]
+            starts = np.flatnonzero(np.diff(people, prepend=-1))
+            rows = self.block(begin, end)
+            if join == "mean":
+                # A sum of rows before the product instead of one of cosines behind it.
+                sums = np.add.reduceat(rows.numpy(), starts, axis=0) if len(starts) < len(people) else rows.numpy()
+                people, starts = people[starts], np.arange(len(starts))
+                rows = torch.from_numpy(sums / np.maximum(self.lengths[people], 1e-12)[:, None])
+            yield rows, people, starts
+            self._stored.release(begin, end)
+
     def _blocks(self) -> Iterator[tuple[int, int]]:
         """Rows in blocks that end with a person's last."""
         begin = 0
@@ -268,40 +265,19 @@ class Gallery:
         own = self.people == places_of(self.names, [name], self.path)[0]
         return torch.from_numpy(self.embeddings[own].astype(np.float64)).mean(0).float()
 
-    def scores(self, join: Join = "max") -> OpenSetScores:
-        """Every enrolled picture as a probe, of a stranger and of a known person: `leave_one_out`.
-
-        Raises:
-            ValueError: fewer than two people.
-        """
-        return leave_one_out(torch.from_numpy(np.array(self.embeddings, np.float32)), self.people, join)
-
-    def doubles(self) -> list[tuple[str, str]]:
-        """People who are probably enrolled under two names: `double_names`; nobody looks beyond `OWN_ROWS` pictures."""
-        pairs = [] if len(self.names) < 2 or len(self) > OWN_ROWS else double_pairs(self.scores())
-        return [(self.names[one], self.names[other]) for one, other in pairs]
+    def doubles(self) -> list[tuple[str, str]] | None:
+        """People who are probably enrolled under two names; None beyond 20 000 pictures, where nobody looks."""
+        return strangers.doubles(self)
 
     def naming(self, fpir: float, join: Join = "max") -> NamingThreshold:
         """The threshold of naming: found among the enrolled people themselves, each in turn a stranger to the others,
-        where they are enough to show the rate, else that of the model. Who is probably enrolled under two names
-        (`doubles`) is no stranger to the other and does not count.
-
-        A stranger has more chances to be taken for somebody among many people: the gallery's own is the right one.
+        where they are enough to show the rate, else that of the model, which holds for no more people than it was
+        found on. Who is probably enrolled under two names (`doubles`) is no stranger to the other and does not count.
 
         Raises:
             ValueError: neither knows one.
         """
-        own: NamingThreshold | None = None
-        if len(self.names) > 1 and len(self) <= OWN_ROWS:
-            scores, _ = without_double_names(self.scores(join))
-            (own,) = naming_thresholds(scores, [fpir])
-            if own.value is not None:
-                return own
-        try:
-            return self.thresholds.name(fpir)
-        except ValueError as error:
-            why = own.why if own else f"{len(self)} pictures of {len(self.names)} people"
-            raise ValueError(f"no threshold for naming at FPIR {fpir:g}: {why}; of the model: {error}") from error
+        return strangers.naming(self, fpir, join)
 
 
 def enroll(

@@ -15,7 +15,7 @@ from facefast import gallery
 from facefast.data import FaceIndex
 from facefast.data.divide import divide
 from facefast.data.prepare import photographs_of
-from facefast.deploy import enrolment
+from facefast.deploy import enrolment, strangers
 from facefast.evaluation.thresholds import PairThreshold, Thresholds
 from facefast.models import checkpoint
 from facefast.recipe import Reading
@@ -186,6 +186,17 @@ def test_pictures_that_left_bring_none_kept_for_testing_into_a_gallery(tmp_path:
 
     found = enrolment.people_of_run(run, locate, 1)
     assert found.paths.tolist() == trained.paths.tolist()[1:]
+
+
+def test_a_list_says_where_nobody_looked_for_people_under_two_names(
+    enrolled: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert answers(capsys, "list", enrolled)[0]["doubles"] == []
+    for module in (gallery, strangers):
+        monkeypatch.setattr(module, "OWN_ROWS", 2)
+    assert answers(capsys, "list", enrolled)[0]["doubles"] is None
+    assert gallery.main(["list", str(enrolled)]) == 0
+    assert "nobody looked for people under two names: " in capsys.readouterr().out
 
 
 def test_small_pictures_are_refused(root: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -372,7 +372,9 @@ def test_a_full_disk_leaves_the_gallery_as_it_was(enrolled: Path, monkeypatch: p
 
 
 OF_THE_MODEL = Thresholds(
-    pairs=(PairThreshold(0.01, 0.3, 3000, 3000),), naming=(NamingThreshold(0.01, 0.4, 3000, 3000),), measured_on="x"
+    pairs=(PairThreshold(0.01, 0.3, 3000, 3000),),
+    naming=(NamingThreshold(0.01, 0.4, 3000, 3000, people=5),),
+    measured_on="x",
 )
 
 
