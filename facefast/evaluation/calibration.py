@@ -12,7 +12,7 @@ from torch import Tensor
 BINS = 15
 """Of the expected calibration error, as Guo et al. 2017 have them."""
 LEAST, MOST = 0.01, 100.0
-"""Temperatures; logits that are always right ask for ever lower ones."""
+"""Temperatures; logits that differ in nothing, or are wrong more often than by chance, ask for ever higher ones."""
 ROWS = 1024
 """Logits in double precision at a time."""
 
@@ -36,7 +36,10 @@ class Calibration(NamedTuple):
 
 
 def calibrate(logits: Tensor, labels: Tensor) -> Calibration:
-    """The temperature of the least negative log-likelihood (Guo et al. 2017, arXiv:1706.04599).
+    """The temperature of the least negative log-likelihood (Guo et al. 2017, arXiv:1706.04599) of smoothed targets.
+
+    The right class of N rows counts (N + 1) / (N + 2), and the others share the rest (after Platt 1999): that few
+    pictures are all named rightly makes no name certain.
 
     Args:
         logits: [N, C] with the model's scale, without a margin.
@@ -52,7 +55,7 @@ def calibrate(logits: Tensor, labels: Tensor) -> Calibration:
     if bad := int((~logits.isfinite()).sum()):
         raise ValueError(f"{bad} of {logits.numel()} logits are not finite; leave out pictures that could not be read")
     # The likelihood is convex in the inverse of the temperature, and its slope, the mean of the expected logit less the
-    # right one, rises in it: the least lies where the slope changes sign.
+    # target's, rises in it: the least lies where the slope changes sign.
     low, high = 1 / MOST, 1 / LEAST
     if _slope(logits, labels, low) >= 0:
         high = low
@@ -70,11 +73,13 @@ def calibrate(logits: Tensor, labels: Tensor) -> Calibration:
 
 
 def _slope(logits: Tensor, labels: Tensor, inverse: float) -> float:
-    total = 0.0
+    total, certain = 0.0, (len(labels) + 1) / (len(labels) + 2)
     for block, label in zip(logits.split(ROWS), labels.split(ROWS), strict=True):
         block = block.double()
         expected = (torch.softmax(block * inverse, 1) * block).sum(1)
-        total += float((expected - block.gather(1, label[:, None])[:, 0]).sum())
+        right = block.gather(1, label[:, None])[:, 0]
+        others = (block.sum(1) - right) / (block.shape[1] - 1) if block.shape[1] > 1 else right
+        total += float((expected - certain * right - (1 - certain) * others).sum())
     return total / len(labels)
 
 

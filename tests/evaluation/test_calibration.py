@@ -30,15 +30,25 @@ def test_the_temperature_is_that_of_a_search_over_a_grid() -> None:
     labels = torch.where(torch.rand(300, generator=generator) < 0.6, logits.argmax(1), torch.arange(300) % 5)
     found = calibration.calibrate(logits, labels)
     grid = torch.logspace(-2, 2, 4001)
-    losses = [float(torch.nn.functional.cross_entropy(logits / t, labels)) for t in grid]
+    targets = torch.full((300, 5), 1 / 302 / 4)
+    targets[torch.arange(300), labels] = 301 / 302
+    losses = [float(torch.nn.functional.cross_entropy(logits / t, targets)) for t in grid]
     assert found.temperature == pytest.approx(float(grid[int(np.argmin(losses))]), rel=0.005)
-    assert found.nll <= min(losses) + 1e-6
+    plain = torch.nn.functional.cross_entropy(logits.double() / found.temperature, labels)
+    assert found.nll == pytest.approx(float(plain), rel=1e-5)
     assert found.nll_before == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
 
 
-def test_logits_that_are_always_right_or_wrong_end_at_a_limit() -> None:
+def test_a_few_pictures_that_are_all_named_rightly_make_no_name_certain() -> None:
+    found = calibration.calibrate(torch.eye(4), torch.arange(4))
+    assert found.temperature == pytest.approx(1 / math.log(15))  # by which the right one of four has 5/6
+    assert found.ece == pytest.approx(1 / 6)
+    one_class = calibration.calibrate(torch.ones(3, 1), torch.zeros(3, dtype=torch.long))
+    assert one_class.nll == 0
+
+
+def test_logits_that_are_always_wrong_end_at_a_limit() -> None:
     logits = torch.eye(4)
-    assert calibration.calibrate(logits, torch.arange(4)).temperature == pytest.approx(calibration.LEAST)
     assert calibration.calibrate(logits, (torch.arange(4) + 1) % 4).temperature == pytest.approx(calibration.MOST)
     constant = calibration.calibrate(torch.zeros(6, 3), torch.arange(6) % 3)
     assert constant.nll == pytest.approx(math.log(3))
