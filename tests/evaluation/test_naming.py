@@ -98,6 +98,17 @@ def test_rate_whose_half_cannot_be_shown_gets_the_careful_end_of_its_own_thresho
     assert plain.interval is not None and trained.name(0.01).value == plain.interval.high
 
 
+def test_who_is_missed_at_the_careful_end_is_counted_there() -> None:
+    known = pictures(6, planted={row: 0.55 for row in range(3)})  # 3 of 360 pass at 1 %; more careful, none of them
+    rows = torch.arange(100, 136)
+    known.embeddings[rows, known.labels[rows]] = 3 * 0.4  # known people, less like themselves
+    known.embeddings[rows, PEOPLE + rows % 24] = 3 * (1 - 0.16 - 0.01) ** 0.5
+    means, trained = (naming.decide(WEIGHT, known, trained=trained).thresholds.name(0.01) for trained in (False, True))
+    assert means.missed == 0 and trained.missed == pytest.approx(0.1)
+    assert trained.missed == naming.scores(known, WEIGHT).missed(trained.require()).mean()
+    assert trained.missed_interval is not None and trained.missed_interval.low < 0.1 < trained.missed_interval.high
+
+
 def test_pictures_kept_out_of_training_count_among_the_others() -> None:
     few = pictures(1, likeness=0.3)
     found = naming.decide(WEIGHT, pictures(25), few, trained=False)
@@ -174,9 +185,13 @@ def test_the_score_needed_is_the_threshold_of_the_rate_or_the_number_itself() ->
 def test_the_strictest_threshold_is_that_of_the_lowest_rate_which_the_pictures_support() -> None:
     assert naming.strictest(known({0.1: 0.2, 0.05: 0.3, 0.01: 0.4, 0.001: 0.9}).name).rate == 0.01
     assert naming.strictest(known({0.1: 0.2, 0.05: 0.3, 0.01: None}).name).rate == 0.05
-    few = NamingThreshold(0.05, 0.3, 200, 200, Interval(0.25, 0.41)), NamingThreshold(0.01, None, 200, 200, why="few")
+    few = (
+        NamingThreshold(0.05, 0.3, 200, 200, Interval(0.25, 0.41), missed=0.1, missed_interval=Interval(0.05, 0.2)),
+        NamingThreshold(0.01, None, 200, 200, why="few"),
+    )
     careful = naming.strictest(Thresholds(naming=few).name)
     assert (careful.rate, careful.value) == (0.05, 0.41)
+    assert (careful.missed, careful.missed_interval) == (None, None)  # nobody looked at 0.41
     with pytest.raises(ValueError, match="there is no threshold for fpir 0.01: too few"):
         naming.strictest(known({0.1: None, 0.05: None, 0.01: None}).name)
     with pytest.raises(ValueError, match="naming at FPIR 0.01; known: none"):
