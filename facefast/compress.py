@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from numpy.typing import NDArray
 from torch import Tensor
 
 from facefast.data import FaceIndex, PairSet, make_loader
+from facefast.data.formats.pairs import only_named
 from facefast.data.prepare import Locate, read_photographs
 from facefast.deploy import onnx_file, package
 from facefast.deploy.gate import Array, Gate, compare, seconds_per_picture
@@ -64,7 +66,7 @@ class CompressArguments:
     original_min_cosine: float = 0.9
     """Least mean cosine to the embeddings of `original`."""
     photographs: int = 256
-    """Photographs that the ranges of activations are taken from."""
+    """Photographs that the ranges of activations are taken from, at most half of those there are: others judge."""
     pairs: int = 6000
     """Verification pairs of the gate, half of one identity, half of two."""
     seed: int = 0
@@ -98,7 +100,8 @@ def divide(
 ) -> tuple[FaceIndex, FaceIndex, PairSet | None]:
     """Photographs to calibrate on, photographs for the gate, and the gate's pairs where there are any.
 
-    Calibration takes photographs that are in no pair first.
+    Nothing is judged by what it was calibrated on: at most half of the photographs calibrate where they are few, those
+    in no pair first, and a pair of any that do is left out. Only where no pairs of both kinds remain are all kept.
 
     Args:
         said: options that were typed, though they may be at their default.
@@ -115,6 +118,7 @@ def divide(
             "are better"
         )
     shuffled = np.random.default_rng(given.seed).permutation(len(index))
+    wanted = min(given.photographs, len(index) // 2)
     labels = index.labels[index.labels >= 0]
     counts = np.unique(labels, return_counts=True)[1]
     evaluation_set = None
@@ -125,24 +129,24 @@ def divide(
             given.model, model, given.data, config, given.seed, reading.threads, said, locate
         )
     if evaluation_set is None or evaluation_set.verification is None or evaluation_set.pairs is None:
-        # From the other end of the order: the two overlap only in a set that is smaller than both together.
-        judged = index.select(shuffled[::-1][:MOST_UNPAIRED])
-        return index.select(shuffled[: given.photographs]), judged, None
-    # The gate embeds each photograph of the pairs once; the pairs then count in places among those.
-    rows, places = np.unique(
-        np.concatenate([evaluation_set.pairs.left, evaluation_set.pairs.right]), return_inverse=True
-    )
-    left, right = places[: len(evaluation_set.pairs)], places[len(evaluation_set.pairs) :]
-    judged = evaluation_set.verification.select(rows)
-    known = set(zip(judged.paths.tolist(), judged.offsets.tolist(), strict=True))
-    place = zip(index.paths.tolist(), index.offsets.tolist(), strict=True)
-    in_pairs = np.array([key in known for key in place])[shuffled]
+        return index.select(shuffled[:wanted]), index.select(shuffled[wanted:][::-1][:MOST_UNPAIRED]), None
+    judged, pairs = only_named(evaluation_set.verification, evaluation_set.pairs)  # each photograph is embedded once
+    in_pairs = _which_are_in(index, judged)[shuffled]
     order = np.concatenate([shuffled[~in_pairs], shuffled[in_pairs]])
-    return (
-        index.select(order[: given.photographs]),
-        judged,
-        dataclasses.replace(evaluation_set.pairs, left=left, right=right),
-    )
+    free = len(index) - int(in_pairs.sum())
+    calibration = index.select(order[: min(given.photographs, max(wanted, free))])
+    spent = _which_are_in(judged, calibration)
+    apart = ~(spent[pairs.left] | spent[pairs.right])
+    if spent.any() and len(np.unique(pairs.same[apart])) == 2:
+        kept = PairSet.of(pairs.left[apart], pairs.right[apart], pairs.same[apart], int(pairs.folds.max()) + 1)
+        judged, pairs = only_named(judged, kept)
+    return calibration, judged, pairs
+
+
+def _which_are_in(index: FaceIndex, other: FaceIndex) -> NDArray[np.bool_]:
+    """[N] whether each photograph is one of the other's."""
+    known = set(zip(other.paths.tolist(), other.offsets.tolist(), strict=True))
+    return np.array([place in known for place in zip(index.paths.tolist(), index.offsets.tolist(), strict=True)], bool)
 
 
 def compress(
@@ -209,7 +213,12 @@ def compress(
         "embedding_size": model.embedding_size,
         "input": "images",
         "output": "embeddings",
-        "calibration": {"photographs": len(pictures), "method": found.method, "weight_bits": int8.WEIGHT_BITS},
+        "calibration": {
+            "photographs": len(pictures),
+            "in_gate": int(_which_are_in(judged, calibration).sum()),
+            "method": found.method,
+            "weight_bits": int8.WEIGHT_BITS,
+        },
         "layers_in_float": list(found.in_float),
         "gate": dataclasses.asdict(gate) | {"min_cosine": given.min_cosine, "max_loss": given.max_loss},
         "gate_original": against and dataclasses.asdict(against) | {"min_cosine": given.original_min_cosine},
@@ -271,7 +280,8 @@ def gate_text(document: dict[str, Any]) -> str:
     lines.append(f"torch needs {times['torch float32']} ms per picture")
     lines.append(
         f"cosine of int8 to float32 embeddings: mean {gate['cosine_mean']:.4f}, 1st percentile "
-        f"{gate['cosine_p01']:.4f} on {gate['photographs']} photographs"
+        f"{gate['cosine_p01']:.4f} on {gate['photographs']} photographs, "
+        f"{document['calibration']['in_gate'] or 'none'} of which calibrated it"
     )
     if against := document["gate_original"]:
         lines.append(

@@ -62,6 +62,7 @@ def test_a_package_says_what_it_takes_and_what_the_gate_found(package: Path, run
     gate = document["gate"]
     assert gate["min_cosine"] == 0.93 <= gate["cosine_mean"] < 1
     assert gate["cosine_p01"] <= gate["cosine_mean"]
+    assert document["calibration"]["in_gate"] == 0
     before, after = gate["verification_before"], gate["verification_after"]
     assert before["pairs"] == after["pairs"] > 0
     assert before["verification_accuracy"] - after["verification_accuracy"] <= 0.1
@@ -147,8 +148,29 @@ def test_without_pairs_the_cosine_alone_decides(
 ) -> None:
     shutil.copytree(drawn / "img_align_celeba", tmp_path / "photographs" / "ann")
     assert command(run, tmp_path / "photographs", tmp_path / "out", "--data.format", "folder") == 0
-    assert "the gate went by the cosine alone" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the gate went by the cosine alone" in said and "on 24 photographs, none of which calibrated it" in said
     assert json.loads((tmp_path / "out" / "int8.json").read_text())["gate"]["verification_after"] is None
+
+
+@pytest.mark.parametrize("people", [1, 4])
+def test_the_gate_judges_by_no_photograph_that_calibrated(
+    people: int, run: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 in all, by pairs of strangers to the model, which all of them are in, and without pairs."""
+    for number, picture in enumerate(sorted((drawn / "img_align_celeba").iterdir())[:20]):
+        folder = tmp_path / "photographs" / f"stranger {number % people}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, folder)
+    data = DataConfig(root=str(tmp_path / "photographs"), format="folder")
+    arguments = CompressArguments(run, tmp_path / "out", data)
+    calibration, judged, pairs = compress.divide(arguments, checkpoint.load_model(run), Reading(1))
+    assert not set(calibration.paths.tolist()) & set(judged.paths.tolist())
+    assert len(calibration) == 10 and (people == 1) == (pairs is None)
+    if pairs is not None:
+        assert set(np.concatenate([pairs.left, pairs.right]).tolist()) == set(range(len(judged)))
+        assert ((judged.labels[pairs.left] == judged.labels[pairs.right]) == pairs.same).all()
+        assert 0 < pairs.same.sum() < len(pairs)
 
 
 def test_wrong_use_ends_with_a_message(
