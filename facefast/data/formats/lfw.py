@@ -52,7 +52,7 @@ def read_pairs(index: FaceIndex, path: str | os.PathLike[str]) -> PairSet:
     of each kind; without folds there are 10.
 
     Raises:
-        DataError: a line is damaged or names a picture that is not in the index.
+        DataError: a line is damaged, pairs a picture with itself or names one that is not in the index.
     """
     lines = [(number, _words(line)) for number, line in read_lines(path)]
     head = [int(word) for word in lines.pop(0)[1]] if lines and _is_head(lines[0][1]) else []
@@ -80,6 +80,9 @@ def read_pairs(index: FaceIndex, path: str | os.PathLike[str]) -> PairSet:
             if row is None:
                 absent.append((number, _picture(name, picture)))
             side.append(row or 0)
+        if len(words) == 3 and int(words[1]) == int(words[2]):
+            name = shown(_picture(*words[:2]))
+            raise DataError(f"{path}, line {number}: {name} is paired with itself; take the line out")
     if absent:
         number, name = absent[0]
         require_text(path, number, name)

@@ -216,6 +216,8 @@ def _template_pairs(
                     f"{path}, line {number}: template {shown(word)} is not in {media}; give both of one set"
                 )
             side.append(numbers[word])
+        if sides[0][-1] == sides[1][-1]:
+            raise DataError(f"{path}, line {number}: template {shown(word)} is paired with itself; take the line out")
         if "label" in columns:
             same.append(_same(words[columns["label"]], path, number))
         elif min(people[sides[0][-1]], people[sides[1][-1]]) < 0:

@@ -86,6 +86,7 @@ def test_damaged_pairs_are_refused(tmp_path: Path, text: str, message: str) -> N
     ("text", "message"),
     [
         ("Bo\t1\tBo\t2\n", "of two different people"),
+        ("Bo\t1\t2\nBo\t2\t02\n", "line 2: 'Bo_0002' is paired with itself; take the line out"),
         ("Bo\t1\t\u0662\n", "are no pairs .* in line 1"),
         ("Bo\t1\t99999999999\n", "are no pairs"),
         ("40000\t1\nBo\t1\t2\n", "are no pairs"),

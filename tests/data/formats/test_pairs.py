@@ -156,6 +156,7 @@ def test_subjects_label_the_pairs_of_templates(text: str, root: Path, tmp_path: 
         (f"{A} 10 5 1\n{A2} 10 6 2\n", None, "line 2: template '10' is of subject '5' and of '6'"),
         (f"{A} 10\n", None, "is no `path template media`"),
         (MEDIA, "10 40 0\n", "line 1: template '40' is not in"),
+        (MEDIA, "10 20 0\n10 10 1\n", "line 2: template '10' is paired with itself; take the line out"),
         (MEDIA, "10 20\n", "no label, and .* names no subjects"),
         (MEDIA, "10 20 1\n10 30\n", "1 of 2 lines have not 3 columns"),
         (f"{A} 10 1\nx.png 20 1\n", "10 20 0\n", "names 1 of 2 pictures"),
