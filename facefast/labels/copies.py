@@ -29,7 +29,8 @@ def copies_by_pixels(index: FaceIndex, sizes: NDArray[np.floating] | None = None
     """Whether two rows show one photograph: crops of it, mirrored or not, agree piece by piece once they lie over each
     other (`facefast.labels.registration`).
 
-    Of a photograph with landmarks the surroundings of the face are compared, of others the whole.
+    Of a photograph with landmarks the surroundings of the face are compared, of others the whole. Either is laid over
+    the other, since what is found depends on which lies below; one way that agrees is enough.
 
     Args:
         sizes: [N] pixels on a side of each face, where the index has landmarks; None compares whole pictures.
@@ -50,8 +51,11 @@ def copies_by_pixels(index: FaceIndex, sizes: NDArray[np.floating] | None = None
         left, right = look(one), look(other)
         if left is None or right is None:
             return False
-        found = overlay(left, right)
-        return found is not None and found.everywhere >= EVERYWHERE and found.core >= CORE
+        # Not one way for whichever row comes first: whether two files are copies must not depend on their order.
+        return any(
+            found is not None and found.everywhere >= EVERYWHERE and found.core >= CORE
+            for found in (overlay(*pair) for pair in ((left, right), (right, left)))
+        )
 
     return same
 

@@ -45,6 +45,15 @@ def test_a_photograph_saved_again_is_the_same(tmp_path: Path, again: bytes) -> N
     assert same(0, 1) and same(1, 0)
 
 
+@pytest.mark.parametrize("seed", [40, 45, 53])
+def test_a_crop_is_a_copy_whichever_of_the_two_comes_first(tmp_path: Path, seed: int) -> None:
+    picture = Image.fromarray(smooth_picture(240, 180, seed))
+    left, top = {40: (19, 48), 45: (39, 88), 53: (46, 49)}[seed]
+    part = picture.crop((left, top, left + 90, top + 120))
+    same = copies_by_pixels(index_of(tmp_path, [encode(picture, "PNG"), encode(part, "PNG")]))
+    assert same(0, 1) and same(1, 0)
+
+
 @pytest.mark.parametrize(
     "other",
     [
