@@ -38,6 +38,8 @@ class Decision:
     action: Action
     """keep: it is right. drop: without it. move: it shows `to`. merge: its person and `to` are one."""
     to: str = ""
+    into: str = ""
+    """Key of the group that `to` was the name of when the answer was given; empty where it was no group's."""
 
 
 class UnwritableName(ValueError):
@@ -112,7 +114,8 @@ class Decisions:
             raise ValueError(f"there is no item {number + 1}; there are {len(self.review.items)}")
         item = self.review.items[number]
         _require_writable(to)
-        decision = Decision(cast(Action, action), self._target(item, action, to))
+        to = self._target(item, action, to)
+        decision = Decision(cast(Action, action), to, self._group_called(number, action, to))
         self._refuse_contradiction(number, item, decision)
         self._keep({"item": item.key, **dataclasses.asdict(decision)})
         self._set(number, decision)
@@ -145,6 +148,7 @@ class Decisions:
     def names(self) -> dict[str, str]:
         """What each group's pictures are called by now; empty: dropped."""
         given = {self.review.items[number].person: decision for number, decision in self.current.items()}
+        person = {item.key: item.person for item in self.review.items}
 
         def follow(name: str) -> str:
             seen: list[str] = []
@@ -157,9 +161,12 @@ class Decisions:
                     return name
                 if decision.action == "move":
                     return decision.to
-                name = decision.to
-            # Groups that were merged in a circle are one: they take the name that comes first.
-            return min(seen[seen.index(name) :]) if name in seen else name
+                name = person.get(decision.into, decision.to)
+            if name not in seen:
+                return name
+            # Groups that were merged in a circle are one: they take a name that was typed, or the one that comes first.
+            circle = seen[seen.index(name) :]
+            return min([given[one].to for one in circle if given[one].to not in circle] or circle)
 
         return {item.person: follow(item.person) for item in self.review.items}
 
@@ -214,8 +221,22 @@ class Decisions:
             raise ValueError(f"this is {shown(name)} already")
         return name
 
+    def _group_called(self, number: int, action: str, to: str) -> str:
+        """Key of the group that `to` names, by the name it was found with or, to merge with, one it was given."""
+        items = self.review.items
+        if items[number].kind != "group" or not to or to in self.review.index.class_names:
+            return ""  # a person of the set is the same whatever was grouped
+        found = [item.key for item in items if item.person == to]
+        if action == "merge":
+            named = (other for other, before in self.current.items() if before.action == "move" and before.to == to)
+            found += [items[other].key for other in named if other != number]
+        return found[0] if found else ""
+
     def _fits(self, number: int, decision: Decision) -> bool:
-        """Whether an answer of an earlier time can be given to this question: its person may be gone."""
+        """Whether an answer of an earlier time can be given to this question: its person may be gone, or be a name of
+        another group by now."""
+        if decision.into and decision.into not in self._number:
+            return False
         with contextlib.suppress(ValueError):
             return self._target(self.review.items[number], decision.action, decision.to) == decision.to
         return False
@@ -292,7 +313,8 @@ class Decisions:
                     if undone and undone.pop():
                         self._undo()
                     continue
-                number, decision = self._number.get(entry["item"]), Decision(entry["action"], str(entry["to"]))
+                number = self._number.get(entry["item"])
+                decision = Decision(entry["action"], str(entry["to"]), str(entry.get("into", "")))
                 if not _is_writable(decision.to):
                     undone.append(None)
                     continue

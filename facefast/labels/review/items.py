@@ -34,6 +34,11 @@ MEMBERS = 12
 Task = Literal["audit", "label"]
 
 
+def digest(texts: Iterable[str]) -> str:
+    """Twelve bytes, in hexadecimal, that other texts do not have."""
+    return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+
+
 @dataclass(frozen=True)
 class Item:
     """One question. Rows are those of the index of the review."""
@@ -57,15 +62,19 @@ class Item:
     """Pictures that the answer is about."""
     line: dict[str, Any] | None = None
     """The finding as a line of suspects.csv; None of a group."""
+    members: str = ""
+    """`digest` of the pictures of a group that the answer is about; empty of a finding."""
 
     @property
     def key(self) -> str:
-        """The same for the same finding of another audit, and for no other one."""
+        """The same for the same finding of another audit, or the same pictures of another clustering, and for no other
+        one."""
         line = self.line or {}
         # Not whom it seems to show: that may change when more pictures come, and the answer is about this picture.
         other = self.suggested if self.kind == "merge" else str(line.get("other_path", ""))
-        told = "\0".join((self.kind, str(line.get("path", "")), self.person, other))
-        return hashlib.blake2b(told.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+        told = [self.kind, str(line.get("path", "")), self.person, other]
+        # Clusters are numbered anew each time: the name of a group says nothing of whom it shows.
+        return digest([*told, self.members] if self.members else told)
 
     def correction(self) -> Correction:
         """The finding, which it has where it is no group."""
@@ -239,6 +248,7 @@ def label_review(
                 float(typical[new].mean()),
                 float(cosines[place]) if other >= 0 else None,
                 len(new),
+                members=digest(sorted(map(index.name, new.tolist()))),
             )
         )
     found.sort(key=lambda item: (-item.size, item.person))
