@@ -1,7 +1,7 @@
 """Which pictures show one person: neighbours, clusters, labels for the unlabelled, and how far groupings agree.
 
-Pure functions on embeddings, float32 [N, D] rows of length 1. Similarities are computed a block of rows at a time: no
-N x N matrix is held.
+Functions of embeddings alone, float32 [N, D] rows of length 1; `assign` says on standard error where it has too little
+to go by. Similarities are computed a block of rows at a time: no N x N matrix is held.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from statistics import NormalDist
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from facefast.runtime.terminal import complain
 
 Floats = NDArray[np.float32]
 Numbers = NDArray[np.int64]
@@ -28,6 +30,9 @@ SEVERAL_PICTURES = 50
 SEVERAL_GAP = 3.0
 """Standard deviations that nearest neighbours lie above what chance gives where there are several people; the pictures
 of one person stay below (on celebrities' photographs at most 1.3, sets of ten people or more at least 3.4)."""
+FALSE_NAMES = 1e-2
+"""Part of strangers that a known person's name may go to where a threshold alone says who is nobody known: the false
+match rate of the model's threshold for pairs, too."""
 MOST_LOSSES = 1 << 22
 """Similarities that the temperature is fitted on; more rows, evenly chosen, would not change it."""
 
@@ -87,10 +92,19 @@ def strangers(embeddings: Floats, seed: int = 0, num_pairs: int = 1 << 18) -> tu
     return float(middle), float(middle - low)
 
 
-def stranger_limit(embeddings: Floats) -> float:
-    """The cosine above which a row expects one stranger among all N: the normal quantile 1 - 1/N of `strangers`."""
+def stranger_limit(embeddings: Floats, rate: float = 0.0) -> float:
+    """The cosine above which a part of strangers lies, the normal quantile 1 - `rate` of `strangers`; 0 takes 1/N, and
+    a row expects one among all N."""
     mean, deviation = strangers(embeddings)
-    return mean + deviation * NormalDist().inv_cdf(1 - 1 / max(len(embeddings), 2))
+    return mean + deviation * NormalDist().inv_cdf(1 - (rate or 1 / max(len(embeddings), 2)))
+
+
+def shows_several(embeddings: Floats) -> bool:
+    """Whether nearest neighbours are nearer than in a set of one person: random pairs are of strangers then."""
+    if len(embeddings) < SEVERAL_PICTURES:
+        return False
+    nearest = float(np.median(neighbours(embeddings, 1)[1]))
+    return nearest >= stranger_limit(embeddings) + SEVERAL_GAP * strangers(embeddings)[1]
 
 
 def default_similarity(embeddings: Floats, same_person: float | None = None) -> float:
@@ -106,13 +120,7 @@ def default_similarity(embeddings: Floats, same_person: float | None = None) -> 
         same_person: the model's threshold for pairs; None takes `SAME_PERSON`.
     """
     base = SAME_PERSON if same_person is None else same_person
-    if len(embeddings) < SEVERAL_PICTURES:
-        return base
-    _, deviation = strangers(embeddings)
-    nearest = float(np.median(neighbours(embeddings, 1)[1]))
-    if nearest < stranger_limit(embeddings) + SEVERAL_GAP * deviation:
-        return base
-    return max(base, stranger_limit(embeddings))
+    return max(base, stranger_limit(embeddings)) if shows_several(embeddings) else base
 
 
 def cluster(
@@ -139,7 +147,7 @@ def cluster(
     Returns:
         Labels [N], 0 is the largest cluster, -1 noise; and confidences [N] in [0, 1]: that of a row's own
         cluster against the next one, the row itself left out, by the softmax of `assign`; 0 for noise and for a
-        cluster of one.
+        cluster of one. A lone cluster has no next one: its rows are held against a person as near as `similarity`.
 
     Raises:
         ValueError: embeddings that are not finite, or `min_size` or `num_neighbours` below 1.
@@ -160,7 +168,7 @@ def cluster(
     # How sure a row is: its own cluster against the nearest other one, as a softmax of the two would have it.
     own, other, _ = own_and_other(unit, labels, len(order), block=block)
     scale = _temperature(unit, labels, len(order), own, block)
-    margin = np.where(np.isfinite(other), own - other, np.inf)
+    margin = own - np.where(np.isfinite(other), other, limit)
     confidences = np.where(np.isfinite(own), 1 / (1 + np.exp(np.minimum(-scale * margin, 80))), 0)
     return labels, confidences.astype(np.float32)
 
@@ -250,7 +258,14 @@ def own_and_other(
 
 
 def assign(
-    embeddings: Floats, labels: Numbers, num_classes: int, *, confidence: float = 0.0, rounds: int = 3, block: int = 0
+    embeddings: Floats,
+    labels: Numbers,
+    num_classes: int,
+    *,
+    confidence: float = 0.0,
+    rounds: int = 3,
+    block: int = 0,
+    same_person: float | None = None,
 ) -> tuple[Numbers, Floats]:
     """Gives rows without a label the identity of known ones, and says how sure that is.
 
@@ -260,10 +275,15 @@ def assign(
     2017), times the probability that the row shows a person who is known at all: a mixture fitted to the rows without a
     label of what labelled rows score with their own class and with the best of the others.
 
+    One known person, or one picture of each, shows only one of the two. Then a row must lie as near to the labelled
+    pictures of its class, on average, as `same_person` and the strangers of the set ask for; where neither is known,
+    every confidence is 0, and standard error says why.
+
     Args:
         embeddings: [N, D].
         labels: [N] in [0, `num_classes`), -1 unknown.
         confidence: rows below it stay -1; 0 names all, for a caller who looks at the confidences.
+        same_person: the model's threshold for pairs, of a false match rate of `FALSE_NAMES`, if it has one.
 
     Returns:
         Labels [N], those given as they were; and confidences [N]: 1 where given, else that of the best class, also
@@ -287,6 +307,7 @@ def assign(
     own, other, _ = own_and_other(unit, labels, num_classes, block=block)
     known = np.isfinite(own) & np.isfinite(other)
     scale = _temperature(unit, labels, num_classes, own, block)
+    gate = None if np.count_nonzero(known) >= 2 else _Gate.of(unit, labels, num_classes, same_person)
     # Expectation maximisation: classify by the means, then let every row count in every mean by how likely it belongs
     # there and shows a known person at all. The labelled rows' part of the sums stays as it is in every round.
     sums = class_sums(unit, labels, num_classes)
@@ -302,7 +323,7 @@ def assign(
         for part, found in similarity_blocks(strange, means, block):
             chances = _chances(found, scale, means)
             best[part], score[part], chance[part] = chances.argmax(1), found.max(1), chances.max(1)
-        somebody = _somebody_known(score, own[known], other[known])
+        somebody = gate(strange, best) if gate else _somebody_known(score, own[known], other[known])
     # The softmax compares classes with each other and cannot say "none of them"; the mixture's probability can.
     chance *= somebody
     sure[open_rows] = chance
@@ -342,11 +363,43 @@ def _temperature(unit: Floats, labels: Numbers, num_classes: int, own: Floats, b
     return float(scales[losses.argmin()])
 
 
+@dataclass(frozen=True)
+class _Gate:
+    """Who is somebody known, by a threshold alone."""
+
+    means: Floats  # [C, D] of the labelled rows, not of length 1: products with them are mean cosines
+    limit: float | None
+    chance: float  # that a row above the limit shows a known person, if half of all rows do
+
+    @classmethod
+    def of(cls, unit: Floats, labels: Numbers, num_classes: int, same_person: float | None) -> _Gate:
+        counts = np.bincount(labels[labels >= 0], minlength=num_classes)
+        means = class_sums(unit, labels, num_classes) / np.maximum(counts, 1).astype(np.float32)[:, None]
+        # A stranger may come near each class. The model's threshold is for one pair, a limit learnt here for as many.
+        classes, limit, false = int(np.count_nonzero(counts)), same_person, FALSE_NAMES
+        if shows_several(unit):
+            limit = max(stranger_limit(unit, FALSE_NAMES / classes), -1 if same_person is None else same_person)
+        elif same_person is not None:
+            false = min(1.0, FALSE_NAMES * classes)
+        else:
+            complain(
+                f"no name is sure, each has confidence 0: {counts.sum()} pictures of known people ({classes}) do not "
+                "show how near strangers come, the model has no threshold for pairs, and the set has too few pictures "
+                "of different people to learn one; name two people or more, with several pictures each"
+            )
+        return cls(means, limit, 1 / (1 + false))
+
+    def __call__(self, rows: Floats, best: Numbers) -> Floats:
+        """[M] probabilities that rows [M, D] show a known person, that of class `best`."""
+        if self.limit is None:
+            return np.zeros(len(rows), np.float32)
+        near = np.einsum("nd,nd->n", rows, self.means[best])
+        return np.where(near >= self.limit, self.chance, 0).astype(np.float32)
+
+
 def _somebody_known(scores: Floats, own: Floats, other: Floats) -> Floats:
     """Probability for each of `scores` [M], best of all classes, that its row shows a known person."""
     # A known person is taken to score like `own`, a stranger's best class like `other`.
-    if len(own) < 2:
-        return np.ones(len(scores), np.float32)
     ratio = likelihood_ratio(own, other)(scores)  # known against stranger
     share = 0.5
     for _ in range(50):  # EM for the one unknown, the share of known people

@@ -195,6 +195,54 @@ def test_one_picture_of_each_person_is_enough() -> None:
     np.testing.assert_array_equal(found, assign(unit, seeds, 8, block=3)[0])
 
 
+def seeded(known: list[int], seed: int) -> tuple[clustering.Floats, clustering.Numbers, clustering.Numbers]:
+    """Known people with so many named pictures and three without a name, and forty strangers with three each: rows,
+    names, and who they are, -1 for strangers."""
+    unit, labels, _ = people([count + 3 for count in known] + [3] * 40, dimensions=128, seed=seed)
+    true = np.where(labels < len(known), labels, -1)
+    place = np.arange(len(labels)) - np.searchsorted(labels, labels)
+    return unit, np.where((true >= 0) & (place < np.array([*known, 0])[true]), true, -1), true
+
+
+@pytest.mark.parametrize("same_person", [None, 0.3])
+@pytest.mark.parametrize("known", [[5], [1, 1], [1] * 20], ids=["one person", "one picture of two", "of twenty"])
+def test_strangers_are_not_named_where_known_people_do_not_show_how_near_strangers_come(
+    known: list[int], same_person: float | None
+) -> None:
+    named = right = strange = 0
+    for seed in range(5):
+        unit, names, true = seeded(known, seed)
+        found, confidences = assign(unit, names, len(known), confidence=0.9, same_person=same_person)
+        named += int(np.count_nonzero(found[true < 0] >= 0))
+        strange += int(np.count_nonzero(true < 0))
+        right += int(np.count_nonzero((found == true)[(names < 0) & (true >= 0)]))
+        assert confidences[names < 0].max() < 0.995
+    assert named <= 0.02 * strange
+    assert right >= 0.9 * 5 * 3 * len(known)
+
+
+@pytest.mark.parametrize(("same_person", "named"), [(None, 0), (0.3, 3), (0.99, 0)])
+def test_few_pictures_with_one_known_person_go_by_the_models_threshold_or_by_nothing(
+    same_person: float | None, named: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unit, names, true = seeded([5], 0)
+    true = true[:38]
+    found, confidences = assign(unit[:38], names[:38], 1, confidence=0.9, same_person=same_person)
+    assert np.count_nonzero(found >= 0) == 5 + named
+    assert (found[true < 0] == -1).all() and (confidences[true < 0] == 0).all()
+    said = capsys.readouterr().err
+    assert ("no name is sure" in said and "no threshold for pairs" in said) == (same_person is None)
+
+
+def test_a_lone_cluster_is_no_certainty_and_less_so_the_nearer_a_row_is_to_falling_out() -> None:
+    unit, _, _ = people([6])
+    near, strict = (cluster(unit, similarity=limit) for limit in (0.2, 0.5))
+    assert set(near[0].tolist()) == set(strict[0].tolist()) == {0}
+    for confidences in (near[1], strict[1]):
+        assert (confidences > 0.5).all() and (confidences < 0.95).all()
+    assert (strict[1] < near[1]).all()
+
+
 def test_nothing_to_assign_changes_nothing() -> None:
     unit, labels, _ = people([3, 3])
     found, confidences = assign(unit, labels, 2)
