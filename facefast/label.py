@@ -136,7 +136,9 @@ def propose_names(
         raise ValueError(f"--{idle[0].replace('_', '-')} has no effect where {reason}")
 
     if seeded:
-        found, confidences = assign(embeddings, labels, len(class_names), confidence=given.confidence)
+        found, confidences = assign(
+            embeddings, labels, len(class_names), confidence=given.confidence, same_person=same_person
+        )
         identities = [class_names[label] if label >= 0 else "" for label in found.tolist()]
     else:
         confidences = np.zeros(len(embeddings), np.float32)
