@@ -35,6 +35,7 @@ from facefast.recipe import AdaptConfig, EvalConfig, to_json
 from facefast.runtime import files
 from facefast.runtime.log import RunLog
 from facefast.training.begin import Start, adapted_to, embed_pictures, wants_baselines
+from facefast.training.prune import RAMP
 from facefast.training.step import TrainState
 
 MEANS = "class-means"
@@ -144,6 +145,11 @@ def measure(
         if state.best is None:
             state.chosen = here
         return state.best is None
+    if state.phase.prune and not _pruned(state, here):  # the log alone has what is not yet as sparse as was asked
+        log.evaluation(state.position, results, name, None, False)
+        return False
+    if state.phase.prune and not _pruned(state, state.chosen):
+        state.best = None
     # A phase is remembered by its best evaluation; a later, worse one is in the log alone.
     before = state.validated.get(state.phase.name)
     if before is None or value >= named_metric(state.recipe.eval, before)[0]:
@@ -156,6 +162,12 @@ def measure(
         state.best, state.chosen = value, here
     log.evaluation(state.position, results, name, state.best, improved)
     return improved
+
+
+def _pruned(state: TrainState, at: tuple[int, int]) -> bool:
+    """Whether the model of a phase and step has all zeros that this phase was asked for."""
+    number, step = at
+    return number == state.phase_number and step >= RAMP * state.phase_plan.steps
 
 
 def _evaluate(
@@ -243,7 +255,7 @@ def handed_on(state: TrainState) -> str:
     """The row of the final table whose model `best` is: a phase's, the adapted source's before any update, or what took
     no update at all, which all of them have to beat."""
     phase = state.recipe.phases[state.chosen[0]]
-    if state.recipe.learns_attributes:  # whose heads the class means would lack
+    if state.recipe.learns_attributes or phase.prune:  # whose heads the class means would lack, or whose zeros
         return phase.name
     row, best = phase.name, state.best
     if _chose_adapted(state):

@@ -26,6 +26,7 @@ from facefast.runtime import files, manifest
 from facefast.runtime.lines import read_lines
 from facefast.runtime.log import RunLog
 from facefast.training import choice
+from facefast.training.prune import sparsity_of
 from facefast.training.step import TrainState, train_step
 from tests.support import small
 from tests.support.beginning import RUN
@@ -248,6 +249,14 @@ def test_what_is_told_is_of_the_checkpoint_that_is_handed_on(
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in ("top1", "known_auc"):
         assert found[name] == pytest.approx(told[name]), name
+
+
+def test_what_is_handed_on_is_as_sparse_as_was_asked_whatever_names_more(words: list[str], tmp_path: Path) -> None:
+    common = [word for word in words[1:] if not word.startswith("--phases.")]
+    flags = [f"--phases.prune.{field}" for field in ("steps=8", "batch-size=16", "lr=1e-9")]
+    assert train.main(["prune", *common, *flags, f"--out={tmp_path}"]) == 0
+    assert sparsity_of(checkpoint.load_model(tmp_path)) == pytest.approx(0.5, abs=1e-3)
+    assert files.read_json(tmp_path / "status.json")["best"]["phase"] == "prune"
 
 
 UNTRAINED = ["class means", "5 nearest neighbours", "linear probe"]
