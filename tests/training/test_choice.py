@@ -13,7 +13,7 @@ from facefast.data import FaceIndex
 from facefast.data.divide import EvaluationSet, PhaseData
 from facefast.evaluation.baselines import ADAPTED, ADAPTED_PROBE, CLASS_MEANS, PROBE
 from facefast.models import checkpoint
-from facefast.recipe import DataConfig, EvalConfig, Phase, Recipe, TaskConfig
+from facefast.recipe import AdaptConfig, DataConfig, EvalConfig, Phase, Recipe, TaskConfig
 from facefast.runtime.log import Position, RunLog
 from facefast.training import choice
 from facefast.training.step import TrainState
@@ -207,7 +207,12 @@ def untrained(at: int, best: float, **rows: float) -> str:
         "adapted_probe": ADAPTED_PROBE,
     }
     seen = {names[row]: {"top1": top} for row, top in rows.items()} | {"only": {"top1": best}}
-    return choice.handed_on(at_end(of(), best=best, chosen=(0, at), validated=seen))
+    state = at_end(of(), best=best, chosen=(0, at), validated=seen)
+    if "adapted" in rows:
+        model = dataclasses.replace(state.recipe.model, source="WEIGHTS")
+        phase = dataclasses.replace(state.recipe.phases[0], start="source", adapt=AdaptConfig("auto"))
+        state.recipe = dataclasses.replace(state.recipe, model=model, phases=(phase,))
+    return choice.handed_on(state)
 
 
 def test_a_probe_is_handed_on_where_it_names_more_than_class_means_and_as_much_as_fine_tuning() -> None:
