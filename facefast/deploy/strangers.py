@@ -7,11 +7,13 @@ In a small gallery every picture is a probe; in a large one as many as are drawn
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional as F
 
 from facefast.evaluation.openset import (
@@ -24,10 +26,7 @@ from facefast.evaluation.openset import (
     naming_thresholds,
     without_double_names,
 )
-from facefast.evaluation.thresholds import RULE_OF_30, NamingThreshold
-
-if TYPE_CHECKING:
-    from facefast.deploy.gallery import Gallery
+from facefast.evaluation.thresholds import RULE_OF_30, NamingThreshold, Thresholds
 
 OWN_ROWS = 20_000
 """Pictures up to which every one is a probe, which takes their square in comparisons; never more are drawn."""
@@ -37,7 +36,22 @@ SEED = 0
 """Of the draw: a gallery has one threshold, not another at each search."""
 
 
-def doubles(gallery: Gallery) -> list[tuple[str, str]] | None:
+class Enrolled(Protocol):
+    """What is asked of a gallery; as `Gallery` says it."""
+
+    names: tuple[str, ...]
+    people: NDArray[np.int32]
+    embeddings: NDArray[Any]
+    thresholds: Thresholds
+
+    def __len__(self) -> int: ...
+    @property
+    def counts(self) -> NDArray[np.int64]: ...
+    def block(self, begin: int, end: int) -> Tensor: ...
+    def entries(self, join: Join) -> Iterator[tuple[Tensor, NDArray[np.int32], NDArray[np.int64]]]: ...
+
+
+def doubles(gallery: Enrolled) -> list[tuple[str, str]] | None:
     """`double_pairs` of a gallery, by name; None where nobody looks, because it has more than `OWN_ROWS` pictures."""
     if len(gallery) > OWN_ROWS:
         return None
@@ -45,7 +59,7 @@ def doubles(gallery: Gallery) -> list[tuple[str, str]] | None:
     return [(gallery.names[one], gallery.names[other]) for one, other in pairs]
 
 
-def naming(gallery: Gallery, fpir: float, join: Join) -> NamingThreshold:
+def naming(gallery: Enrolled, fpir: float, join: Join) -> NamingThreshold:
     """As `Gallery.naming`."""
     own: NamingThreshold | None = None
     if len(gallery.names) > 1:
@@ -67,7 +81,7 @@ def naming(gallery: Gallery, fpir: float, join: Join) -> NamingThreshold:
         raise ValueError(f"no threshold for naming at FPIR {fpir:g}: {why}; of the model: {error}") from error
 
 
-def _all(gallery: Gallery, join: Join) -> OpenSetScores:
+def _all(gallery: Enrolled, join: Join) -> OpenSetScores:
     return leave_one_out(torch.from_numpy(np.array(gallery.embeddings, np.float32)), gallery.people, join)
 
 
@@ -98,7 +112,7 @@ def draw(people: NDArray[np.int32], wanted: int) -> NDArray[np.int64]:
     return np.sort(np.concatenate(rows))
 
 
-def scores_of_rows(gallery: Gallery, rows: NDArray[np.int64], join: Join) -> OpenSetScores:
+def scores_of_rows(gallery: Enrolled, rows: NDArray[np.int64], join: Join) -> OpenSetScores:
     """As `leave_one_out` of a gallery, for some of its pictures as probes; memory holds them and a block of it.
 
     Args:
@@ -134,7 +148,7 @@ def scores_of_rows(gallery: Gallery, rows: NDArray[np.int64], join: Join) -> Ope
     )
 
 
-def _own_scores(gallery: Gallery, rows: NDArray[np.int64], join: Join) -> NDArray[np.float32]:
+def _own_scores(gallery: Enrolled, rows: NDArray[np.int64], join: Join) -> NDArray[np.float32]:
     """[Q] score of each picture with the others of its person; nothing to go by for one that is alone."""
     people = gallery.people[rows]
     found = np.zeros(len(rows), np.float32)
