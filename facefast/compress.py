@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from numpy.typing import NDArray
 from torch import Tensor
 
 from facefast.data import FaceIndex, PairSet, make_loader
 from facefast.data.formats.pairs import only_named
 from facefast.data.prepare import Locate, read_photographs
+from facefast.data.subsets import which_are_in
 from facefast.deploy import onnx_file, package
 from facefast.deploy.gate import Array, Gate, compare, seconds_per_picture
 from facefast.evaluation.sets import find_evaluation_set
@@ -131,22 +131,16 @@ def divide(
     if evaluation_set is None or evaluation_set.verification is None or evaluation_set.pairs is None:
         return index.select(shuffled[:wanted]), index.select(shuffled[wanted:][::-1][:MOST_UNPAIRED]), None
     judged, pairs = only_named(evaluation_set.verification, evaluation_set.pairs)  # each photograph is embedded once
-    in_pairs = _which_are_in(index, judged)[shuffled]
+    in_pairs = which_are_in(index, judged)[shuffled]
     order = np.concatenate([shuffled[~in_pairs], shuffled[in_pairs]])
     free = len(index) - int(in_pairs.sum())
     calibration = index.select(order[: min(given.photographs, max(wanted, free))])
-    spent = _which_are_in(judged, calibration)
+    spent = which_are_in(judged, calibration)
     apart = ~(spent[pairs.left] | spent[pairs.right])
     if spent.any() and len(np.unique(pairs.same[apart])) == 2:
         kept = PairSet.of(pairs.left[apart], pairs.right[apart], pairs.same[apart], int(pairs.folds.max()) + 1)
         judged, pairs = only_named(judged, kept)
     return calibration, judged, pairs
-
-
-def _which_are_in(index: FaceIndex, other: FaceIndex) -> NDArray[np.bool_]:
-    """[N] whether each photograph is one of the other's."""
-    known = set(zip(other.paths.tolist(), other.offsets.tolist(), strict=True))
-    return np.array([place in known for place in zip(index.paths.tolist(), index.offsets.tolist(), strict=True)], bool)
 
 
 def compress(
@@ -215,7 +209,7 @@ def compress(
         "output": "embeddings",
         "calibration": {
             "photographs": len(pictures),
-            "in_gate": int(_which_are_in(judged, calibration).sum()),
+            "in_gate": int(which_are_in(judged, calibration).sum()),
             "method": found.method,
             "weight_bits": int8.WEIGHT_BITS,
         },

@@ -24,7 +24,7 @@ from facefast.data.prepare import prepare
 from facefast.faces.align import Locator
 from facefast.models import FaceModel, Source, checkpoint
 from facefast.recipe import EvalConfig, ImageSpec, Recipe, flags, resolve, to_json
-from facefast.runtime import exits, files, manifest, process
+from facefast.runtime import exits, files, process
 from facefast.runtime.exits import StorageError
 from facefast.runtime.log import RunLog, environment
 from facefast.runtime.process import Runtime
@@ -153,7 +153,7 @@ def find_index(folder: Path, resume: str) -> Path | None:
     if resume == "auto":
         path = folder / "index.npz" if checkpoint.has_any(folder) else None
     else:
-        path = checkpoint.find_resumable(Path(resume)).parents[1] / "index.npz"
+        path = checkpoint.run_to_resume(Path(resume)) / "index.npz"
     return path if path is not None and path.exists() else None
 
 
@@ -169,7 +169,6 @@ def find_saved(folder: Path, resume: str, state: TrainState) -> Path | None:
         path = checkpoint.newest(folder)
     elif state.run.is_main and resume != "never":
         path = checkpoint.find_resumable(Path(resume))
-        manifest.verify(path)
     path = state.run.broadcast(path)
     same_checkpoint(path, state.run)
     if path is not None:

@@ -112,16 +112,18 @@ def divide(index: FaceIndex, recipe: Recipe, phase: Phase) -> PhaseData:
             choosing = train
     return PhaseData(
         train=train,
-        validation=_evaluation_set(validation, choosing, choosing_held_out, recipe),
-        evaluation=_evaluation_set(test, verification, held_out, recipe),
+        validation=evaluation_set(validation, choosing, choosing_held_out, recipe),
+        evaluation=evaluation_set(test, verification, held_out, recipe),
         attributes=specs,
         unnamed=unlabelled if phase.adapt.active and len(unlabelled) and not phase.uses_unnamed else None,
     )
 
 
-def _evaluation_set(test: FaceIndex, verified: FaceIndex | None, held_out: bool, recipe: Recipe) -> EvaluationSet:
+def evaluation_set(test: FaceIndex | None, verified: FaceIndex | None, held_out: bool, recipe: Recipe) -> EvaluationSet:
+    """A set to measure on, with the recipe's pairs of `verified`, whose identities are those kept out of training where
+    `held_out` says so."""
     pairs = None if verified is None else PairSet.random(verified, recipe.eval.pairs, recipe.eval.folds, recipe.seed)
-    return EvaluationSet(test=test if len(test) else None, verification=verified, pairs=pairs, held_out=held_out)
+    return EvaluationSet(test=test or None, verification=verified, pairs=pairs, held_out=held_out)
 
 
 def _to_choose_by(train: FaceIndex, recipe: Recipe) -> tuple[FaceIndex, FaceIndex]:

@@ -52,11 +52,10 @@ def joined(first: FaceIndex, others: Sequence[FaceIndex]) -> FaceIndex:
     return dataclasses.replace(whole, **scanned)
 
 
-def shared_with(part: FaceIndex, index: FaceIndex) -> FaceIndex:
-    """The rows of `part` whose files, by path and place in them, `index` has as well."""
-    there = set(zip(index.paths.tolist(), index.offsets.tolist(), strict=True))
-    keys = zip(part.paths.tolist(), part.offsets.tolist(), strict=True)
-    return part.select(np.array([key in there for key in keys], bool))
+def which_are_in(index: FaceIndex, other: FaceIndex) -> NDArray[np.bool_]:
+    """[N] whether each picture, by its file and its place in it, is one of the other's."""
+    known = set(zip(other.paths.tolist(), other.offsets.tolist(), strict=True))
+    return np.array([place in known for place in zip(index.paths.tolist(), index.offsets.tolist(), strict=True)], bool)
 
 
 def with_attributes(index: FaceIndex, names: Sequence[str]) -> FaceIndex:

@@ -16,7 +16,7 @@ from facefast.data import FaceIndex, make_loader, read_index
 from facefast.data.divide import divide
 from facefast.data.index import FAULTS, NO_FACE, advice
 from facefast.data.prepare import Locate, photographs_of
-from facefast.data.subsets import shared_with
+from facefast.data.subsets import which_are_in
 from facefast.deploy.gallery import Offer
 from facefast.deploy.photographs import BATCH_SIZE, UNDECODED, answering
 from facefast.evaluation.embed import embed_rows
@@ -183,8 +183,8 @@ def people_of_run(path: Path, locate: Locate, threads: int = 0) -> FaceIndex:
     index = photographs_of(recipe, recipe.data.reading(threads), locate)
     begun = checkpoint.find_begun(path)
     divided = index if begun is None else FaceIndex.load(begun)
-    train = shared_with(divide(divided, recipe, recipe.phases[-1]).train, index)
-    return train.select(train.labels >= 0)
+    train = divide(divided, recipe, recipe.phases[-1]).train
+    return train.select((train.labels >= 0) & which_are_in(train, index))
 
 
 def offer_of(index: FaceIndex, embedder: Embedder, name: str | None = None, limits: Limits | None = None) -> Offer:

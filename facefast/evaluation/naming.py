@@ -19,7 +19,6 @@ from torch import Tensor
 
 from facefast.evaluation.baselines import LabelledEmbeddings
 from facefast.evaluation.calibration import Calibration, calibrate
-from facefast.evaluation.intervals import error_interval
 from facefast.evaluation.metrics import Interval
 from facefast.evaluation.openset import (
     FPIRS,
@@ -105,13 +104,9 @@ def _for_strangers(strangers: OpenSetScores, spread: float) -> tuple[NamingThres
             low, high = (min(1.0, spread * end) for end in careful.rate_interval)
             careful = dataclasses.replace(careful, rate=plain.rate, rate_interval=Interval(low, high))
         elif plain.value is not None and plain.interval is not None:  # so few pictures show the rate, not a part of it
-            missed = strangers.missed(plain.interval.high)
-            careful = dataclasses.replace(
-                plain,
-                value=plain.interval.high,
-                missed=float(missed.mean()) if len(missed) else None,
-                missed_interval=error_interval(missed, strangers.known) if len(missed) else None,
-            )
+            value = plain.interval.high
+            missed, interval = strangers.missed_part(value)
+            careful = dataclasses.replace(plain, value=value, missed=missed, missed_interval=interval)
         else:
             careful = plain
         found.append(careful)

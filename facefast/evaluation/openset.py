@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from facefast.evaluation.intervals import error_interval, rate_again, threshold_interval, trials_worth
-from facefast.evaluation.metrics import Floats
+from facefast.evaluation.metrics import Floats, Interval
 from facefast.evaluation.thresholds import LOOSEST, NamingThreshold, finite, lowest_threshold, refusal
 
 FPIRS = (0.1, 0.05, 0.01, 0.001)
@@ -69,6 +69,11 @@ class OpenSetScores:
     def missed(self, threshold: float) -> NDArray[np.bool_]:
         """[G] whether a known person's probe does not get its own name."""
         return (self.ranks > 0) | (self.genuine < threshold)
+
+    def missed_part(self, threshold: float) -> tuple[float | None, Interval | None]:
+        """The part of `missed`, and its interval; None where no known person was asked for."""
+        missed = self.missed(threshold)
+        return (float(missed.mean()), error_interval(missed, self.known)) if len(missed) else (None, None)
 
     def part(self, known: NDArray[np.bool_], strangers: NDArray[np.bool_]) -> OpenSetScores:
         """Some probes of known people, by a mask [G], and of strangers, by a mask [S]."""
@@ -292,7 +297,7 @@ def naming_thresholds(scores: OpenSetScores, fpirs: Sequence[float] = FPIRS) -> 
             )
             found.append(NamingThreshold(fpir, None, **counts, why=why))
             continue
-        missed = scores.missed(value)
+        missed, missed_interval = scores.missed_part(value)
         found.append(
             NamingThreshold(
                 fpir,
@@ -300,8 +305,8 @@ def naming_thresholds(scores: OpenSetScores, fpirs: Sequence[float] = FPIRS) -> 
                 **counts,
                 interval=threshold_interval(scores.impostors, fpir, trials),
                 rate_interval=again,
-                missed=float(missed.mean()) if len(missed) else None,
-                missed_interval=error_interval(missed, scores.known) if len(missed) else None,
+                missed=missed,
+                missed_interval=missed_interval,
             )
         )
     return tuple(found)

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from facefast.data import FaceIndex, oracle
 from facefast.data.divide import divide
+from facefast.data.subsets import which_are_in
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import Recipe, from_json
 
@@ -82,15 +83,10 @@ def training_rows(path: Path) -> FaceIndex | None:
         return None
     index, recipe = FaceIndex.load(kept[0]), from_json(Recipe, saved)
     used = np.zeros(len(index), bool)
-    places = {_key(index, row): row for row in range(len(index))}
     for phase in recipe.phases:
         part = divide(index, recipe, phase).train
-        used[[places[_key(part, row)] for row in range(len(part))]] = True
+        used |= which_are_in(index, part)
     return index.select(used)
-
-
-def _key(index: FaceIndex, row: int) -> tuple[bytes, int]:
-    return bytes(index.paths[row]), int(index.offsets[row])
 
 
 def overlap_of(

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from facefast.data import FaceIndex, PairSet, read_bin, read_pair_list
-from facefast.data.divide import EvaluationSet, can_be_paired, divide
+from facefast.data.divide import EvaluationSet, can_be_paired, divide, evaluation_set
 from facefast.data.prepare import Locate, check_budget, photographs_of, require_sound
-from facefast.data.subsets import shared_with, with_attributes
+from facefast.data.subsets import which_are_in, with_attributes
 from facefast.data.walk import require_there
 from facefast.models import FaceModel, checkpoint
 from facefast.recipe import DataConfig, EvalConfig, Phase, Reading, Recipe, TaskConfig, from_json
@@ -135,15 +135,14 @@ def _still_kept(
     if begun is None or (np.array_equal(begun.paths, index.paths) and np.array_equal(begun.offsets, index.offsets)):
         return None
     divided = divide(begun, trained, _last_phase(trained))
-    kept, verification, pairs = divided.evaluation, None, None
-    test = None if kept.test is None else shared_with(kept.test, index)
-    if kept.verification is not None and can_be_paired(there := shared_with(kept.verification, index)):
-        verification, pairs = there, PairSet.random(there, trained.eval.pairs, trained.eval.folds, trained.seed)
-    if test is not None and not len(test):
-        test = None
-    if people not in (None, divided.train.class_names) or (test is None and verification is None):
-        return None
-    return EvaluationSet(test=test, verification=verification, pairs=pairs, held_out=kept.held_out)
+    kept = divided.evaluation
+    test, verification = (
+        None if part is None else part.select(which_are_in(part, index)) for part in (kept.test, kept.verification)
+    )
+    if verification is not None and not can_be_paired(verification):
+        verification = None
+    found = evaluation_set(test, verification, kept.held_out, trained)
+    return None if found.is_empty or people not in (None, divided.train.class_names) else found
 
 
 def _has(index: FaceIndex, attributes: tuple[str, ...]) -> bool:

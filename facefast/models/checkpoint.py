@@ -343,20 +343,34 @@ def find_model(path: Path) -> Path:
     raise ValueError(f"{path} holds no model: give a run folder, a checkpoint folder, a package or a weights file")
 
 
-def find_resumable(path: Path) -> Path:
-    """The checkpoint folder that a run goes on from: a run folder's newest sound one, or the folder itself.
+def run_to_resume(path: Path) -> Path:
+    """The run folder that a run goes on from: the folder itself, or the one that a checkpoint folder is in.
 
     Raises:
         ValueError: no run can go on from there.
-        StorageError: as `newest`.
     """
-    found = newest(path) or path.resolve()
-    if not (found / "state.json").is_file():
+    if has_any(path):
+        return path
+    if not (path / "state.json").is_file():
         raise ValueError(
             f"{path} holds no state of training: --resume takes a run folder or one of its {FOLDER}/step-*; from a "
             "package or from weights a run starts with --model.source"
         )
-    return found
+    return path.resolve().parents[1]
+
+
+def find_resumable(path: Path) -> Path:
+    """The sound checkpoint that a run goes on from: a run folder's newest one, or the folder itself.
+
+    Raises:
+        ValueError: as `run_to_resume`.
+        StorageError: as `newest`, or the folder itself is damaged.
+    """
+    run_to_resume(path)
+    if found := newest(path):
+        return found
+    manifest.verify(path.resolve())
+    return path.resolve()
 
 
 def find_begun(model: Path) -> Path | None:

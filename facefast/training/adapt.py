@@ -87,7 +87,7 @@ class Adaptation:
             yield f"the source model stays as it is: {self.why}"
         elif not self.changes:
             yield (
-                f"the source model stays as it is: nothing that was tried on people left out raises "
+                "the source model stays as it is: nothing that was tried on people left out raises "
                 f"TAR at FAR {FAR:.0%} by more than chance does"
             )
         else:

@@ -131,8 +131,13 @@ def rows_to_ask(
     pictures = np.bincount(labels[labels >= 0], minlength=len(people))
     chosen = random.permutation(np.flatnonzero(people & (pictures > 1)))
     chosen = chosen[np.cumsum(pictures[chosen].clip(max=each)) <= MOST_ASKED]
-    rows = random.permutation(np.flatnonzero(np.isin(labels, chosen)))
-    rows = rows[np.argsort(labels[rows], kind="stable")]
-    place = np.arange(len(rows)) - np.searchsorted(labels[rows], labels[rows])
-    rows = np.sort(rows[place < each])
+    rows = some_of_each(random, labels, np.flatnonzero(np.isin(labels, chosen)), each)
     return rows[np.argsort(labels[rows], kind="stable")]
+
+
+def some_of_each(random: np.random.Generator, labels: Labels, rows: NDArray[np.int64], each: int) -> NDArray[np.int64]:
+    """At most `each` of the rows of a person, drawn at random, in order; fewer are among those that more would be."""
+    drawn = random.permutation(rows)
+    drawn = drawn[np.argsort(labels[drawn], kind="stable")]
+    place = np.arange(len(drawn)) - np.searchsorted(labels[drawn], labels[drawn])
+    return np.sort(drawn[place < each])

@@ -30,7 +30,7 @@ from facefast.training.adapt import (
     statistics_named,
     too_few,
 )
-from facefast.training.leftout import FAR, Labels, Trial, choose, groups_of_people
+from facefast.training.leftout import FAR, Labels, Trial, choose, groups_of_people, some_of_each
 from facefast.training.restate import layers, restate
 
 EACH = 3
@@ -101,11 +101,9 @@ def few_of_each(labels: Labels, each: int, seed: int) -> NDArray[np.int64]:
         each: pictures of a person at most, but where there are few people.
         seed: of the draw.
     """
-    drawn = np.random.Generator(np.random.Philox(seed)).permutation(np.flatnonzero(labels >= 0))
-    drawn = drawn[np.argsort(labels[drawn], kind="stable")]
-    place = np.arange(len(drawn)) - np.searchsorted(labels[drawn], labels[drawn])
-    people = len(np.unique(labels[drawn]))
-    return np.sort(drawn[place < max(each, MOST // max(people, 1))])
+    rows = np.flatnonzero(labels >= 0)
+    people = len(np.unique(labels[rows]))
+    return some_of_each(np.random.Generator(np.random.Philox(seed)), labels, rows, max(each, MOST // max(people, 1)))
 
 
 def rows_to_look_at(labels: Labels, seed: int) -> NDArray[np.int64]:
